@@ -1,0 +1,65 @@
+# vllm-mtp: set-up, demo and checks. `make` alone prints the targets.
+
+MAKEFLAGS += --no-print-directory
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup demo test lint format clean
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip -qq --disable-pip-version-check --no-input
+REQUIREMENTS := requirements/cpu.txt
+
+# Each stamp is written only once its step is whole, so an interrupted set-up is done
+# again and a finished one costs nothing.
+PACKAGES := $(VENV)/.packages
+READY := $(VENV)/.ready
+
+help: ## Print the targets
+	@sed -n 's/^\([a-z]*\):[^#]*## \(.*\)/  make \1\t\2/p' Makefile
+
+setup: $(READY) ## Build .venv: the pinned CPU packages, and this package editable
+	@echo "setup: $(VENV) is ready"
+
+demo: $(READY) ## Run the demo
+	@$(BIN)/vllm-mtp demo
+
+test: lint ## Run the lint, then the tests
+	@$(BIN)/python -m pytest -q
+
+lint: $(READY) ## Check style, format and types
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/ruff format --check --quiet . || \
+		{ echo "lint: not formatted; run 'make format'" >&2; exit 1; }
+	@$(BIN)/mypy --no-error-summary
+
+format: $(READY) ## Fix what the linter can fix, and format
+	@$(BIN)/ruff check --fix --quiet . || true
+	@$(BIN)/ruff format --quiet .
+
+clean: ## Remove .venv, caches and build outputs
+	@rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache \
+		.hypothesis
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# From nothing whenever the list changes, so that .venv never holds more than the list.
+$(PACKAGES): $(REQUIREMENTS)
+	@command -v $(PYTHON) >/dev/null || { \
+		echo "setup: $(PYTHON) not found; install Python 3.11 or later," \
+			"or name one: make setup PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "setup: $(REQUIREMENTS) needs Python 3.11 or later, and $(PYTHON) is" \
+			"$$($(PYTHON) -V 2>&1); name another: make setup PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+		echo "setup: $(PYTHON) lacks the venv module; on Debian or Ubuntu install" \
+			"the python3-venv package" >&2; exit 1; }
+	@echo "setup: installing $(REQUIREMENTS) in $(VENV) (a few minutes)"
+	@$(PYTHON) -m venv --clear $(VENV)
+	@$(PIP) install --no-deps -r $(REQUIREMENTS)
+	@touch $@
+
+# Again when pyproject.toml changes, for the entry points and the version.
+$(READY): $(PACKAGES) pyproject.toml setup.py
+	@$(PIP) install --no-deps --no-build-isolation --editable .
+	@touch $@

@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The block layout: the maths of positions, slots, rows, masks and labels.
+
+A block is the row ``[anchor, P1 .. P(k-1)]`` that the drafter puts behind a
+prefix of n tokens. Everything here is pure tensor maths, used by training,
+evaluation and serving alike, and works on any device without a sync.
+
+Dimensions: B blocks, k places per block, T prefix tokens; the rows of several
+blocks are flattened block by block, so row ``b * k + i`` is place i of block b.
+"""
+
+import torch
+
+PAD_SLOT = -1
+"""Slot of a row that must not be written (vLLM's ``PADDING_SLOT_ID``)."""
+
+IGNORE_LABEL = -100
+"""Label of a place without a true token (PyTorch's ``ignore_index``)."""
+
+
+def block_positions(prefix_lens: torch.Tensor, num_places: int) -> torch.Tensor:
+    """Positions of every row.
+
+    Args:
+        prefix_lens: ``[B]`` integer; n of each block, so the anchor stands at n.
+        num_places: k.
+
+    Returns:
+        ``[B, k]``, same dtype and device.
+    """
+    places = torch.arange(
+        num_places, device=prefix_lens.device, dtype=prefix_lens.dtype
+    )
+    return prefix_lens[:, None] + places
+
+
+def is_placeholder(num_rows: int, num_places: int, device: torch.device | str) -> torch.Tensor:
+    """Which flattened rows are placeholders (all but each block's anchor).
+
+    Returns:
+        ``[num_rows]`` bool.
+    """
+    return torch.arange(num_rows, device=device) % num_places != 0
+
+
+def slots_of_positions(
+    positions: torch.Tensor,
+    block_table: torch.Tensor,
+    block_size: int,
+    max_model_len: int,
+) -> torch.Tensor:
+    """Scratch slots of the paged cache for the given positions.
+
+    Args:
+        positions: ``[B, k]`` integer.
+        block_table: ``[B, M]`` integer; cache block of each logical block.
+        block_size: Tokens per cache block.
+        max_model_len: Positions from here on have no slot.
+
+    Returns:
+        ``[B, k]`` int64; ``PAD_SLOT`` where a position lies beyond
+        ``max_model_len`` or in the null block (id 0), which belongs to nobody.
+    """
+    logical = (positions // block_size).clamp(max=block_table.shape[1] - 1).long()
+    block_ids = block_table.gather(1, logical).long()
+    slots = block_ids * block_size + positions % block_size
+    unusable = (positions >= max_model_len) | (block_ids == 0)
+    return slots.masked_fill(unusable, PAD_SLOT)
+
+
+def block_labels(
+    token_ids: torch.Tensor, prefix_lens: torch.Tensor, num_places: int
+) -> torch.Tensor:
+    """True next token of every row.
+
+    Row i of a block behind n tokens predicts token n + 1 + i.
+
+    Args:
+        token_ids: ``[T]`` int64; one sequence.
+        prefix_lens: ``[B]`` int64; n of each block, 0 <= n < T.
+        num_places: k.
+
+    Returns:
+        ``[B, k]`` int64; ``IGNORE_LABEL`` beyond the sequence's end.
+    """
+    wanted = block_positions(prefix_lens, num_places) + 1
+    labels = token_ids[wanted.clamp(max=token_ids.shape[0] - 1)]
+    return labels.masked_fill(wanted >= token_ids.shape[0], IGNORE_LABEL)
+
+
+def block_mask(
+    prefix_lens: torch.Tensor, num_prefix_tokens: int, num_places: int
+) -> torch.Tensor:
+    """Which keys each row may read when many blocks run in one forward.
+
+    A row reads its own prefix and, causally, its own block. Blocks do not see
+    each other.
+
+    Args:
+        prefix_lens: ``[B]`` int64; n of each block.
+        num_prefix_tokens: T; keys are the T prefix tokens, then all rows.
+        num_places: k.
+
+    Returns:
+        ``[B * k, T + B * k]`` bool, True where reading is allowed.
+    """
+    device = prefix_lens.device
+    num_rows = prefix_lens.shape[0] * num_places
+    row = torch.arange(num_rows, device=device)
+    prefix = torch.arange(num_prefix_tokens, device=device)
+    reads_prefix = prefix < prefix_lens.repeat_interleave(num_places)[:, None]
+    same_block = row[:, None] // num_places == row // num_places
+    reads_block = same_block & (row[:, None] >= row)
+    return torch.cat([reads_prefix, reads_block], dim=1)

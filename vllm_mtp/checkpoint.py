@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Read and write drafter folders: ``config.json`` and ``model.safetensors``.
+
+Reading is strict. A folder either gives exactly the drafter that was written,
+or an error that names the key or tensor, what was found, what was expected and
+what to do. The format is described in ``checkpoints_spec/README.md``.
+"""
+
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from vllm_mtp.config import FORMAT_VERSION, DrafterConfig
+from vllm_mtp.errors import CheckpointError
+from vllm_mtp.modeling.drafter import Drafter
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+
+# A config is some kilobytes. The limit keeps a wrong file from being read whole.
+_MAX_CONFIG_BYTES = 1 << 20
+_DTYPE_NAMES = {
+    "bfloat16": "BF16",
+    "float16": "F16",
+    "float32": "F32",
+    "int64": "I64",
+}
+
+
+def save_drafter(drafter: Drafter, folder: Path | str) -> Path:
+    """Write a drafter's folder.
+
+    Each file appears whole or not at all: it is written beside its place and
+    then moved there.
+
+    Returns:
+        The folder.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {
+        name: tensor.detach().cpu().contiguous()
+        for name, tensor in drafter.state_dict().items()
+    }
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as scratch:
+        weights = Path(scratch, WEIGHTS_FILE)
+        save_file(tensors, weights, metadata={"format": "pt"})
+        config = Path(scratch, CONFIG_FILE)
+        config.write_text(drafter.config.model_dump_json(indent=2) + "\n", "utf-8")
+        # The config last: a folder with a config has its weights.
+        os.replace(weights, folder / WEIGHTS_FILE)
+        os.replace(config, folder / CONFIG_FILE)
+    return folder
+
+
+def read_config(folder: Path | str) -> DrafterConfig:
+    """Read and check ``config.json``.
+
+    Raises:
+        CheckpointError: Names each wrong key with what was got and expected.
+    """
+    path = Path(folder, CONFIG_FILE)
+    text = _read_text(path)
+    try:
+        return DrafterConfig.model_validate_json(text)
+    except ValidationError as error:
+        raise CheckpointError(
+            f"{path}: not a valid drafter config:\n"
+            + "\n".join(_explain(item) for item in error.errors())
+            + f"\nThis package reads format version {FORMAT_VERSION} (see "
+            "checkpoints_spec/README.md); if the drafter is newer, update vllm-mtp."
+        ) from None
+
+
+def load_drafter(
+    folder: Path | str,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+) -> Drafter:
+    """Read a drafter's folder.
+
+    Args:
+        folder: Holds ``config.json`` and ``model.safetensors``.
+        dtype: Convert floating-point weights to this type; default as stored.
+        device: Where the weights go.
+
+    Raises:
+        CheckpointError: A missing, extra, misshapen or mistyped tensor, a value
+            that is not finite, or a broken file.
+    """
+    folder = Path(folder)
+    config = read_config(folder)
+    with torch.device("meta"):
+        drafter = Drafter(config).to(getattr(torch, config.dtype))
+    tensors = _read_tensors(folder / WEIGHTS_FILE, drafter.state_dict())
+    _require_draft_vocab_valid(folder, config, tensors)
+    drafter.to_empty(device="cpu")
+    for parameter in drafter.parameters():
+        # A weight that loading forgot would show as NaN, not as garbage.
+        torch.nn.init.constant_(parameter, float("nan"))
+    drafter.load_state_dict(tensors, strict=True)
+    _require_finite(folder, drafter)
+    return drafter.to(device=device, dtype=dtype).eval().requires_grad_(False)
+
+
+def _read_text(path: Path) -> str:
+    if not path.is_file():
+        raise CheckpointError(
+            f"{path}: no such file. A drafter's folder holds {CONFIG_FILE} and "
+            f"{WEIGHTS_FILE}; make one with `vllm-mtp init`."
+        )
+    if path.stat().st_size > _MAX_CONFIG_BYTES:
+        raise CheckpointError(
+            f"{path}: {path.stat().st_size} bytes, expected at most "
+            f"{_MAX_CONFIG_BYTES}; this is not a drafter's config."
+        )
+    try:
+        return path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}") from None
+
+
+def _explain(item: Mapping[str, object]) -> str:
+    where = ".".join(str(part) for part in item["loc"]) or "config"  # type: ignore[attr-defined]
+    if item["type"] == "missing":
+        return f"  {where}: missing; add it"
+    if item["type"] == "extra_forbidden":
+        return f"  {where}: unknown key (got {item['input']!r}); remove it"
+    if item["type"] == "value_error":
+        return f"  {str(item['msg']).removeprefix('Value error, ')}"
+    return f"  {where}: got {str(item['input'])[:80]!r}; {item['msg']}"
+
+
+def _read_tensors(
+    path: Path, expected: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    if not path.is_file():
+        raise CheckpointError(
+            f"{path}: no such file. Only safetensors weights are read (no pickle); "
+            "save the drafter again with `vllm_mtp.save_drafter`."
+        )
+    try:
+        with safe_open(path, framework="pt") as file:
+            _require_same_tensors(path, file, expected)
+            return {name: file.get_tensor(name) for name in expected}
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path}: not a whole safetensors file ({error}); copy or download the "
+            "drafter again"
+        ) from None
+
+
+def _require_same_tensors(
+    path: Path, file: safe_open, expected: Mapping[str, torch.Tensor]
+) -> None:
+    found = set(file.keys())
+    problems = [f"missing tensor {name!r}" for name in sorted(set(expected) - found)]
+    problems += [f"unknown tensor {name!r}" for name in sorted(found - set(expected))]
+    for name in sorted(found & set(expected)):
+        got, want = file.get_slice(name), expected[name]
+        want_dtype = _DTYPE_NAMES[str(want.dtype).removeprefix("torch.")]
+        if got.get_shape() != list(want.shape):
+            problems.append(
+                f"tensor {name!r} has shape {got.get_shape()}, expected "
+                f"{list(want.shape)}"
+            )
+        elif got.get_dtype() != want_dtype:
+            problems.append(
+                f"tensor {name!r} has type {got.get_dtype()}, expected {want_dtype}"
+            )
+    if problems:
+        raise CheckpointError(
+            f"{path}: does not fit its {CONFIG_FILE}:\n  "
+            + "\n  ".join(problems)
+            + "\nConfig and weights must come from the same save; copy or train the "
+            "drafter again."
+        )
+
+
+def _require_draft_vocab_valid(
+    folder: Path, config: DrafterConfig, tensors: Mapping[str, torch.Tensor]
+) -> None:
+    ids = tensors.get("draft_vocab.token_ids")
+    if ids is None:
+        return
+    vocab = config.target.vocab_size
+    if int(ids.min()) < 0 or int(ids.max()) >= vocab or len(ids.unique()) != len(ids):
+        raise CheckpointError(
+            f"{folder / WEIGHTS_FILE}: tensor 'draft_vocab.token_ids' must hold "
+            f"different token ids from 0 to {vocab - 1}; got {len(ids.unique())} "
+            f"different ones of {len(ids)}, from {int(ids.min())} to {int(ids.max())}. "
+            "Make the drafter again."
+        )
+
+
+def _require_finite(folder: Path, drafter: Drafter) -> None:
+    bad = [
+        f"{name!r} ({int((~weight.isfinite()).sum())} of {weight.numel()} values)"
+        for name, weight in drafter.named_parameters()
+        if not weight.isfinite().all()
+    ]
+    if bad:
+        raise CheckpointError(
+            f"{folder / WEIGHTS_FILE}: NaN or infinite values in {', '.join(bad)}; "
+            "the training run diverged or the file is damaged. Use another save."
+        )

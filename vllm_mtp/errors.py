@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Errors that a user can reach. Each message names the key or file, what was
+got, what was expected and what to do."""
+
+
+class MTPError(ValueError):
+    """Base of every error that this package raises on purpose."""
+
+
+class LayerSpecError(MTPError):
+    """The text that lists a drafter's layers could not be read."""
+
+
+class CheckpointError(MTPError):
+    """A drafter folder is broken, incomplete or not in our format."""
+
+
+class TargetMismatchError(MTPError):
+    """A drafter was made for another target than the one at hand."""
+
+
+class UnsupportedTargetError(MTPError):
+    """The target cannot be read by our drafters (MLA, mamba-only, ...)."""
+
+
+class DrafterNotFoundError(MTPError):
+    """No drafter was given and none was found for the target."""
+
+
+class MethodConfigError(MTPError):
+    """The user's ``speculative_config`` for our method is wrong."""

@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The short text that lists a drafter's layers, as in ``shared:0-9,own:28,29``."""
+
+import re
+from typing import Literal, NamedTuple
+
+from vllm_mtp.errors import LayerSpecError
+
+_ITEM = re.compile(
+    r"(?:(?P<kind>shared|own):)?(?:(?P<all>all)|(?P<first>\d+)(?:-(?P<last>\d+))?)"
+)
+_HELP = "expected something like 'shared:all', 'own:0,7,14' or 'shared:0-9,own:28,29'"
+
+
+class BoundLayer(NamedTuple):
+    """One draft layer: its kind and the target layer that it reads."""
+
+    kind: Literal["shared", "own"]
+    target_layer: int
+
+
+def parse_layers(spec: str, num_target_layers: int) -> list[BoundLayer]:
+    """Read a layer list.
+
+    A kind holds until the next one is named; ``a-b`` includes both ends.
+
+    Args:
+        spec: The text, such as ``shared:0-9,own:28,29``.
+        num_target_layers: How many layers the target has.
+
+    Raises:
+        LayerSpecError: The text cannot be read or names a layer out of range.
+    """
+    layers: list[BoundLayer] = []
+    kind: str | None = None
+    for item in spec.replace(" ", "").split(","):
+        match = _ITEM.fullmatch(item)
+        if match is None:
+            raise LayerSpecError(f"--layers {spec!r}: cannot read {item!r}; {_HELP}")
+        kind = match["kind"] or kind
+        if kind is None:
+            raise LayerSpecError(
+                f"--layers {spec!r}: {item!r} stands before any kind; {_HELP}"
+            )
+        indices = _indices(match, num_target_layers, spec)
+        layers += [BoundLayer(kind, index) for index in indices]  # type: ignore[arg-type]
+    return layers
+
+
+def _indices(match: re.Match[str], num_target_layers: int, spec: str) -> range:
+    if match["all"]:
+        return range(num_target_layers)
+    first = int(match["first"])
+    last = int(match["last"] or first)
+    if not first <= last < num_target_layers:
+        raise LayerSpecError(
+            f"--layers {spec!r}: {match[0]!r} is out of range; the target has "
+            f"layers 0 to {num_target_layers - 1}, and a range goes upwards"
+        )
+    return range(first, last + 1)

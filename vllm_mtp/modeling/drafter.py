@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The drafter: placeholders, a list of bound layers, and the heads around them."""
+
+import torch
+from torch import nn
+
+from vllm_mtp.block import is_placeholder
+from vllm_mtp.config import DrafterConfig, SharedLayerConfig
+from vllm_mtp.modeling.heads import DraftVocab, MarkovCorrection, Pick, pick_block
+from vllm_mtp.modeling.hosts import Stream, TargetHost
+from vllm_mtp.modeling.layers import OwnLayer, SharedLayer, run_own
+from vllm_mtp.modeling.lora import RowGate
+
+
+class Drafter(nn.Module):
+    """Every trained weight of a drafter, and nothing of the target's.
+
+    Its ``state_dict`` is the checkpoint's list of tensors.
+    """
+
+    def __init__(self, config: DrafterConfig) -> None:
+        super().__init__()
+        self.config = config
+        facts = config.target
+        num_placeholders = config.num_speculative_tokens - 1
+        self.placeholders = (
+            nn.Parameter(torch.empty(num_placeholders, facts.hidden_size))
+            if num_placeholders
+            else None
+        )
+        self.layers = nn.ModuleList(
+            SharedLayer(layer, facts)
+            if isinstance(layer, SharedLayerConfig)
+            else OwnLayer(layer, facts)
+            for layer in config.layers
+        )
+        size = config.draft_vocab_size
+        self.draft_vocab = DraftVocab(size) if size else None
+        self.markov = (
+            MarkovCorrection(
+                config.markov.rank,
+                facts.hidden_size,
+                facts.vocab_size,
+                size or facts.vocab_size,
+            )
+            if config.markov
+            else None
+        )
+
+    def init_weights(self, generator: torch.Generator) -> None:
+        """Start values of all that is not copied from the target."""
+        for module in (*self.layers, self.markov):
+            if module is not None:
+                module.init_weights(generator)  # type: ignore[operator]
+
+
+class BoundDrafter:
+    """A drafter on its target, ready to draft.
+
+    Args:
+        drafter: The weights.
+        target: The host; it also says which prefix each row reads.
+    """
+
+    def __init__(self, drafter: Drafter, target: TargetHost) -> None:
+        self.drafter = drafter
+        self.target = target
+        self._gate = RowGate()
+        self._shared = {
+            index: layer.bind(target, self._gate)
+            for index, layer in enumerate(drafter.layers)
+            if isinstance(layer, SharedLayer)
+        }
+        vocab = drafter.draft_vocab
+        self._small_head = target.logits_of_tokens(vocab.token_ids) if vocab else None
+
+    def forward(
+        self,
+        anchor_ids: torch.Tensor,
+        positions: torch.Tensor,
+        boundary: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """One parallel forward of all blocks.
+
+        Args:
+            anchor_ids: ``[B]`` integer; the token just sampled.
+            positions: ``[B, k]`` int64; k at most what the drafter was made for.
+            boundary: ``[B, hidden_size]``; the target's last hidden state (after
+                its final norm) at the last prefix position. Needed only when
+                ``config.uses_boundary_hidden``.
+
+        Returns:
+            Last hidden states ``[B, k, hidden_size]``, after the final norm.
+        """
+        num_places = positions.shape[1]
+        rows = positions.reshape(-1)
+        placeholder = is_placeholder(rows.shape[0], num_places, rows.device)
+        stream = Stream(self._embed(anchor_ids, num_places))
+        self._gate.rows = placeholder[:, None].to(stream.hidden.dtype)
+        if boundary is not None:
+            boundary = boundary.repeat_interleave(num_places, dim=0)
+        for index, layer in enumerate(self.drafter.layers):
+            if isinstance(layer, OwnLayer):
+                stream = run_own(layer, self.target, stream, rows, boundary)
+            else:
+                stream = self.target.run_layer(
+                    self._shared[index], layer.target_layer, stream, rows
+                )
+        return self.target.final_norm(stream).unflatten(0, (-1, num_places))
+
+    def _embed(self, anchor_ids: torch.Tensor, num_places: int) -> torch.Tensor:
+        anchors = self.target.embed(anchor_ids)
+        if num_places == 1:
+            return anchors
+        placeholders = self.drafter.placeholders[: num_places - 1]
+        block = torch.cat(
+            [anchors[:, None], placeholders.expand(anchors.shape[0], -1, -1)], dim=1
+        )
+        return block.flatten(0, 1)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Uncorrected logits over the output vocabulary.
+
+        Args:
+            hidden: ``[B, k, hidden_size]``.
+
+        Returns:
+            ``[B, k, V]``.
+        """
+        head = self.target.logits if self._small_head is None else self._small_head
+        return head(hidden.flatten(0, 1)).unflatten(0, hidden.shape[:2])
+
+    def draft(
+        self, hidden: torch.Tensor, pick: Pick
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Choose the block's tokens.
+
+        Args:
+            hidden: ``[B, k, hidden_size]`` from `forward`.
+            pick: The sampler.
+
+        Returns:
+            Token ids ``[B, k]`` int64 of the target's vocabulary, and the
+            distributions ``[B, k, vocab_size]`` where ``pick`` keeps them.
+        """
+        vocab = self.drafter.draft_vocab
+        tokens, kept = pick_block(
+            self.logits(hidden), hidden, self.drafter.markov, vocab, pick
+        )
+        if kept is not None and vocab is not None:
+            kept = vocab.spread(kept, self.drafter.config.target.vocab_size)
+        return tokens, kept

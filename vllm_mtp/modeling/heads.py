@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From the block's last hidden states to the drafted tokens."""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+Pick = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor | None]]
+"""Choose tokens from logits ``[B, V]``: token indices ``[B]`` int64, and their
+distributions ``[B, V]`` where the sampler keeps them."""
+
+
+class MarkovCorrection(nn.Module):
+    """Low-rank bias on a place's logits from the token drafted one place before.
+
+    ``bias = U (sigmoid(G h + b) * E[previous])``. As in DSpark (2607.05147), with
+    a gate from the place's hidden state h. It costs one small product per place
+    and lets the parallel places agree with each other.
+    """
+
+    def __init__(
+        self, rank: int, hidden_size: int, vocab_size: int, out_size: int
+    ) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(vocab_size, rank, _weight=torch.empty(vocab_size, rank))
+        self.gate = nn.Linear(hidden_size, rank)
+        self.unembed = nn.Linear(rank, out_size, bias=False)
+
+    def forward(self, previous: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """Bias for one place.
+
+        Args:
+            previous: ``[B]`` int64; token ids of the target's vocabulary.
+            hidden: ``[B, hidden_size]``; the place's last hidden states.
+
+        Returns:
+            ``[B, V]``, V being the size of the output vocabulary.
+        """
+        return self.unembed(torch.sigmoid(self.gate(hidden)) * self.embed(previous))
+
+    def init_weights(self, generator: torch.Generator) -> None:
+        nn.init.normal_(self.embed.weight, std=0.02, generator=generator)
+        nn.init.normal_(self.gate.weight, std=0.02, generator=generator)
+        nn.init.zeros_(self.gate.bias)
+        nn.init.zeros_(self.unembed.weight)
+
+
+class DraftVocab(nn.Module):
+    """A reduced output vocabulary: the target tokens that can be drafted."""
+
+    token_ids: torch.Tensor  # shape: [V], int64, index -> target token id
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.register_buffer("token_ids", torch.empty(size, dtype=torch.int64))
+
+    def to_token_ids(self, indices: torch.Tensor) -> torch.Tensor:
+        """Indices of the reduced vocabulary to the target's token ids."""
+        return self.token_ids[indices]
+
+    def spread(self, values: torch.Tensor, vocab_size: int) -> torch.Tensor:
+        """Probabilities over the reduced vocabulary to the whole one.
+
+        Args:
+            values: ``[..., V]``.
+            vocab_size: Size of the target's vocabulary.
+
+        Returns:
+            ``[..., vocab_size]``; 0 for tokens that cannot be drafted.
+        """
+        whole = values.new_zeros(*values.shape[:-1], vocab_size)
+        return whole.index_copy_(-1, self.token_ids, values)
+
+
+def pick_block(
+    logits: torch.Tensor,
+    hidden: torch.Tensor,
+    markov: MarkovCorrection | None,
+    vocab: DraftVocab | None,
+    pick: Pick,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Choose a block's tokens from left to right.
+
+    The logits of all places come from one forward; only the Markov correction
+    looks at the token chosen before. The first place is never corrected: its
+    previous token is the anchor, which the drafter read.
+
+    Args:
+        logits: ``[B, k, V]``, uncorrected.
+        hidden: ``[B, k, hidden_size]``, what the logits were made from.
+        markov: The correction, or None.
+        vocab: The reduced vocabulary that V counts, or None for the target's.
+        pick: The sampler, called once per place.
+
+    Returns:
+        Token ids ``[B, k]`` int64 and, where ``pick`` gives them, the
+        distributions ``[B, k, V]`` they were drawn from.
+    """
+    tokens: list[torch.Tensor] = []
+    kept: list[torch.Tensor] = []
+    for place in range(logits.shape[1]):
+        scores = logits[:, place]
+        if markov is not None and place > 0:
+            scores = scores + markov(tokens[-1], hidden[:, place])
+        index, distribution = pick(scores)
+        tokens.append(vocab.to_token_ids(index) if vocab else index)
+        if distribution is not None:
+            kept.append(distribution)
+    return torch.stack(tokens, dim=1), torch.stack(kept, dim=1) if kept else None
+
+
+def pick_greedy(logits: torch.Tensor) -> tuple[torch.Tensor, None]:
+    """The best token of each row; no distribution is kept."""
+    return logits.argmax(dim=-1), None

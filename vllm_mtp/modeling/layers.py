@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The two kinds of draft layer: shared with the target, or the drafter's own."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from vllm_mtp.config import OwnLayerConfig, SharedLayerConfig
+from vllm_mtp.modeling.hosts import Stream, TargetHost
+from vllm_mtp.modeling.lora import LowRankPair, RowGate, linear_sizes, with_lora
+from vllm_mtp.target import TargetFacts
+
+
+class RMSNorm(nn.Module):
+    """RMSNorm with float32 arithmetic and one rounding (as vLLM's kernel)."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size))
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``[..., size]``, same shape and dtype out."""
+        wide = x.float()
+        scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        return (wide * scale * self.weight.float()).to(x.dtype)
+
+
+class SharedLayer(nn.Module):
+    """The target's own layer; only the optional LoRA has weights here."""
+
+    def __init__(self, config: SharedLayerConfig, facts: TargetFacts) -> None:
+        super().__init__()
+        self.target_layer = config.target_layer
+        self.facts = facts
+        names = config.lora.modules if config.lora else ()
+        self.lora = nn.ModuleDict(
+            {name: LowRankPair(linear_sizes(facts, name), config.lora) for name in names}  # type: ignore[arg-type]
+        )
+
+    def bind(self, target: TargetHost, gate: RowGate) -> nn.Module:
+        """The module to run on ``target``: its own layer, or a shadow with LoRA."""
+        layer = target.layer(self.target_layer)
+        if not self.lora:
+            return layer
+        return with_lora(layer, self.lora.items(), self.facts, gate)  # type: ignore[arg-type]
+
+    def init_weights(self, generator: torch.Generator) -> None:
+        for pair in self.lora.values():
+            pair.init_weights(generator)  # type: ignore[operator]
+
+
+class OwnLayer(nn.Module):
+    """A Llama-like layer that reads the KV cache of the target layer it is bound to."""
+
+    def __init__(self, config: OwnLayerConfig, facts: TargetFacts) -> None:
+        super().__init__()
+        self.target_layer = config.target_layer
+        self.head_dim = facts.head_dim
+        hidden, mlp, eps = (
+            facts.hidden_size,
+            config.intermediate_size,
+            config.rms_norm_eps,
+        )
+        queries = facts.num_attention_heads * facts.head_dim
+        keys = facts.num_key_value_heads * facts.head_dim
+        self.boundary_proj = (
+            nn.Linear(hidden, hidden, bias=False) if config.boundary_hidden else None
+        )
+        self.input_norm = RMSNorm(hidden, eps)
+        self.q_proj = nn.Linear(hidden, queries, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(hidden, keys, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(hidden, keys, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(queries, hidden, bias=False)
+        self.q_norm = RMSNorm(facts.head_dim, eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(facts.head_dim, eps) if config.qk_norm else None
+        self.mlp_norm = RMSNorm(hidden, eps)
+        self.gate_proj = nn.Linear(hidden, mlp, bias=False)
+        self.up_proj = nn.Linear(hidden, mlp, bias=False)
+        self.down_proj = nn.Linear(mlp, hidden, bias=False)
+
+    def forward(
+        self,
+        target: TargetHost,
+        hidden: torch.Tensor,
+        positions: torch.Tensor,
+        boundary: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """One layer.
+
+        Args:
+            target: Gives RoPE and attention over the bound layer's cache.
+            hidden: ``[rows, hidden_size]``.
+            positions: ``[rows]`` int64.
+            boundary: ``[rows, hidden_size]``, the boundary hidden state of each
+                row's block; needed only where the layer reads it.
+
+        Returns:
+            ``[rows, hidden_size]``.
+        """
+        if self.boundary_proj is not None:
+            assert boundary is not None, "the caller gives what the config asks for"
+            hidden = hidden + self.boundary_proj(boundary)
+        hidden = hidden + self._attention(target, self.input_norm(hidden), positions)
+        return hidden + self._mlp(self.mlp_norm(hidden))
+
+    def _attention(
+        self, target: TargetHost, x: torch.Tensor, positions: torch.Tensor
+    ) -> torch.Tensor:
+        query = self._per_head(self.q_norm, self.q_proj(x))
+        key = self._per_head(self.k_norm, self.k_proj(x))
+        query, key = target.rotate(self.target_layer, positions, query, key)
+        return self.o_proj(
+            target.attend(self.target_layer, query, key, self.v_proj(x))
+        )
+
+    def _per_head(self, norm: nn.Module | None, x: torch.Tensor) -> torch.Tensor:
+        if norm is None:
+            return x
+        return norm(x.unflatten(-1, (-1, self.head_dim))).flatten(-2)
+
+    def _mlp(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+    def init_weights(self, generator: torch.Generator) -> None:
+        """Small random weights; the outputs start at zero, so an untrained layer
+        passes its input through."""
+        for name, weight in self.named_parameters():
+            if "norm" in name:
+                nn.init.ones_(weight)
+            elif name.startswith(("o_proj", "down_proj", "boundary_proj")) or (
+                name.endswith("bias")
+            ):
+                nn.init.zeros_(weight)
+            else:
+                nn.init.normal_(weight, std=0.02, generator=generator)
+
+
+def run_own(
+    layer: OwnLayer,
+    target: TargetHost,
+    stream: Stream,
+    positions: torch.Tensor,
+    boundary: torch.Tensor | None,
+) -> Stream:
+    """Run an own layer on a stream (which it adds up first)."""
+    return Stream(layer(target, stream.summed(), positions, boundary))

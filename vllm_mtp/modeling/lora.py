@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LoRA on the target's own layers, gated to the placeholder rows.
+
+The anchor's row passes unchanged, so a shared layer stays exactly the target's
+there; the gating follows Apple's "Your LLM knows the future" (2507.11851).
+"""
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from vllm_mtp.config import LinearName, LoRAConfig
+from vllm_mtp.errors import UnsupportedTargetError
+from vllm_mtp.modeling.shadow import shadow
+from vllm_mtp.target import TargetFacts
+
+
+class LowRankPair(nn.Module):
+    """``x -> scale * B A x``. B starts at zero, so it changes nothing at first."""
+
+    def __init__(self, sizes: tuple[int, int], config: LoRAConfig) -> None:
+        super().__init__()
+        in_size, out_size = sizes
+        self.scale = config.alpha / config.rank
+        self.a = nn.Parameter(torch.empty(config.rank, in_size))
+        self.b = nn.Parameter(torch.empty(out_size, config.rank))
+
+    def init_weights(self, generator: torch.Generator) -> None:
+        bound = self.a.shape[1] ** -0.5
+        nn.init.uniform_(self.a, -bound, bound, generator=generator)
+        nn.init.zeros_(self.b)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``[..., in]`` to ``[..., out]``."""
+        return (x @ self.a.t() @ self.b.t()) * self.scale
+
+
+class RowGate:
+    """Which rows a change applies to; set before each forward."""
+
+    def __init__(self) -> None:
+        self.rows: torch.Tensor | None = None  # shape: [rows, 1], 0 or 1
+
+
+class _Site(NamedTuple):
+    """Where a linear module's output lies in the target's (merged) module."""
+
+    path: str
+    start: int
+    size: int
+
+
+class GatedLinear(nn.Module):
+    """A frozen linear module plus low-rank pairs on slices of its output."""
+
+    def __init__(
+        self,
+        base: nn.Module,
+        branches: list[tuple[_Site, LowRankPair]],
+        gate: RowGate,
+    ) -> None:
+        super().__init__()
+        self.base = base
+        self.branches = branches  # not registered: the drafter owns the pairs
+        self.gate = gate
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Like the base module; vLLM's linears return ``(output, bias)``."""
+        result = self.base(x, *args, **kwargs)
+        output = result[0] if isinstance(result, tuple) else result
+        for site, pair in self.branches:
+            change = pair(x) * self.gate.rows
+            output.narrow(-1, site.start, site.size).add_(change)
+        return result
+
+    def __getattr__(self, name: str) -> Any:
+        # vLLM's fusions ask a linear module for its quantisation: answer as
+        # the base would.
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("base"), name)
+
+
+def linear_sizes(facts: TargetFacts, name: LinearName) -> tuple[int, int]:
+    """Input and output size of a layer's linear module."""
+    hidden, mlp = facts.hidden_size, facts.intermediate_size or 0
+    queries = facts.num_attention_heads * facts.head_dim
+    keys = facts.num_key_value_heads * facts.head_dim
+    return {
+        "q_proj": (hidden, queries),
+        "k_proj": (hidden, keys),
+        "v_proj": (hidden, keys),
+        "o_proj": (queries, hidden),
+        "gate_proj": (hidden, mlp),
+        "up_proj": (hidden, mlp),
+        "down_proj": (mlp, hidden),
+    }[name]
+
+
+# Modules that hold several of our linear modules side by side.
+_MERGED: dict[str, tuple[LinearName, ...]] = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+}
+
+
+def with_lora(
+    layer: nn.Module,
+    pairs: Iterable[tuple[LinearName, LowRankPair]],
+    facts: TargetFacts,
+    gate: RowGate,
+) -> nn.Module:
+    """A shadow of ``layer`` whose named linear modules carry the pairs.
+
+    Raises:
+        UnsupportedTargetError: The layer has no such module.
+    """
+    by_path: dict[str, list[tuple[_Site, LowRankPair]]] = {}
+    for name, pair in pairs:
+        site = _find_site(layer, name, facts)
+        by_path.setdefault(site.path, []).append((site, pair))
+    return shadow(
+        layer,
+        {
+            path: GatedLinear(layer.get_submodule(path), branches, gate)
+            for path, branches in by_path.items()
+        },
+    )
+
+
+def _find_site(layer: nn.Module, name: LinearName, facts: TargetFacts) -> _Site:
+    paths = {path.rpartition(".")[2]: path for path, _ in layer.named_modules()}
+    if name in paths:
+        return _Site(paths[name], 0, linear_sizes(facts, name)[1])
+    for merged, parts in _MERGED.items():
+        if name in parts and merged in paths:
+            sizes = [linear_sizes(facts, part)[1] for part in parts]
+            index = parts.index(name)
+            return _Site(paths[merged], sum(sizes[:index]), sizes[index])
+    raise UnsupportedTargetError(
+        f"LoRA names module {name!r}, but the target's {type(layer).__name__} has "
+        f"none of that name (it has {sorted(p for p in paths if p)}); make a "
+        "drafter whose lora.modules fit this target"
+    )

@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From the user's ``speculative_config`` to vLLM's config object."""
+
+import copy
+import logging
+from pathlib import Path
+from typing import Any
+
+from vllm.config import SpeculativeConfig
+
+from vllm_mtp.checkpoint import load_drafter
+from vllm_mtp.config import DrafterConfig
+from vllm_mtp.errors import MethodConfigError, MTPError, UnsupportedTargetError
+from vllm_mtp.plugin import METHOD
+from vllm_mtp.serving.ledger import install_for_runner
+from vllm_mtp.serving.resolve import resolve_drafter
+from vllm_mtp.target import TargetFacts
+
+logger = logging.getLogger("vllm.mtp_placeholder")
+
+# Settings of vLLM's SpeculativeConfig that mean something for this method. Any
+# other would be taken in silence and do nothing, so it is refused.
+ALLOWED_KEYS = (
+    "method",
+    "model",
+    "revision",
+    "num_speculative_tokens",
+    "num_speculative_tokens_per_batch_size",
+    "draft_sample_method",
+    "rejection_sample_method",
+    "synthetic_acceptance_rates",
+    "synthetic_acceptance_length",
+    "enforce_eager",
+)
+
+
+class MTPPlaceholderSpecConfig(SpeculativeConfig):
+    """vLLM's config of our method.
+
+    To vLLM it is ``draft_model``, the family with k lookahead slots, no dropped
+    prefix-cache block and no prefill of its own. ``model`` is the drafter's
+    folder; ``draft_model_config`` is the target's, since the drafter runs on the
+    target's own modules.
+    """
+
+    def __post_init__(self) -> Any:
+        # The family "ngram" makes the base class take the target's configs for
+        # the draft's, and never guess a method from the folder's name.
+        self.method = "ngram"
+        super().__post_init__()
+        self.method = "draft_model"
+        self.prompt_lookup_min = self.prompt_lookup_max = 0
+        self.draft_model_config = copy.copy(self.target_model_config)
+        # The runner stops drafting for the whole batch when one request comes
+        # near this limit. Our rows beyond the target's limit are masked instead.
+        self.draft_model_config.max_model_len = (
+            self.target_model_config.max_model_len + self.num_speculative_tokens
+        )
+        return self
+
+    @property
+    def max_num_new_slots_for_drafting(self) -> int:
+        """The drafter has buffers of its own: the token budget stays untouched."""
+        return 0
+
+    def uses_draft_model(self) -> bool:
+        """Every runner asks this before it builds its drafter."""
+        install_for_runner()
+        return True
+
+    def use_dspark(self) -> bool:
+        """The V2 runner asks this before it builds its speculator."""
+        install_for_runner()
+        return False
+
+    def __repr__(self) -> str:
+        return (
+            f"SpeculativeConfig(method={METHOD!r}, model={self.model!r}, "
+            f"num_spec_tokens={self.num_speculative_tokens})"
+        )
+
+
+def is_ours(vllm_config: Any) -> bool:
+    """Whether a ``VllmConfig`` asks for our method."""
+    return isinstance(
+        getattr(vllm_config, "speculative_config", None), MTPPlaceholderSpecConfig
+    )
+
+
+def build_config(
+    engine_args: Any,
+    requested: dict[str, Any],
+    target_model_config: Any,
+    target_parallel_config: Any,
+) -> MTPPlaceholderSpecConfig:
+    """Find and check the drafter, and build vLLM's config for it.
+
+    Args:
+        engine_args: vLLM's ``EngineArgs``.
+        requested: The user's settings.
+        target_model_config: vLLM's ``ModelConfig`` of the target.
+        target_parallel_config: vLLM's ``ParallelConfig``.
+
+    Raises:
+        MTPError: Whatever is wrong with settings, target or drafter.
+    """
+    _require_known_keys(requested)
+    _require_supported(engine_args, target_model_config, target_parallel_config)
+    facts = TargetFacts.from_hf_config(
+        target_model_config.hf_config, name=target_model_config.model
+    )
+    folder = resolve_drafter(
+        requested.get("model"),
+        target_model_config.model,
+        facts,
+        revision=requested.get("revision"),
+    )
+    # Everything that can be wrong with a drafter is found here, where the user
+    # still sees it, and not in a worker's stack trace.
+    drafter_config = load_drafter(folder).config
+    try:
+        drafter_config.target.require_same(facts)
+    except MTPError as error:
+        raise type(error)(f"{folder}: {error}") from None
+    num_tokens = _num_speculative_tokens(requested, drafter_config, folder)
+    _log_start(folder, drafter_config, num_tokens)
+    settings = dict(requested) | {
+        "method": "ngram",
+        "model": str(folder),
+        "num_speculative_tokens": num_tokens,
+        "target_model_config": target_model_config,
+        "target_parallel_config": target_parallel_config,
+    }
+    return MTPPlaceholderSpecConfig(**settings)
+
+
+def _require_known_keys(requested: dict[str, Any]) -> None:
+    if unknown := sorted(set(requested) - set(ALLOWED_KEYS)):
+        raise MethodConfigError(
+            f"speculative_config: method {METHOD!r} does not take "
+            f"{', '.join(map(repr, unknown))}; it takes {', '.join(ALLOWED_KEYS)}. "
+            "Remove the others."
+        )
+
+
+def _require_supported(engine_args: Any, model: Any, parallel: Any) -> None:
+    refusals = (
+        (
+            getattr(model, "use_mla", False),
+            "the target uses multi-head latent attention (MLA); its cache holds no "
+            "keys and values per head. Use a target with ordinary attention",
+        ),
+        (
+            getattr(model, "uses_mrope", False),
+            "the target uses M-RoPE (several position axes), which is not supported. "
+            "Serve it without this method",
+        ),
+        (
+            parallel.pipeline_parallel_size > 1,
+            f"pipeline_parallel_size={parallel.pipeline_parallel_size}: the drafter "
+            "reads layers of every stage. Use 1",
+        ),
+        (
+            parallel.tensor_parallel_size > 1,
+            f"tensor_parallel_size={parallel.tensor_parallel_size} is not supported "
+            "yet. Use 1",
+        ),
+        (
+            getattr(engine_args, "kv_transfer_config", None) is not None,
+            "kv_transfer_config is set: a KV connector would see the drafter's "
+            "scratch writes as the target's. Serve without a KV connector",
+        ),
+    )
+    for refused, reason in refusals:
+        if refused:
+            raise UnsupportedTargetError(f"method {METHOD!r}: {reason}.")
+
+
+def _num_speculative_tokens(
+    requested: dict[str, Any], config: DrafterConfig, folder: Path
+) -> int:
+    trained = config.num_speculative_tokens
+    wanted = requested.get("num_speculative_tokens")
+    if wanted is None:
+        return trained
+    if isinstance(wanted, bool) or not isinstance(wanted, int):
+        raise MethodConfigError(
+            f"speculative_config.num_speculative_tokens: got {wanted!r}, expected an "
+            f"integer from 1 to {trained}, or leave it out"
+        )
+    if not 1 <= wanted <= trained:
+        raise MethodConfigError(
+            f"speculative_config.num_speculative_tokens: got {wanted}, but the drafter "
+            f"in {folder} was made for 1 to {trained}. Ask for at most {trained}, "
+            f"leave it out (then it is {trained}), or make a drafter with more: "
+            "vllm-mtp init --num-speculative-tokens ..."
+        )
+    return wanted
+
+
+def _log_start(folder: Path, config: DrafterConfig, num_tokens: int) -> None:
+    kinds = [layer.kind for layer in config.layers]
+    logger.info(
+        "%s: drafter %s; %d shared and %d own layers, reading the KV cache of target "
+        "layers %s; %d tokens per step; KV cache of its own: 0 bytes",
+        METHOD,
+        folder,
+        kinds.count("shared"),
+        kinds.count("own"),
+        _ranges(config.bound_layers),
+        num_tokens,
+    )
+
+
+def _ranges(numbers: tuple[int, ...]) -> str:
+    """``(0, 1, 2, 7)`` as ``0-2,7``."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1].append(number)
+        else:
+            parts.append([number])
+    return ",".join(f"{p[0]}-{p[-1]}" if len(p) > 1 else str(p[0]) for p in parts)

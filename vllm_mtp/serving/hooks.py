@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The replacements that `ledger.py` puts in place.
+
+Each function takes the original and gives the replacement.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from vllm_mtp.plugin import METHOD
+
+
+def create_speculative_config(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Ledger entry ``config``."""
+
+    @functools.wraps(original)
+    def wrapper(
+        self: Any, target_model_config: Any, target_parallel_config: Any
+    ) -> Any:
+        requested = _requested(self)
+        if requested.get("method") != METHOD:
+            return original(self, target_model_config, target_parallel_config)
+        from vllm_mtp.serving.config import build_config
+
+        return build_config(
+            self, requested, target_model_config, target_parallel_config
+        )
+
+    return wrapper
+
+
+def _requested(engine_args: Any) -> dict[str, Any]:
+    """The user's speculative settings, from the dict and the short flags."""
+    settings = {
+        key.replace("-", "_"): value
+        for key, value in (engine_args.speculative_config or {}).items()
+    }
+    for flag, key in (
+        ("spec_method", "method"),
+        ("spec_model", "model"),
+        ("spec_tokens", "num_speculative_tokens"),
+    ):
+        value = getattr(engine_args, flag, None)
+        if value is not None:
+            settings.setdefault(key, value)
+    return settings
+
+
+def new_draft_model_proposer(original: Callable[..., Any]) -> Any:
+    """Ledger entry ``v1-proposer``."""
+
+    def wrapper(cls: type, *args: Any, **kwargs: Any) -> Any:
+        from vllm.v1.spec_decode.draft_model import DraftModelProposer
+
+        from vllm_mtp.serving.config import is_ours
+        from vllm_mtp.serving.v1 import MTPPlaceholderProposer
+
+        vllm_config = kwargs.get("vllm_config", args[0] if args else None)
+        if cls is DraftModelProposer and is_ours(vllm_config):
+            cls = MTPPlaceholderProposer
+        return object.__new__(cls)
+
+    return wrapper
+
+
+def init_speculator(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Ledger entry ``v2-speculator``."""
+
+    @functools.wraps(original)
+    def wrapper(vllm_config: Any, device: Any, *args: Any, **kwargs: Any) -> Any:
+        from vllm_mtp.serving.config import is_ours
+
+        if not is_ours(vllm_config):
+            return original(vllm_config, device, *args, **kwargs)
+        from vllm_mtp.serving.v2 import MTPPlaceholderSpeculator
+
+        return MTPPlaceholderSpeculator(vllm_config, device)
+
+    return wrapper
+
+
+def expand_batch_to_tokens(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Ledger entry ``cpu-expand``."""
+
+    @functools.wraps(original)
+    def wrapper(
+        x: torch.Tensor,
+        cu_num_tokens: torch.Tensor,
+        num_tokens: int,
+        replace_from: int = 0,
+        replace_to: int = 0,
+    ) -> torch.Tensor:
+        counts = torch.diff(cu_num_tokens, prepend=cu_num_tokens.new_zeros(1))
+        values = x.masked_fill(x == replace_from, replace_to)
+        return values.repeat_interleave(counts, output_size=num_tokens)
+
+    return wrapper

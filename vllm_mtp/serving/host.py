@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vLLM's target model as the drafter's host.
+
+The paged cache is read and the scratch slots are written by the target's own
+``Attention`` modules, under the drafter's forward context. So layout, type and
+scales of the cache are vLLM's business, whatever the backend.
+"""
+
+import inspect
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.config import VllmConfig, get_layers_from_vllm_config
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.models.utils import extract_layer_index
+
+from vllm_mtp.errors import UnsupportedTargetError
+from vllm_mtp.modeling.hosts import Stream
+from vllm_mtp.target import TargetFacts
+
+_LAYER_PARAMETERS = ("positions", "hidden_states", "residual")
+
+
+class VllmTarget:
+    """A loaded vLLM model as `modeling.hosts.TargetHost`.
+
+    Args:
+        model: The runner's target model.
+        vllm_config: The target's config.
+        facts: What the drafter was made for.
+        bound_layers: Target layers that the drafter reads.
+
+    Raises:
+        UnsupportedTargetError: A bound layer has no ordinary attention, or the
+            model's layers cannot be run one by one.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        vllm_config: VllmConfig,
+        facts: TargetFacts,
+        bound_layers: Iterable[int],
+    ) -> None:
+        self._model = _language_model(model)
+        self._decoder = self._model.model
+        attention = _attention_by_layer(vllm_config)
+        self._attention: dict[int, Attention] = {}
+        self._rotary: dict[int, nn.Module] = {}
+        for index in bound_layers:
+            self._bind(index, attention, facts)
+
+    @property
+    def attention_layer_names(self) -> set[str]:
+        """vLLM's names of the attention layers that the drafter reads."""
+        return {attention.layer_name for attention in self._attention.values()}
+
+    def _bind(
+        self, index: int, attention: dict[int, Attention], facts: TargetFacts
+    ) -> None:
+        layer = self.layer(index)
+        if index not in attention:
+            raise UnsupportedTargetError(
+                f"target layer {index} ({type(layer).__name__}) has no ordinary "
+                "attention, so there is no KV cache to read (MLA, mamba or linear "
+                f"attention?). Bind to one of the layers {sorted(attention)}."
+            )
+        _require_heads(index, attention[index], facts)
+        rotary = [m.rotary_emb for m in layer.modules() if hasattr(m, "rotary_emb")]
+        if len(rotary) != 1:
+            raise UnsupportedTargetError(
+                f"target layer {index} ({type(layer).__name__}) has {len(rotary)} "
+                "`rotary_emb` modules, expected 1; this architecture is not supported"
+            )
+        self._attention[index] = attention[index]
+        self._rotary[index] = rotary[0]
+
+    def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+        return self._model.embed_input_ids(token_ids)
+
+    def layer(self, index: int) -> nn.Module:
+        layer = self._decoder.layers[index]
+        found = inspect.signature(type(layer).forward).parameters
+        if not all(name in found for name in _LAYER_PARAMETERS):
+            raise UnsupportedTargetError(
+                f"{type(layer).__name__}.forward takes {list(found)[1:]}, expected "
+                f"{list(_LAYER_PARAMETERS)}; this architecture is not supported"
+            )
+        return layer
+
+    def run_layer(
+        self, layer: nn.Module, index: int, stream: Stream, positions: torch.Tensor
+    ) -> Stream:
+        hidden, residual = layer(
+            positions=positions,
+            hidden_states=stream.hidden,
+            residual=stream.residual,
+        )
+        return Stream(hidden, residual)
+
+    def rotate(
+        self,
+        index: int,
+        positions: torch.Tensor,
+        query: torch.Tensor,
+        key: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._rotary[index](positions, query, key)
+
+    def attend(
+        self, index: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> torch.Tensor:
+        return self._attention[index](query, key, value)
+
+    def final_norm(self, stream: Stream) -> torch.Tensor:
+        norm = self._decoder.norm
+        if stream.residual is None:
+            return norm(stream.hidden)
+        return norm(stream.hidden, stream.residual)[0]
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self._model.compute_logits(hidden)
+
+    def logits_of_tokens(self, token_ids: torch.Tensor) -> nn.Module:
+        return _SmallHead(self._model, token_ids)
+
+
+class _SmallHead(nn.Module):
+    """The rows of the target's LM head that belong to a reduced vocabulary.
+
+    The rows are gathered once; a whole head per draft would undo the saving.
+    """
+
+    def __init__(self, model: Any, token_ids: torch.Tensor) -> None:
+        super().__init__()
+        weight = getattr(model.lm_head, "weight", None)
+        if weight is None or weight.ndim != 2 or not weight.is_floating_point():
+            raise UnsupportedTargetError(
+                f"the target's LM head ({type(model.lm_head).__name__}) has no plain "
+                "weight (quantised?), which a reduced draft vocabulary needs. Use a "
+                "drafter with draft_vocab_size null."
+            )
+        self.weight = nn.Parameter(weight.detach()[token_ids], requires_grad=False)
+        processor = model.logits_processor
+        self.scale: float = processor.scale
+        self.soft_cap: float | None = processor.soft_cap
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """``[rows, hidden_size]`` to ``[rows, tokens]``."""
+        logits = nn.functional.linear(hidden, self.weight)
+        if self.soft_cap is not None:
+            logits = torch.tanh(logits / self.soft_cap) * self.soft_cap
+        return logits * self.scale if self.scale != 1.0 else logits
+
+
+def _language_model(model: Any) -> Any:
+    """The text part of a model that may be multimodal."""
+    inner = model.get_language_model() if hasattr(model, "get_language_model") else model
+    decoder = getattr(inner, "model", None)
+    if not (hasattr(decoder, "layers") and hasattr(decoder, "norm")):
+        raise UnsupportedTargetError(
+            f"{type(inner).__name__} has no `model.layers` and `model.norm`; this "
+            "architecture is not supported"
+        )
+    return inner
+
+
+def _attention_by_layer(vllm_config: VllmConfig) -> dict[int, Attention]:
+    layers = get_layers_from_vllm_config(vllm_config, Attention)
+    return {extract_layer_index(name): layer for name, layer in layers.items()}
+
+
+def _require_heads(index: int, attention: Attention, facts: TargetFacts) -> None:
+    got = (attention.num_heads, attention.num_kv_heads, attention.head_size)
+    expected = (facts.num_attention_heads, facts.num_key_value_heads, facts.head_dim)
+    if got != expected:
+        raise UnsupportedTargetError(
+            f"target layer {index} has (heads, KV heads, head size) {got}, the "
+            f"drafter was made for {expected}; use a drafter made for this target"
+        )

@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ledger: every place where vLLM is patched, and nothing else.
+
+Entry A is applied when vLLM loads its plugins. The others are applied in a
+process that runs our method, as late as the module they belong to is loaded and
+as early as the runner asks which drafter to build; nobody else pays for them.
+"""
+
+import importlib
+import inspect
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from vllm_mtp.errors import MTPError
+
+_ORIGINAL = "__vllm_mtp_original__"
+
+
+class HookMissingError(MTPError):
+    """vLLM lacks, or has changed, a symbol that a patch needs."""
+
+
+@dataclass(frozen=True)
+class Patch:
+    """One patched symbol.
+
+    Attributes:
+        name: Short name, as `vllm-mtp doctor` shows it.
+        symbol: ``module:attribute`` or ``module:Class.attribute``.
+        aliases: Modules that imported the symbol by name.
+        parameters: Parameters of the original that we rely on.
+        wrapper: ``module:function`` that makes the replacement from the original.
+        what: What the replacement does.
+        why: Why no extension point of vLLM serves.
+        seen: vLLM versions in which the symbol was read or run.
+        remove_when: When this entry can go.
+        cpu_only: Applies on the CPU platform only.
+    """
+
+    name: str
+    symbol: str
+    parameters: tuple[str, ...]
+    wrapper: str
+    what: str
+    why: str
+    seen: str
+    remove_when: str
+    aliases: tuple[str, ...] = ()
+    cpu_only: bool = False
+
+
+CONFIG = Patch(
+    name="config",
+    symbol="vllm.engine.arg_utils:EngineArgs.create_speculative_config",
+    parameters=("self", "target_model_config", "target_parallel_config"),
+    wrapper="vllm_mtp.serving.hooks:create_speculative_config",
+    what="Builds our SpeculativeConfig subclass for method 'mtp_placeholder'; "
+    "every other request falls through unchanged.",
+    why="SpeculativeConfig.method is a closed Literal, and there is no registry "
+    "of methods.",
+    seen="0.28-0.33",
+    remove_when="vLLM takes speculative methods from plugins (RFC #36219).",
+)
+V1_PROPOSER = Patch(
+    name="v1-proposer",
+    symbol="vllm.v1.spec_decode.draft_model:DraftModelProposer.__new__",
+    parameters=(),
+    wrapper="vllm_mtp.serving.hooks:new_draft_model_proposer",
+    what="Makes our proposer where the V1 runner builds the stock one, when the "
+    "config is ours.",
+    why="The V1 runner picks proposers by an if-chain on the method's name and "
+    "asserts their class; ours is a subclass.",
+    seen="0.28-0.33",
+    remove_when="The V1 runner is gone, or takes proposers from plugins.",
+)
+V2_SPECULATOR = Patch(
+    name="v2-speculator",
+    symbol="vllm.v1.worker.gpu.spec_decode:init_speculator",
+    parameters=("vllm_config", "device"),
+    wrapper="vllm_mtp.serving.hooks:init_speculator",
+    what="Answers for our method where the V2 runner builds its speculator.",
+    why="The V2 runner picks speculators by an if-chain on the method's name.",
+    seen="0.31-0.33",
+    remove_when="vLLM takes speculators from plugins (RFC #36219).",
+    aliases=("vllm.v1.worker.gpu.model_runner",),
+)
+CPU_EXPAND = Patch(
+    name="cpu-expand",
+    symbol="vllm.v1.sample.rejection_sampler:expand_batch_to_tokens",
+    parameters=("x", "cu_num_tokens", "num_tokens", "replace_from", "replace_to"),
+    wrapper="vllm_mtp.serving.hooks:expand_batch_to_tokens",
+    what="Expands temperature, top-p and top-k to draft tokens with plain torch.",
+    why="vLLM's CPU stand-in writes into a temporary copy, so sampled requests "
+    "are verified with uninitialised temperatures (docs/upstream/).",
+    seen="0.28-0.33",
+    remove_when="vLLM's CPU `_expand_kernel_impl` writes its output.",
+    cpu_only=True,
+)
+PATCHES = (CONFIG, V1_PROPOSER, V2_SPECULATOR, CPU_EXPAND)
+
+
+def install_at_start() -> None:
+    """Apply what must be there before vLLM reads its arguments."""
+    install(CONFIG)
+
+
+def install_for_runner() -> None:
+    """Apply what the runner of this process needs, for modules already loaded.
+
+    Called by our config whenever vLLM asks it what kind of drafter to build.
+    """
+    for patch in PATCHES:
+        module, _ = _split(patch.symbol)
+        if module in sys.modules and _applies_here(patch):
+            install(patch)
+
+
+def install(patch: Patch) -> None:
+    """Apply one patch; does nothing where it already is.
+
+    Raises:
+        HookMissingError: The symbol is gone or has another signature.
+    """
+    owner, attribute = _owner(patch)
+    current = inspect.getattr_static(owner, attribute, None)
+    if is_installed(patch):
+        return
+    _require_parameters(patch, current)
+    module, function = _split(patch.wrapper)
+    make: Callable[[Any], Any] = getattr(importlib.import_module(module), function)
+    replacement = make(current)
+    setattr(replacement, _ORIGINAL, current)
+    setattr(owner, attribute, replacement)
+    for alias in patch.aliases:
+        if alias in sys.modules:
+            setattr(sys.modules[alias], attribute, replacement)
+
+
+def is_installed(patch: Patch) -> bool:
+    """Whether the patch is in place in this process (also below other wrappers)."""
+    owner, attribute = _owner(patch)
+    current = inspect.getattr_static(owner, attribute, None)
+    while current is not None:
+        current = getattr(current, "__func__", current)  # a staticmethod
+        if hasattr(current, _ORIGINAL):
+            return True
+        current = getattr(current, "__wrapped__", None)
+    return False
+
+
+def problem_with(patch: Patch) -> str | None:
+    """Why the patch cannot be applied to this vLLM; None when it can."""
+    try:
+        owner, attribute = _owner(patch)
+        if not is_installed(patch):
+            _require_parameters(patch, inspect.getattr_static(owner, attribute, None))
+    except (HookMissingError, ImportError) as error:
+        return str(error)
+    return None
+
+
+def _split(symbol: str) -> tuple[str, str]:
+    module, _, attribute = symbol.partition(":")
+    return module, attribute
+
+
+def _owner(patch: Patch) -> tuple[Any, str]:
+    """The module or class that holds the symbol, and the attribute's name."""
+    module, path = _split(patch.symbol)
+    owner: Any = importlib.import_module(module)
+    *parents, attribute = path.split(".")
+    for parent in parents:
+        owner = getattr(owner, parent, None)
+    if owner is None:
+        raise HookMissingError(_missing(patch, "it is not there"))
+    return owner, attribute
+
+
+def _require_parameters(patch: Patch, current: Any) -> None:
+    if attribute_is_new(patch):
+        return
+    if current is None:
+        raise HookMissingError(_missing(patch, "it is not there"))
+    found = inspect.signature(current).parameters
+    if gone := [name for name in patch.parameters if name not in found]:
+        raise HookMissingError(
+            _missing(patch, f"it has no parameter {', '.join(gone)} any more")
+        )
+
+
+def attribute_is_new(patch: Patch) -> bool:
+    """`__new__` is inherited from object: there is nothing to check."""
+    return patch.symbol.endswith(".__new__")
+
+
+def _missing(patch: Patch, reason: str) -> str:
+    from importlib.metadata import version
+
+    return (
+        f"vllm-mtp {version('vllm-mtp')} cannot use {patch.symbol}: {reason}. It was "
+        f"seen in vLLM {patch.seen}. Install one of these versions, or a newer vllm-mtp."
+    )
+
+
+def _applies_here(patch: Patch) -> bool:
+    if not patch.cpu_only:
+        return True
+    from vllm.platforms import current_platform
+
+    return current_platform.is_cpu()

@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Load a drafter in a worker and bind it to the loaded target (both runners)."""
+
+from pathlib import Path
+
+import torch
+from vllm.config import VllmConfig
+
+from vllm_mtp.checkpoint import load_drafter
+from vllm_mtp.modeling.drafter import BoundDrafter
+from vllm_mtp.serving.host import VllmTarget
+
+
+def load_bound_drafter(
+    target_model: torch.nn.Module, vllm_config: VllmConfig, device: torch.device
+) -> tuple[BoundDrafter, VllmTarget]:
+    """The drafter that the config names, on the target.
+
+    Args:
+        target_model: vLLM's loaded target.
+        vllm_config: Its ``speculative_config`` is ours.
+        device: Where the target is.
+
+    Raises:
+        MTPError: The drafter cannot be read or does not fit the target.
+    """
+    spec_config = vllm_config.speculative_config
+    assert spec_config is not None
+    assert spec_config.model is not None
+    drafter = load_drafter(
+        Path(spec_config.model), dtype=vllm_config.model_config.dtype, device=device
+    )
+    config = drafter.config
+    host = VllmTarget(target_model, vllm_config, config.target, config.bound_layers)
+    return BoundDrafter(drafter, host), host

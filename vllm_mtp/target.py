@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a drafter must know of its target, and how to tell targets apart."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
+
+from vllm_mtp.errors import TargetMismatchError, UnsupportedTargetError
+
+# Not part of the comparison: a copy of the target in another folder is the
+# same target, and weights are compared by `weights_fingerprint` on their own.
+_INFORMATIVE = frozenset({"name", "weights_fingerprint"})
+
+
+class TargetFacts(BaseModel):
+    """The target's shape: every fact that a drafter's weights depend on."""
+
+    # protected_namespaces: `model_type` is the Hugging Face name of the field.
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, protected_namespaces=()
+    )
+
+    name: str | None = Field(
+        default=None, description="Name or path it was made from; informative."
+    )
+    model_type: str = Field(description="The target's `model_type`.")
+    num_hidden_layers: int = Field(ge=1, description="Number of layers.")
+    hidden_size: int = Field(ge=1, description="Width of the hidden state.")
+    intermediate_size: int | None = Field(
+        default=None, description="Width of the dense MLP; null for none."
+    )
+    num_attention_heads: int = Field(ge=1, description="Query heads.")
+    num_key_value_heads: int = Field(ge=1, description="Key and value heads.")
+    head_dim: int = Field(ge=1, description="Size of one head.")
+    vocab_size: int = Field(ge=1, description="Size of the vocabulary.")
+    rope_parameters: dict[str, JsonValue] = Field(
+        description="RoPE settings as in the target's config."
+    )
+    weights_fingerprint: str | None = Field(
+        default=None,
+        description="SHA-256 over the sorted names and shapes of the target's "
+        "weights; used to find the drafter when none is named.",
+    )
+
+    @classmethod
+    def from_hf_config(
+        cls, hf_config: Any, *, name: str | None = None
+    ) -> "TargetFacts":
+        """Read the facts off a transformers config (text part).
+
+        Args:
+            hf_config: A ``PretrainedConfig``; for multimodal models the outer one.
+            name: Name or path, kept for messages only.
+
+        Raises:
+            UnsupportedTargetError: The target cannot be read by our drafters.
+        """
+        text = hf_config.get_text_config()
+        _refuse_unsupported(text)
+        heads = text.num_attention_heads
+        return cls(
+            name=name,
+            model_type=text.model_type,
+            num_hidden_layers=text.num_hidden_layers,
+            hidden_size=text.hidden_size,
+            intermediate_size=getattr(text, "intermediate_size", None),
+            num_attention_heads=heads,
+            num_key_value_heads=getattr(text, "num_key_value_heads", None) or heads,
+            head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
+            vocab_size=text.vocab_size,
+            rope_parameters=_rope_parameters(text),
+        )
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> "TargetFacts":
+        """Read facts and weights' fingerprint of a Hugging Face folder."""
+        from transformers import AutoConfig
+
+        facts = cls.from_hf_config(
+            AutoConfig.from_pretrained(folder), name=folder.name
+        )
+        return facts.model_copy(
+            update={"weights_fingerprint": weights_fingerprint(folder)}
+        )
+
+    def differences(self, other: "TargetFacts") -> list[str]:
+        """Say, fact by fact, where ``other`` is not this target."""
+        return [
+            f"target.{key}: the drafter was made for {expected!r}, "
+            f"this target has {getattr(other, key)!r}"
+            for key, expected in self
+            if key not in _INFORMATIVE and getattr(other, key) != expected
+        ]
+
+    def require_same(self, other: "TargetFacts") -> None:
+        """Raise unless ``other`` is this target.
+
+        Raises:
+            TargetMismatchError: Lists each differing fact.
+        """
+        if lines := self.differences(other):
+            raise TargetMismatchError(
+                "this drafter does not fit the target:\n  "
+                + "\n  ".join(lines)
+                + "\nUse the target that it was made for"
+                + (f" ({self.name})" if self.name else "")
+                + ", or make a drafter for this one: vllm-mtp init --target ..."
+            )
+
+
+def _refuse_unsupported(text: Any) -> None:
+    name = getattr(text, "model_type", "?")
+    if getattr(text, "kv_lora_rank", None):
+        raise UnsupportedTargetError(
+            f"target {name!r} uses multi-head latent attention (kv_lora_rank="
+            f"{text.kv_lora_rank}); its cache holds no keys and values per head, "
+            "which our drafters read. Use a target with ordinary attention."
+        )
+    kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
+    if not any("attention" in kind and "linear" not in kind for kind in kinds):
+        raise UnsupportedTargetError(
+            f"target {name!r} has no attention layer (layer_types: "
+            f"{sorted(kinds)}); there is no KV cache to read. Use a target with "
+            "attention layers."
+        )
+    if not getattr(text, "num_attention_heads", None):
+        raise UnsupportedTargetError(
+            f"target {name!r} has no num_attention_heads in its config: it has no "
+            "KV cache per head (a mamba or RNN model?), which our drafters read. "
+            "Use a target with attention layers."
+        )
+
+
+def _rope_parameters(text: Any) -> dict[str, JsonValue]:
+    """RoPE settings in one shape, whatever wrote the config.
+
+    transformers 5 has ``rope_parameters``; version 4 had ``rope_theta`` and
+    ``rope_scaling`` (the same content in two places).
+    """
+    found = getattr(text, "rope_parameters", None)
+    if found is None:
+        found = {"rope_theta": getattr(text, "rope_theta", None)}
+        found |= getattr(text, "rope_scaling", None) or {"rope_type": "default"}
+    # A round trip through JSON drops tuples and config objects.
+    return json.loads(json.dumps(found, default=dict))
+
+
+def weights_fingerprint(folder: Path) -> str | None:
+    """Fingerprint of the weights in ``folder`` by names and shapes.
+
+    Only the headers of the safetensors files are read.
+
+    Returns:
+        A hex SHA-256, or None where the folder holds no safetensors file.
+    """
+    from safetensors import safe_open
+
+    shapes: dict[str, list[int]] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (not a dict)
+                shapes[name] = tensors.get_slice(name).get_shape()
+    return fingerprint_of_shapes(shapes) if shapes else None
+
+
+def fingerprint_of_shapes(shapes: Mapping[str, Iterable[int]]) -> str:
+    """SHA-256 over the sorted names and shapes of weights."""
+    lines = sorted(f"{name} {list(shape)}" for name, shape in shapes.items())
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
