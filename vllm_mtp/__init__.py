@@ -27,7 +27,7 @@ _HOME = {
     "save_drafter": "vllm_mtp.checkpoint",
 }
 
-__all__ = [  # noqa: RUF022 (the type checker wants a plain list)
+__all__ = [
     "AcceptanceCounts",
     "Drafter",
     "DrafterConfig",

@@ -34,7 +34,9 @@ def block_positions(prefix_lens: torch.Tensor, num_places: int) -> torch.Tensor:
     return prefix_lens[:, None] + places
 
 
-def is_placeholder(num_rows: int, num_places: int, device: torch.device | str) -> torch.Tensor:
+def is_placeholder(
+    num_rows: int, num_places: int, device: torch.device | str
+) -> torch.Tensor:
     """Which flattened rows are placeholders (all but each block's anchor).
 
     Returns:

@@ -88,9 +88,7 @@ class OwnLayerConfig(_Strict):
     )
 
 
-LayerConfig = Annotated[
-    SharedLayerConfig | OwnLayerConfig, Field(discriminator="kind")
-]
+LayerConfig = Annotated[SharedLayerConfig | OwnLayerConfig, Field(discriminator="kind")]
 
 
 class MarkovConfig(_Strict):

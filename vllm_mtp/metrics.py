@@ -72,9 +72,7 @@ def count_accepted(drafted: torch.Tensor, truth: torch.Tensor) -> AcceptanceCoun
             place that was not reached holds a value that no token has.
     """
     accepted = (drafted == truth).long().cumprod(dim=1).sum(dim=0)
-    return AcceptanceCounts(
-        drafted.shape[0], drafted.numel(), tuple(accepted.tolist())
-    )
+    return AcceptanceCounts(drafted.shape[0], drafted.numel(), tuple(accepted.tolist()))
 
 
 def read_vllm_counters(metrics: Iterable[Any]) -> AcceptanceCounts:
@@ -93,6 +91,4 @@ def read_vllm_counters(metrics: Iterable[Any]) -> AcceptanceCounts:
             totals[name] += int(metric.value)
         elif name == "accepted_tokens_per_pos":
             per_place = [int(value) for value in metric.values]
-    return AcceptanceCounts(
-        totals["drafts"], totals["draft_tokens"], tuple(per_place)
-    )
+    return AcceptanceCounts(totals["drafts"], totals["draft_tokens"], tuple(per_place))

@@ -80,9 +80,7 @@ class TargetFacts(BaseModel):
         """Read facts and weights' fingerprint of a Hugging Face folder."""
         from transformers import AutoConfig
 
-        facts = cls.from_hf_config(
-            AutoConfig.from_pretrained(folder), name=folder.name
-        )
+        facts = cls.from_hf_config(AutoConfig.from_pretrained(folder), name=folder.name)
         return facts.model_copy(
             update={"weights_fingerprint": weights_fingerprint(folder)}
         )

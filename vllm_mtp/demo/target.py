@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from vllm_mtp.errors import MTPError
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger("vllm.mtp_placeholder.demo")
@@ -38,7 +39,7 @@ _REQUIRED_FILES = (
 )
 # transformers refuses to read a GGUF file without these two.
 _BUILD_MODULES = ("gguf", "accelerate")
-_CONTEXT_LENGTH = 8192  # tokens; the GGUF file's llama.context_length
+_CONTROL = 3  # GGUF's token type of special tokens
 
 
 class DemoPackageError(MTPError):
@@ -195,7 +196,7 @@ def _load_model(gguf_file: Path) -> "PreTrainedModel":
 def _unpack_options() -> dict[str, Any]:
     """Return what makes ``from_pretrained`` unpack a GGUF file's weights.
 
-    Where transformers has ``GgufConfig`` (5.18; not yet in 5.16), a model loaded
+    Where transformers has ``GgufConfig`` (since 5.17), a model that is loaded
     without it counts as quantized and cannot be saved. Older versions always
     unpack.
     """
@@ -208,23 +209,57 @@ def _unpack_options() -> dict[str, Any]:
 
 
 def _load_tokenizer(gguf_file: Path) -> "PreTrainedTokenizerBase":
-    """Load the tokenizer, with the pre-tokenizer that SmolLM2 was trained with."""
-    from tokenizers import pre_tokenizers
-    from transformers import AutoTokenizer
+    """Make the tokenizer out of the GGUF file's fields.
 
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-        gguf_file.parent, gguf_file=gguf_file.name
+    transformers can do this too, but its versions differ in the result: 5.16
+    takes ``<|im_start|>`` for the end of a text, and 5.19 does not follow the
+    file's ``tokenizer.ggml.pre``.
+    """
+    from gguf import GGUFReader
+    from transformers import PreTrainedTokenizerFast
+
+    fields = {k: f.contents() for k, f in GGUFReader(gguf_file).fields.items()}
+    tokens = fields["tokenizer.ggml.tokens"]
+
+    def special(role: str) -> str:
+        return tokens[fields[f"tokenizer.ggml.{role}_token_id"]]
+
+    return PreTrainedTokenizerFast(
+        tokenizer_object=_bpe_tokenizer(fields),
+        bos_token=special("bos"),
+        eos_token=special("eos"),
+        pad_token=special("padding"),
+        unk_token=special("unknown"),
+        chat_template=fields["tokenizer.chat_template"],
+        model_max_length=fields["llama.context_length"],
+        clean_up_tokenization_spaces=False,
     )
-    # transformers ignores `tokenizer.ggml.pre = smollm`, which splits off every
-    # digit first. Plain GPT-2 splitting gives other tokens for white space
-    # before a digit, e.g. in numbered lists.
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+
+
+def _bpe_tokenizer(fields: dict[str, Any]) -> "Tokenizer":
+    """Make the byte-level BPE tokenizer.
+
+    Args:
+        fields: The GGUF file's fields by name.
+    """
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    tokens: list[str] = fields["tokenizer.ggml.tokens"]
+    merges = [tuple(pair.split(" ")) for pair in fields["tokenizer.ggml.merges"]]
+    bpe = models.BPE({token: i for i, token in enumerate(tokens)}, merges)
+    tokenizer = Tokenizer(bpe)
+    # What `tokenizer.ggml.pre = smollm` stands for. Without splitting off digits
+    # first, white space before a digit (numbered lists) gives other tokens than
+    # the model was trained on.
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Digits(individual_digits=True),
             pre_tokenizers.ByteLevel(add_prefix_space=False),
         ]
     )
-    tokenizer.model_max_length = _CONTEXT_LENGTH
-    for key in ("is_local", "local_files_only"):  # true of this machine only
-        tokenizer.init_kwargs.pop(key, None)
+    tokenizer.decoder = decoders.ByteLevel()
+    kinds = zip(tokens, fields["tokenizer.ggml.token_type"], strict=True)
+    tokenizer.add_special_tokens(
+        [AddedToken(t, normalized=False) for t, kind in kinds if kind == _CONTROL]
+    )
     return tokenizer

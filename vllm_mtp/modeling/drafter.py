@@ -103,15 +103,15 @@ class BoundDrafter:
             if isinstance(layer, OwnLayer):
                 stream = run_own(layer, self.target, stream, rows, boundary)
             else:
-                stream = self.target.run_layer(
-                    self._shared[index], layer.target_layer, stream, rows
-                )
+                bound = self.drafter.config.layers[index].target_layer
+                stream = self.target.run_layer(self._shared[index], bound, stream, rows)
         return self.target.final_norm(stream).unflatten(0, (-1, num_places))
 
     def _embed(self, anchor_ids: torch.Tensor, num_places: int) -> torch.Tensor:
         anchors = self.target.embed(anchor_ids)
         if num_places == 1:
             return anchors
+        assert self.drafter.placeholders is not None, "k is at most the trained one"
         placeholders = self.drafter.placeholders[: num_places - 1]
         block = torch.cat(
             [anchors[:, None], placeholders.expand(anchors.shape[0], -1, -1)], dim=1

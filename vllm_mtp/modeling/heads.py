@@ -23,7 +23,9 @@ class MarkovCorrection(nn.Module):
         self, rank: int, hidden_size: int, vocab_size: int, out_size: int
     ) -> None:
         super().__init__()
-        self.embed = nn.Embedding(vocab_size, rank, _weight=torch.empty(vocab_size, rank))
+        self.embed = nn.Embedding(
+            vocab_size, rank, _weight=torch.empty(vocab_size, rank)
+        )
         self.gate = nn.Linear(hidden_size, rank)
         self.unembed = nn.Linear(rank, out_size, bias=False)
 

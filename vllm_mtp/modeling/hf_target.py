@@ -57,9 +57,10 @@ class HFTarget:
         # model's own sliding window would drop it.
         cache = DynamicCache()
         out = self.decoder(token_ids[None], past_key_values=cache, use_cache=True)
+        layers: list[Any] = cache.layers  # of attention, so with keys and values
         return TargetStates(
-            {i: layer.keys[0] for i, layer in enumerate(cache.layers)},
-            {i: layer.values[0] for i, layer in enumerate(cache.layers)},
+            {i: layer.keys[0] for i, layer in enumerate(layers)},
+            {i: layer.values[0] for i, layer in enumerate(layers)},
             out.last_hidden_state[0],
         )
 
@@ -86,6 +87,7 @@ class HFTarget:
     def run_layer(
         self, layer: nn.Module, index: int, stream: Stream, positions: torch.Tensor
     ) -> Stream:
+        assert self._mask is not None, "call within HFTarget.reading()"
         hidden = stream.summed()[None]
         out = layer(
             hidden,
@@ -104,7 +106,7 @@ class HFTarget:
         query: torch.Tensor,
         key: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        attention = self.layer(index).self_attn
+        attention = self._attention(index)
         apply = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb")  # noqa: B009
         cos, sin = self._cos_sin(query, positions)
         query, key = apply(
@@ -123,7 +125,7 @@ class HFTarget:
             keys,
             values,
             attn_mask=self._mask,
-            scale=self.layer(index).self_attn.scaling,
+            scale=self._attention(index).scaling,
             enable_gqa=True,
         )
         return _rows(out[0])
@@ -139,7 +141,9 @@ class HFTarget:
         small = nn.Linear(
             head.in_features, len(token_ids), bias=False, dtype=head.weight.dtype
         )
-        small.weight = nn.Parameter(head.weight.detach()[token_ids], requires_grad=False)
+        small.weight = nn.Parameter(
+            head.weight.detach()[token_ids], requires_grad=False
+        )
         return small
 
     def _cos_sin(self, like: torch.Tensor, positions: torch.Tensor) -> Any:
@@ -150,9 +154,12 @@ class HFTarget:
             )
         return self.decoder.rotary_emb(like, positions[None])
 
+    def _attention(self, index: int) -> Any:
+        return self.layer(index).self_attn
+
     def _heads(self, index: int, rows: torch.Tensor) -> torch.Tensor:
         """``[rows, heads * head_dim]`` to ``[heads, rows, head_dim]``."""
-        head_dim = self.layer(index).self_attn.head_dim
+        head_dim = self._attention(index).head_dim
         return rows.unflatten(-1, (-1, head_dim)).transpose(0, 1)
 
 
@@ -174,6 +181,6 @@ class _PrefixThenBlock:
     def update(
         self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """``[1, kv_heads, rows, head_dim]`` to ``[1, kv_heads, T + rows, head_dim]``."""
+        """From ``[1, kv_heads, rows, head_dim]`` to ``T + rows`` on axis 2."""
         keys, values = self._states.keys[layer_idx], self._states.values[layer_idx]
         return torch.cat([keys[None], key], 2), torch.cat([values[None], value], 2)

@@ -143,7 +143,10 @@ _COPIED = {
 
 
 def _layer_config(
-    bound: BoundLayer, options: DrafterOptions, weights: TargetWeights, hf_config: object
+    bound: BoundLayer,
+    options: DrafterOptions,
+    weights: TargetWeights,
+    hf_config: object,
 ) -> LayerConfig:
     if bound.kind == "shared":
         return SharedLayerConfig(target_layer=bound.target_layer, lora=options.lora)
@@ -174,9 +177,11 @@ def _fill(drafter: Drafter, weights: TargetWeights, options: DrafterOptions) -> 
 
 def _copy_layer(layer: OwnLayer, weights: TargetWeights) -> None:
     source = weights.layer(layer.target_layer)
-    renamed = {f"{_COPIED[name.partition('.')[0]]}.{name.partition('.')[2]}": weight
-               for name, weight in layer.named_parameters()
-               if not name.startswith("boundary_proj")}
+    renamed = {
+        f"{_COPIED[name.partition('.')[0]]}.{name.partition('.')[2]}": weight
+        for name, weight in layer.named_parameters()
+        if not name.startswith("boundary_proj")
+    }
     if set(renamed) != set(source):
         odd = sorted(set(renamed) ^ set(source))
         raise UnsupportedTargetError(

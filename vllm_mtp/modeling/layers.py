@@ -33,10 +33,10 @@ class SharedLayer(nn.Module):
         super().__init__()
         self.target_layer = config.target_layer
         self.facts = facts
-        names = config.lora.modules if config.lora else ()
-        self.lora = nn.ModuleDict(
-            {name: LowRankPair(linear_sizes(facts, name), config.lora) for name in names}  # type: ignore[arg-type]
-        )
+        self.lora = nn.ModuleDict()
+        if lora := config.lora:
+            for name in lora.modules:
+                self.lora[name] = LowRankPair(linear_sizes(facts, name), lora)
 
     def bind(self, target: TargetHost, gate: RowGate) -> nn.Module:
         """The module to run on ``target``: its own layer, or a shadow with LoRA."""
@@ -110,9 +110,7 @@ class OwnLayer(nn.Module):
         query = self._per_head(self.q_norm, self.q_proj(x))
         key = self._per_head(self.k_norm, self.k_proj(x))
         query, key = target.rotate(self.target_layer, positions, query, key)
-        return self.o_proj(
-            target.attend(self.target_layer, query, key, self.v_proj(x))
-        )
+        return self.o_proj(target.attend(self.target_layer, query, key, self.v_proj(x)))
 
     def _per_head(self, norm: nn.Module | None, x: torch.Tensor) -> torch.Tensor:
         if norm is None:

@@ -147,28 +147,38 @@ def _require_supported(engine_args: Any, model: Any, parallel: Any) -> None:
     refusals = (
         (
             getattr(model, "use_mla", False),
-            "the target uses multi-head latent attention (MLA); its cache holds no "
-            "keys and values per head. Use a target with ordinary attention",
+            (
+                "the target uses multi-head latent attention (MLA); its cache holds no "
+                "keys and values per head. Use a target with ordinary attention"
+            ),
         ),
         (
             getattr(model, "uses_mrope", False),
-            "the target uses M-RoPE (several position axes), which is not supported. "
-            "Serve it without this method",
+            (
+                "the target uses M-RoPE (several position axes), which is not supported. "
+                "Serve it without this method"
+            ),
         ),
         (
             parallel.pipeline_parallel_size > 1,
-            f"pipeline_parallel_size={parallel.pipeline_parallel_size}: the drafter "
-            "reads layers of every stage. Use 1",
+            (
+                f"pipeline_parallel_size={parallel.pipeline_parallel_size}: the drafter "
+                "reads layers of every stage. Use 1"
+            ),
         ),
         (
             parallel.tensor_parallel_size > 1,
-            f"tensor_parallel_size={parallel.tensor_parallel_size} is not supported "
-            "yet. Use 1",
+            (
+                f"tensor_parallel_size={parallel.tensor_parallel_size} is not supported "
+                "yet. Use 1"
+            ),
         ),
         (
             getattr(engine_args, "kv_transfer_config", None) is not None,
-            "kv_transfer_config is set: a KV connector would see the drafter's "
-            "scratch writes as the target's. Serve without a KV connector",
+            (
+                "kv_transfer_config is set: a KV connector would see the drafter's "
+                "scratch writes as the target's. Serve without a KV connector"
+            ),
         ),
     )
     for refused, reason in refusals:

@@ -68,7 +68,11 @@ class VllmTarget:
                 f"attention?). Bind to one of the layers {sorted(attention)}."
             )
         _require_heads(index, attention[index], facts)
-        rotary = [m.rotary_emb for m in layer.modules() if hasattr(m, "rotary_emb")]
+        rotary: list[Any] = [
+            module.rotary_emb
+            for module in layer.modules()
+            if hasattr(module, "rotary_emb")
+        ]
         if len(rotary) != 1:
             raise UnsupportedTargetError(
                 f"target layer {index} ({type(layer).__name__}) has {len(rotary)} "
@@ -157,7 +161,9 @@ class _SmallHead(nn.Module):
 
 def _language_model(model: Any) -> Any:
     """The text part of a model that may be multimodal."""
-    inner = model.get_language_model() if hasattr(model, "get_language_model") else model
+    inner = (
+        model.get_language_model() if hasattr(model, "get_language_model") else model
+    )
     decoder = getattr(inner, "model", None)
     if not (hasattr(decoder, "layers") and hasattr(decoder, "norm")):
         raise UnsupportedTargetError(

@@ -200,7 +200,7 @@ def _missing(patch: Patch, reason: str) -> str:
 
     return (
         f"vllm-mtp {version('vllm-mtp')} cannot use {patch.symbol}: {reason}. It was "
-        f"seen in vLLM {patch.seen}. Install one of these versions, or a newer vllm-mtp."
+        f"seen in vLLM {patch.seen}. Install one of these, or a newer vllm-mtp."
     )
 
 

@@ -27,9 +27,9 @@ def load_bound_drafter(
     spec_config = vllm_config.speculative_config
     assert spec_config is not None
     assert spec_config.model is not None
-    drafter = load_drafter(
-        Path(spec_config.model), dtype=vllm_config.model_config.dtype, device=device
-    )
+    dtype = vllm_config.model_config.dtype
+    assert isinstance(dtype, torch.dtype), "vLLM resolved it before"
+    drafter = load_drafter(Path(spec_config.model), dtype=dtype, device=device)
     config = drafter.config
     host = VllmTarget(target_model, vllm_config, config.target, config.bound_layers)
     return BoundDrafter(drafter, host), host

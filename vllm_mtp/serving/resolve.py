@@ -80,7 +80,9 @@ def _reference(target: str, facts: TargetFacts, tried: list[str]) -> Path:
     raise DrafterNotFoundError(
         f"no drafter for target {target!r} was found. Tried:\n  "
         + "\n  ".join(tried)
-        + "\nName one: {'method': '" + METHOD + "', 'model': FOLDER}; or make one:\n"
+        + "\nName one: {'method': '"
+        + METHOD
+        + "', 'model': FOLDER}; or make one:\n"
         f"  vllm-mtp init --target {target} --layers shared:all "
         f"--num-speculative-tokens 4 --out {Path(target) / METHOD}"
     )

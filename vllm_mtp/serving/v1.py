@@ -20,6 +20,8 @@ from vllm_mtp.serving.loading import load_bound_drafter
 class MTPPlaceholderProposer(DraftModelProposer):
     """Drafts all tokens of a step in one forward over the target's KV cache."""
 
+    runner: Any  # set by the base class
+
     def load_model(self, target_model: torch.nn.Module) -> None:
         """Load the drafter and bind it to the loaded target."""
         self._bound, host = load_bound_drafter(
@@ -202,5 +204,7 @@ class MTPPlaceholderProposer(DraftModelProposer):
         if self._bound.drafter.config.uses_boundary_hidden:
             boundary = self.hidden_states.new_zeros(batch, self.hidden_size)
         with set_forward_context(None, self.vllm_config, num_tokens=batch * num_places):
-            hidden = self._bound.forward(ids, block_positions(ids, num_places), boundary)
+            hidden = self._bound.forward(
+                ids, block_positions(ids, num_places), boundary
+            )
             self._bound.draft(hidden, pick_greedy)
