@@ -1,6 +1,5 @@
 # vllm-mtp: set-up, demo and checks. `make` alone prints the targets.
 
-MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help setup demo test lint format clean

@@ -80,31 +80,42 @@ def report(plan: "DemoPlan", result: "DemoResult") -> str:
         ("drafter", plan.speculative_config.get("model", "found by the target")),
         (
             "prompts",
-            f"{len(plan.prompts)} real ones (ShareGPT), up to {plan.max_tokens} tokens "
-            f"each, {plan.concurrency} at once, {plan.rounds} rounds",
+            (
+                f"{len(plan.prompts)} real ones (ShareGPT), up to {plan.max_tokens} "
+                f"tokens each, {plan.concurrency} at once, {plan.rounds} rounds"
+            ),
         ),
         (
             "outputs equal",
-            f"{result.count('equal')} of {len(plan.prompts)}, and "
-            f"{result.count('tie')} part at a float tie; "
-            f"{result.count('different')} different",
+            (
+                f"{result.count('equal')} of {len(plan.prompts)}, and "
+                f"{result.count('tie')} part at a float tie; "
+                f"{result.count('different')} different"
+            ),
         ),
         (
             "acceptance length",
-            f"{counts.acceptance_length:.3f} tokens per target step "
-            f"(bonus token included, {counts.drafts} drafts)",
+            (
+                f"{counts.acceptance_length:.3f} tokens per target step "
+                f"(bonus token included, {counts.drafts} drafts)"
+            ),
         ),
         ("accepted by place", places),
         ("drafter's KV cache", "0 bytes per token"),
         (
             "KV pool",
-            f"{result.plain.kv_blocks} blocks without, {result.drafted.kv_blocks} with "
-            f"(of {result.plain.kv_block_tokens} tokens)",
+            (
+                f"{result.plain.kv_blocks} blocks without, "
+                f"{result.drafted.kv_blocks} with "
+                f"(of {result.plain.kv_block_tokens} tokens)"
+            ),
         ),
         (
             "tokens/s",
-            f"{_spread(result.plain.tokens_per_s)} without, "
-            f"{_spread(result.drafted.tokens_per_s)} with",
+            (
+                f"{_spread(result.plain.tokens_per_s)} without, "
+                f"{_spread(result.drafted.tokens_per_s)} with"
+            ),
         ),
         ("speed ratio", f"{result.speed_ratio:.2f} (median of the rounds)"),
     ]

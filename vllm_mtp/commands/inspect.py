@@ -30,8 +30,9 @@ def describe(config: DrafterConfig) -> str:
     return "\n".join(
         [
             (
-                f"drafter for      {facts.name or facts.model_type}: {facts.model_type}, "
-                f"{facts.num_hidden_layers} layers, hidden {facts.hidden_size}, {heads}, "
+                f"drafter for      {facts.name or facts.model_type}: "
+                f"{facts.model_type}, {facts.num_hidden_layers} layers, "
+                f"hidden {facts.hidden_size}, {heads}, "
                 f"head size {facts.head_dim}, vocabulary {facts.vocab_size}"
             ),
             (

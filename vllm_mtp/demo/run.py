@@ -48,7 +48,7 @@ class Side:
     @property
     def kv_blocks(self) -> int:
         """Blocks in the KV pool."""
-        return self.llm.llm_engine.vllm_config.cache_config.num_gpu_blocks
+        return self.llm.llm_engine.vllm_config.cache_config.num_gpu_blocks or 0
 
     @property
     def kv_block_tokens(self) -> int:

@@ -8,7 +8,7 @@ from vllm_mtp.block import is_placeholder
 from vllm_mtp.config import DrafterConfig, SharedLayerConfig
 from vllm_mtp.modeling.heads import DraftVocab, MarkovCorrection, Pick, pick_block
 from vllm_mtp.modeling.hosts import Stream, TargetHost
-from vllm_mtp.modeling.layers import OwnLayer, SharedLayer, run_own
+from vllm_mtp.modeling.layers import OwnLayer, SharedLayer
 from vllm_mtp.modeling.lora import RowGate
 
 
@@ -101,7 +101,7 @@ class BoundDrafter:
             boundary = boundary.repeat_interleave(num_places, dim=0)
         for index, layer in enumerate(self.drafter.layers):
             if isinstance(layer, OwnLayer):
-                stream = run_own(layer, self.target, stream, rows, boundary)
+                stream = layer(self.target, stream, rows, boundary)
             else:
                 bound = self.drafter.config.layers[index].target_layer
                 stream = self.target.run_layer(self._shared[index], bound, stream, rows)

@@ -12,7 +12,7 @@ from vllm_mtp.target import TargetFacts
 
 
 class RMSNorm(nn.Module):
-    """RMSNorm with float32 arithmetic and one rounding (as vLLM's kernel)."""
+    """RMSNorm, rounding where vLLM and transformers round: before the weight."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -21,9 +21,26 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``[..., size]``, same shape and dtype out."""
-        wide = x.float()
+        return self._scaled(x.float(), x.dtype)
+
+    def of_stream(self, stream: Stream) -> tuple[torch.Tensor, torch.Tensor]:
+        """Add the stream up and normalise it.
+
+        The sum is normalised before it is rounded, as vLLM's layers do; a copy of
+        a bfloat16 target would otherwise drift from it.
+
+        Returns:
+            The normalised and the plain sum, each ``[rows, size]``.
+        """
+        if stream.residual is None:
+            return self(stream.hidden), stream.hidden
+        wide = stream.hidden.float() + stream.residual.float()
+        dtype = stream.hidden.dtype
+        return self._scaled(wide, dtype), wide.to(dtype)
+
+    def _scaled(self, wide: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
-        return (wide * scale * self.weight.float()).to(x.dtype)
+        return (wide * scale).to(dtype) * self.weight
 
 
 class SharedLayer(nn.Module):
@@ -82,27 +99,27 @@ class OwnLayer(nn.Module):
     def forward(
         self,
         target: TargetHost,
-        hidden: torch.Tensor,
+        stream: Stream,
         positions: torch.Tensor,
         boundary: torch.Tensor | None,
-    ) -> torch.Tensor:
+    ) -> Stream:
         """One layer.
 
         Args:
             target: Gives RoPE and attention over the bound layer's cache.
-            hidden: ``[rows, hidden_size]``.
+            stream: ``[rows, hidden_size]``.
             positions: ``[rows]`` int64.
             boundary: ``[rows, hidden_size]``, the boundary hidden state of each
                 row's block; needed only where the layer reads it.
-
-        Returns:
-            ``[rows, hidden_size]``.
         """
         if self.boundary_proj is not None:
             assert boundary is not None, "the caller gives what the config asks for"
-            hidden = hidden + self.boundary_proj(boundary)
-        hidden = hidden + self._attention(target, self.input_norm(hidden), positions)
-        return hidden + self._mlp(self.mlp_norm(hidden))
+            added = stream.hidden + self.boundary_proj(boundary)
+            stream = Stream(added, stream.residual)
+        x, residual = self.input_norm.of_stream(stream)
+        stream = Stream(self._attention(target, x, positions), residual)
+        x, residual = self.mlp_norm.of_stream(stream)
+        return Stream(self._mlp(x), residual)
 
     def _attention(
         self, target: TargetHost, x: torch.Tensor, positions: torch.Tensor
@@ -132,14 +149,3 @@ class OwnLayer(nn.Module):
                 nn.init.zeros_(weight)
             else:
                 nn.init.normal_(weight, std=0.02, generator=generator)
-
-
-def run_own(
-    layer: OwnLayer,
-    target: TargetHost,
-    stream: Stream,
-    positions: torch.Tensor,
-    boundary: torch.Tensor | None,
-) -> Stream:
-    """Run an own layer on a stream (which it adds up first)."""
-    return Stream(layer(target, stream.summed(), positions, boundary))

@@ -155,22 +155,22 @@ def _require_supported(engine_args: Any, model: Any, parallel: Any) -> None:
         (
             getattr(model, "uses_mrope", False),
             (
-                "the target uses M-RoPE (several position axes), which is not supported. "
-                "Serve it without this method"
+                "the target uses M-RoPE (several position axes), which is not "
+                "supported. Serve it without this method"
             ),
         ),
         (
             parallel.pipeline_parallel_size > 1,
             (
-                f"pipeline_parallel_size={parallel.pipeline_parallel_size}: the drafter "
-                "reads layers of every stage. Use 1"
+                f"pipeline_parallel_size={parallel.pipeline_parallel_size}: the "
+                "drafter reads layers of every stage. Use 1"
             ),
         ),
         (
             parallel.tensor_parallel_size > 1,
             (
-                f"tensor_parallel_size={parallel.tensor_parallel_size} is not supported "
-                "yet. Use 1"
+                f"tensor_parallel_size={parallel.tensor_parallel_size} is not "
+                "supported yet. Use 1"
             ),
         ),
         (

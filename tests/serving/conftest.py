@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Targets and drafters for the engine tests."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.tiny_targets import make_tiny_llama, make_tiny_qwen3
+from vllm_mtp.checkpoint import save_drafter
+from vllm_mtp.config import LoRAConfig
+from vllm_mtp.modeling.drafter import Drafter
+from vllm_mtp.modeling.init import DrafterOptions, new_drafter
+
+FAMILIES = {"llama": make_tiny_llama, "qwen3": make_tiny_qwen3}
+
+# Everything that can stand around a list of layers, at once.
+ALL_OPTIONS = DrafterOptions(
+    dtype="float32",
+    boundary_hidden=True,
+    markov_rank=8,
+    draft_token_ids=tuple(range(0, 512, 2)),
+    lora=LoRAConfig(rank=4, alpha=8.0, modules=("q_proj", "o_proj", "gate_proj")),
+)
+PLAIN = DrafterOptions(dtype="float32")
+
+# name: (layers, k, options)
+DRAFTERS: dict[str, tuple[str, int, DrafterOptions]] = {
+    "shared-1": ("shared:all", 1, PLAIN),
+    "shared-4": ("shared:all", 4, PLAIN),
+    "own-1": ("own:all", 1, PLAIN),
+    "own-some": ("own:0,3", 3, PLAIN),
+    "mixed": ("shared:0-1,own:2,3", 4, ALL_OPTIONS),
+}
+
+
+@pytest.fixture(scope="session")
+def tiny_targets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A tiny fp32 target of each family."""
+    root = tmp_path_factory.mktemp("targets")
+    for name, make in FAMILIES.items():
+        make(root / name)
+    return {name: root / name for name in FAMILIES}
+
+
+@pytest.fixture(scope="session")
+def tiny_drafter(
+    tiny_targets: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str, str], Path]:
+    """Folder of one of `DRAFTERS` for one family, made once."""
+    root = tmp_path_factory.mktemp("drafters")
+
+    def make(family: str, name: str) -> Path:
+        folder = root / f"{family}-{name}"
+        if not folder.exists():
+            layers, k, options = DRAFTERS[name]
+            drafter = new_drafter(tiny_targets[family], layers, k, options)
+            if options is ALL_OPTIONS:
+                stir(drafter)
+            save_drafter(drafter, folder)
+        return folder
+
+    return make
+
+
+def stir(drafter: Drafter) -> None:
+    """Give the parts that start at zero some weight, so that they do something."""
+    for name, weight in drafter.named_parameters():
+        if name.endswith((".b", "unembed.weight", "boundary_proj.weight")):
+            weight.data.normal_(std=0.05)
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The demo target's folder."""
+    from vllm_mtp.demo.target import ensure_demo_target
+
+    return ensure_demo_target()
+
+
+@pytest.fixture(scope="session")
+def smollm2_prompts(smollm2: Path) -> list[list[int]]:
+    """24 real prompts as token ids, from 30 to about 500 tokens."""
+    from transformers import AutoTokenizer
+
+    from vllm_mtp.demo.prompts import sharegpt_prompts
+
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    return [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": text}],
+            add_generation_prompt=True,
+            return_dict=False,
+        )
+        for text in sharegpt_prompts(24)
+    ]

@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Start vLLM in this process, and look at what it did."""
+
+import gc
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# In one process, so that a test can look into the runner. Before vLLM is imported.
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "0-1")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+
+from vllm import LLM, SamplingParams
+
+from vllm_mtp.metrics import AcceptanceCounts, read_vllm_counters
+
+SETTINGS: dict[str, Any] = {
+    "dtype": "float32",
+    "enforce_eager": True,
+    "max_model_len": 256,
+    "max_num_seqs": 8,
+    "block_size": 32,
+    "disable_log_stats": False,
+    "use_tqdm_on_load": False,
+    "seed": 0,
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one call of `generate` gave."""
+
+    token_ids: list[list[int]]
+    logprobs: list[Any]
+    counts: AcceptanceCounts
+    prefix_hits: int  # tokens found in the prefix cache
+    preemptions: int
+
+
+@contextmanager
+def engine(
+    target: str | os.PathLike[str], spec: dict[str, Any] | None = None, **settings: Any
+) -> Iterator[LLM]:
+    """One vLLM engine, gone when the block ends."""
+    if not Path(target, "tokenizer.json").exists():
+        settings["skip_tokenizer_init"] = True  # a tiny target made in code
+    llm = LLM(
+        str(target), speculative_config=spec and dict(spec), **SETTINGS | settings
+    )
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+
+
+def generate(
+    llm: LLM,
+    prompts: Sequence[Sequence[int]],
+    max_tokens: int = 40,
+    **sampling: Any,
+) -> Run:
+    """Answer prompts of token ids, greedily unless told otherwise."""
+    params = SamplingParams(
+        **{
+            "temperature": 0.0,
+            "max_tokens": max_tokens,
+            "ignore_eos": True,
+            "detokenize": False,
+            "logprobs": 5,
+        }
+        | sampling
+    )
+    before = _counters(llm)
+    outputs = llm.generate(
+        [{"prompt_token_ids": list(ids)} for ids in prompts], params, use_tqdm=False
+    )
+    after = _counters(llm)
+    return Run(
+        [list(output.outputs[0].token_ids) for output in outputs],
+        [output.outputs[0].logprobs for output in outputs],
+        after[0] - before[0],
+        after[1] - before[1],
+        after[2] - before[2],
+    )
+
+
+def _counters(llm: LLM) -> tuple[AcceptanceCounts, int, int]:
+    metrics = llm.get_metrics()
+
+    def total(name: str) -> int:
+        return sum(int(m.value) for m in metrics if m.name == name)
+
+    return (
+        read_vllm_counters(metrics),
+        total("vllm:prefix_cache_hits"),
+        total("vllm:num_preemptions"),
+    )
+
+
+def runner_of(llm: LLM) -> Any:
+    """The model runner inside an in-process engine."""
+    core = llm.llm_engine.engine_core.engine_core
+    return core.model_executor.driver_worker.worker.model_runner
+
+
+def num_kv_blocks(llm: LLM) -> int:
+    return llm.llm_engine.vllm_config.cache_config.num_gpu_blocks

