@@ -5,6 +5,7 @@
 .PHONY: help setup demo test lint format clean
 
 PYTHON ?= python3
+METADATA := requirements/vllm-metadata
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check --no-input
@@ -43,7 +44,7 @@ clean: ## Remove .venv, caches and build outputs
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # From nothing whenever the list changes, so that .venv never holds more than the list.
-$(PACKAGES): $(REQUIREMENTS)
+$(PACKAGES): $(REQUIREMENTS) $(METADATA)/pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { \
 		echo "setup: $(PYTHON) not found; install Python 3.11 or later," \
 			"or name one: make setup PYTHON=..." >&2; exit 1; }
@@ -56,6 +57,7 @@ $(PACKAGES): $(REQUIREMENTS)
 	@echo "setup: installing $(REQUIREMENTS) in $(VENV) (a few minutes)"
 	@$(PYTHON) -m venv --clear $(VENV)
 	@$(PIP) install --no-deps -r $(REQUIREMENTS)
+	@$(PIP) install --no-deps --no-build-isolation ./$(METADATA)
 	@touch $@
 
 # Again when pyproject.toml changes, for the entry points and the version.

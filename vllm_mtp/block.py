@@ -63,10 +63,12 @@ def slots_of_positions(
         ``[B, k]`` int64; ``PAD_SLOT`` where a position lies beyond
         ``max_model_len`` or in the null block (id 0), which belongs to nobody.
     """
-    logical = (positions // block_size).clamp(max=block_table.shape[1] - 1).long()
-    block_ids = block_table.gather(1, logical).long()
+    logical = (positions // block_size).long()
+    last = block_table.shape[1] - 1
+    block_ids = block_table.gather(1, logical.clamp(max=last)).long()
     slots = block_ids * block_size + positions % block_size
-    unusable = (positions >= max_model_len) | (block_ids == 0)
+    beyond = (positions >= max_model_len) | (logical > last)
+    unusable = beyond | (block_ids == 0)
     return slots.masked_fill(unusable, PAD_SLOT)
 
 

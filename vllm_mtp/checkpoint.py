@@ -7,9 +7,11 @@ what to do. The format is described in ``checkpoints_spec/README.md``.
 """
 
 import os
+import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import ValidationError
@@ -45,7 +47,7 @@ def save_drafter(drafter: Drafter, folder: Path | str) -> Path:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {
-        name: tensor.detach().cpu().contiguous()
+        name: _as_stored(tensor, getattr(torch, drafter.config.dtype))
         for name, tensor in drafter.state_dict().items()
     }
     with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as scratch:
@@ -53,7 +55,9 @@ def save_drafter(drafter: Drafter, folder: Path | str) -> Path:
         save_file(tensors, weights, metadata={"format": "pt"})
         config = Path(scratch, CONFIG_FILE)
         config.write_text(drafter.config.model_dump_json(indent=2) + "\n", "utf-8")
-        # The config last: a folder with a config has its weights.
+        shutil.copymode(config, weights)  # safetensors lets only the owner read
+        # A folder with a config has the weights of that config, whatever happens.
+        (folder / CONFIG_FILE).unlink(missing_ok=True)
         os.replace(weights, folder / WEIGHTS_FILE)
         os.replace(config, folder / CONFIG_FILE)
     return folder
@@ -72,7 +76,7 @@ def read_config(folder: Path | str) -> DrafterConfig:
     except ValidationError as error:
         raise CheckpointError(
             f"{path}: not a valid drafter config:\n"
-            + "\n".join(_explain(item) for item in error.errors())
+            + "\n".join(_explanations(error))
             + f"\nThis package reads format version {FORMAT_VERSION} (see "
             "checkpoints_spec/README.md); if the drafter is newer, update vllm-mtp."
         ) from None
@@ -110,6 +114,12 @@ def load_drafter(
     return drafter.to(device=device, dtype=dtype).eval().requires_grad_(False)
 
 
+def _as_stored(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """In the checkpoint's type, also after training in another one."""
+    stored = tensor.detach().cpu().contiguous()
+    return stored.to(dtype) if stored.is_floating_point() else stored
+
+
 def _read_text(path: Path) -> str:
     if not path.is_file():
         raise CheckpointError(
@@ -127,12 +137,22 @@ def _read_text(path: Path) -> str:
         raise CheckpointError(f"{path}: cannot be read: {error}") from None
 
 
-def _explain(item: Mapping[str, object]) -> str:
-    where = ".".join(str(part) for part in item["loc"]) or "config"  # type: ignore[attr-defined]
+def _explanations(error: ValidationError) -> list[str]:
+    items = error.errors()
+    if len(items) > 1:
+        # One bad layer also makes the list of layers too short; say it once.
+        items = [item for item in items if item["type"] != "too_short"] or items
+    return [_explain(item) for item in items]
+
+
+def _explain(item: Mapping[str, Any]) -> str:
+    # A layer's kind is part of pydantic's path, but not of the file's.
+    parts = [part for part in item["loc"] if part not in ("shared", "own")]
+    where = ".".join(map(str, parts)) or "config"
     if item["type"] == "missing":
         return f"  {where}: missing; add it"
     if item["type"] == "extra_forbidden":
-        return f"  {where}: unknown key (got {item['input']!r}); remove it"
+        return f"  {where}: unknown key (got {str(item['input'])[:80]}); remove it"
     if item["type"] == "value_error":
         return f"  {str(item['msg']).removeprefix('Value error, ')}"
     return f"  {where}: got {str(item['input'])[:80]!r}; {item['msg']}"

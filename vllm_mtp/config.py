@@ -6,9 +6,9 @@ Training, evaluation and serving all build the drafter from this object, and
 are also the reference in ``checkpoints_spec/``.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from vllm_mtp.target import TargetFacts
 
@@ -24,7 +24,9 @@ MLP_LINEARS = frozenset({"gate_proj", "up_proj", "down_proj"})
 class _Strict(BaseModel):
     # strict: "4" is not 4, and 1.0 is not 1. A config that needs guessing is
     # a config that was written by something else than this package.
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False
+    )
 
 
 class LoRAConfig(_Strict):
@@ -126,6 +128,12 @@ class DrafterConfig(_Strict):
         description="Type of every floating-point tensor of the checkpoint."
     )
     target: TargetFacts = Field(description="The target that it was made for.")
+
+    @field_validator("format_version", mode="before")
+    @classmethod
+    def _is_integer(cls, value: Any) -> Any:
+        # To a Literal, true and 1.0 are 1.
+        return value if type(value) is int else repr(value)
 
     @model_validator(mode="after")
     def _fits_its_target(self) -> "DrafterConfig":

@@ -12,6 +12,7 @@ A "draft" is one drafting step of one request.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -90,5 +91,7 @@ def read_vllm_counters(metrics: Iterable[Any]) -> AcceptanceCounts:
         if name in totals:
             totals[name] += int(metric.value)
         elif name == "accepted_tokens_per_pos":
-            per_place = [int(value) for value in metric.values]
+            # One vector per engine (data parallel): add them up.
+            sums = zip_longest(per_place, metric.values, fillvalue=0)
+            per_place = [int(a) + int(b) for a, b in sums]
     return AcceptanceCounts(totals["drafts"], totals["draft_tokens"], tuple(per_place))

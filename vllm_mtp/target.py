@@ -155,14 +155,30 @@ def weights_fingerprint(folder: Path) -> str | None:
     Returns:
         A hex SHA-256, or None where the folder holds no safetensors file.
     """
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     shapes: dict[str, list[int]] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 (not a dict)
-                shapes[name] = tensors.get_slice(name).get_shape()
+    for file in safetensors_files(folder):
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118 (not a dict)
+                    shapes[name] = tensors.get_slice(name).get_shape()
+        except (SafetensorError, OSError) as error:
+            raise UnsupportedTargetError(
+                f"{file}: not a whole safetensors file ({error}); copy or download "
+                "the target again"
+            ) from None
     return fingerprint_of_shapes(shapes) if shapes else None
+
+
+def safetensors_files(folder: Path) -> list[Path]:
+    """The weights of a Hugging Face folder, in a fixed order.
+
+    Some repositories hold a second copy under other names (``consolidated``),
+    which transformers and vLLM do not load.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    return [file for file in files if not file.name.startswith("consolidated")]
 
 
 def fingerprint_of_shapes(shapes: Mapping[str, Iterable[int]]) -> str:

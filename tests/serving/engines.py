@@ -19,6 +19,9 @@ from vllm import LLM, SamplingParams
 
 from vllm_mtp.metrics import AcceptanceCounts, read_vllm_counters
 
+# Set by `triton_interpreter/sitecustomize.py`, see test_v2.py.
+ON_V2 = os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1"
+
 SETTINGS: dict[str, Any] = {
     "dtype": "float32",
     "enforce_eager": True,
@@ -108,6 +111,12 @@ def runner_of(llm: LLM) -> Any:
     """The model runner inside an in-process engine."""
     core = llm.llm_engine.engine_core.engine_core
     return core.model_executor.driver_worker.worker.model_runner
+
+
+def bound_drafter_of(llm: LLM) -> Any:
+    """Our `BoundDrafter` inside an in-process engine, on either runner."""
+    runner = runner_of(llm)
+    return (runner.speculator if ON_V2 else runner.drafter)._bound
 
 
 def num_kv_blocks(llm: LLM) -> int:

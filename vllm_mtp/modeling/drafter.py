@@ -131,22 +131,25 @@ class BoundDrafter:
         return head(hidden.flatten(0, 1)).unflatten(0, hidden.shape[:2])
 
     def draft(
-        self, hidden: torch.Tensor, pick: Pick
+        self, hidden: torch.Tensor, pick: Pick, *, whole_vocab: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Choose the block's tokens.
 
         Args:
             hidden: ``[B, k, hidden_size]`` from `forward`.
             pick: The sampler.
+            whole_vocab: Show ``pick`` logits over the target's whole vocabulary,
+                also when the drafter's is reduced (probabilistic drafts need it).
 
         Returns:
             Token ids ``[B, k]`` int64 of the target's vocabulary, and the
-            distributions ``[B, k, vocab_size]`` where ``pick`` keeps them.
+            distributions ``[B, k, V]`` where ``pick`` keeps them.
         """
-        vocab = self.drafter.draft_vocab
-        tokens, kept = pick_block(
-            self.logits(hidden), hidden, self.drafter.markov, vocab, pick
+        return pick_block(
+            self.logits(hidden),
+            hidden,
+            self.drafter.markov,
+            self.drafter.draft_vocab,
+            pick,
+            spread_to=self.drafter.config.target.vocab_size if whole_vocab else None,
         )
-        if kept is not None and vocab is not None:
-            kept = vocab.spread(kept, self.drafter.config.target.vocab_size)
-        return tokens, kept

@@ -2,6 +2,7 @@
 """From the block's last hidden states to the drafted tokens."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import nn
@@ -61,18 +62,18 @@ class DraftVocab(nn.Module):
         """Indices of the reduced vocabulary to the target's token ids."""
         return self.token_ids[indices]
 
-    def spread(self, values: torch.Tensor, vocab_size: int) -> torch.Tensor:
-        """Probabilities over the reduced vocabulary to the whole one.
+    def spread(self, logits: torch.Tensor, vocab_size: int) -> torch.Tensor:
+        """Logits over the reduced vocabulary to the whole one.
 
         Args:
-            values: ``[..., V]``.
+            logits: ``[B, V]``.
             vocab_size: Size of the target's vocabulary.
 
         Returns:
-            ``[..., vocab_size]``; 0 for tokens that cannot be drafted.
+            ``[B, vocab_size]``; minus infinity for tokens that cannot be drafted.
         """
-        whole = values.new_zeros(*values.shape[:-1], vocab_size)
-        return whole.index_copy_(-1, self.token_ids, values)
+        whole = logits.new_full((logits.shape[0], vocab_size), float("-inf"))
+        return whole.index_copy_(-1, self.token_ids, logits)
 
 
 def pick_block(
@@ -81,6 +82,8 @@ def pick_block(
     markov: MarkovCorrection | None,
     vocab: DraftVocab | None,
     pick: Pick,
+    *,
+    spread_to: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Choose a block's tokens from left to right.
 
@@ -93,23 +96,33 @@ def pick_block(
         hidden: ``[B, k, hidden_size]``, what the logits were made from.
         markov: The correction, or None.
         vocab: The reduced vocabulary that V counts, or None for the target's.
-        pick: The sampler, called once per place.
+        pick: The sampler, called once per place from left to right.
+        spread_to: Size of the target's vocabulary, where ``pick`` must see all of
+            it and not the reduced one.
 
     Returns:
         Token ids ``[B, k]`` int64 and, where ``pick`` gives them, the
         distributions ``[B, k, V]`` they were drawn from.
     """
+    if spread_to is None or vocab is None:
+        to_scores, to_tokens = _unchanged, vocab.to_token_ids if vocab else _unchanged
+    else:
+        to_scores, to_tokens = partial(vocab.spread, vocab_size=spread_to), _unchanged
     tokens: list[torch.Tensor] = []
     kept: list[torch.Tensor] = []
     for place in range(logits.shape[1]):
         scores = logits[:, place]
         if markov is not None and place > 0:
             scores = scores + markov(tokens[-1], hidden[:, place])
-        index, distribution = pick(scores)
-        tokens.append(vocab.to_token_ids(index) if vocab else index)
+        index, distribution = pick(to_scores(scores))
+        tokens.append(to_tokens(index))
         if distribution is not None:
             kept.append(distribution)
     return torch.stack(tokens, dim=1), torch.stack(kept, dim=1) if kept else None
+
+
+def _unchanged(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
 
 
 def pick_greedy(logits: torch.Tensor) -> tuple[torch.Tensor, None]:

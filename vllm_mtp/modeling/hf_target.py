@@ -38,9 +38,14 @@ class HFTarget:
 
     Args:
         model: A causal LM; eager or SDPA attention.
+
+    Raises:
+        UnsupportedTargetError: The model scales embeddings or logits, which the
+            torch host does not do.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
+        _refuse_scaled(model.config.get_text_config())
         self.model = model
         self.decoder = model.get_decoder()
         self._states: TargetStates | None = None
@@ -87,11 +92,11 @@ class HFTarget:
     def run_layer(
         self, layer: nn.Module, index: int, stream: Stream, positions: torch.Tensor
     ) -> Stream:
-        assert self._mask is not None, "call within HFTarget.reading()"
+        self._refuse_window(index)
         hidden = stream.summed()[None]
         out = layer(
             hidden,
-            attention_mask=self._mask[None, None],
+            attention_mask=self._layer_mask(hidden.dtype),
             position_ids=positions[None],
             past_key_values=_PrefixThenBlock(self._states),
             use_cache=True,
@@ -138,6 +143,11 @@ class HFTarget:
 
     def logits_of_tokens(self, token_ids: torch.Tensor) -> nn.Module:
         head = self.model.get_output_embeddings()
+        if head.bias is not None:
+            raise UnsupportedTargetError(
+                "the target's LM head has a bias, which a reduced draft vocabulary "
+                "does not support. Use a drafter with draft_vocab_size null."
+            )
         small = nn.Linear(
             head.in_features, len(token_ids), bias=False, dtype=head.weight.dtype
         )
@@ -154,13 +164,52 @@ class HFTarget:
             )
         return self.decoder.rotary_emb(like, positions[None])
 
+    def _layer_mask(self, dtype: torch.dtype) -> torch.Tensor:
+        assert self._mask is not None, "call within HFTarget.reading()"
+        if self.model.config._attn_implementation != "eager":
+            return self._mask[None, None]
+        # Eager attention adds its mask to the scores.
+        added = torch.zeros(self._mask.shape, dtype=dtype, device=self._mask.device)
+        return added.masked_fill(~self._mask, torch.finfo(dtype).min)[None, None]
+
     def _attention(self, index: int) -> Any:
+        self._refuse_window(index)
         return self.layer(index).self_attn
+
+    def _refuse_window(self, index: int) -> None:
+        config = self.model.config.get_text_config()
+        kinds = getattr(config, "layer_types", None)
+        window = getattr(config, "sliding_window", None)
+        if kinds is not None and kinds[index] != "sliding_attention":
+            return
+        read = self._mask.shape[1] if self._mask is not None else 0
+        if window is not None and read > window:
+            raise UnsupportedTargetError(
+                f"target layer {index} attends to a window of {window} tokens, and "
+                f"{read} are to be read; the torch drafter does not support windows "
+                "yet. Use shorter sequences or bind to layers with full attention."
+            )
 
     def _heads(self, index: int, rows: torch.Tensor) -> torch.Tensor:
         """``[rows, heads * head_dim]`` to ``[heads, rows, head_dim]``."""
         head_dim = self._attention(index).head_dim
         return rows.unflatten(-1, (-1, head_dim)).transpose(0, 1)
+
+
+# Names of settings by which some families (Gemma, Granite) scale embeddings or
+# logits outside the modules that a drafter shares.
+_SCALES = ("embedding_multiplier", "logits_scaling", "final_logit_softcapping")
+
+
+def _refuse_scaled(config: Any) -> None:
+    found = [name for name in _SCALES if getattr(config, name, None) not in (None, 1.0)]
+    if config.model_type in ("gemma", "gemma2"):
+        found.append("scaled embeddings")
+    if found:
+        raise UnsupportedTargetError(
+            f"target {config.model_type!r} uses {', '.join(found)}, which the torch "
+            "drafter does not support yet; use another target"
+        )
 
 
 def _rows(heads: torch.Tensor) -> torch.Tensor:

@@ -2,13 +2,14 @@
 """A new drafter for a target: untrained, but loadable."""
 
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from safetensors import safe_open
 from transformers import AutoConfig
 
 from vllm_mtp.config import (
+    MAX_SPECULATIVE_TOKENS,
     DrafterConfig,
     LayerConfig,
     LoRAConfig,
@@ -16,11 +17,11 @@ from vllm_mtp.config import (
     OwnLayerConfig,
     SharedLayerConfig,
 )
-from vllm_mtp.errors import UnsupportedTargetError
+from vllm_mtp.errors import MTPError, UnsupportedTargetError
 from vllm_mtp.layer_spec import BoundLayer, parse_layers
 from vllm_mtp.modeling.drafter import Drafter
 from vllm_mtp.modeling.layers import OwnLayer
-from vllm_mtp.target import TargetFacts
+from vllm_mtp.target import TargetFacts, safetensors_files
 
 DTYPES = {
     "bfloat16": torch.bfloat16,
@@ -64,7 +65,9 @@ def new_drafter(
         LayerSpecError: ``layers`` cannot be read.
         UnsupportedTargetError: The target, or a copy of its layer, cannot work.
     """
+    target = Path(target)
     hf_config = AutoConfig.from_pretrained(target).get_text_config()
+    _require_valid(num_speculative_tokens, options, hf_config.vocab_size)
     facts = TargetFacts.from_folder(target)
     weights = TargetWeights(target)
     config = DrafterConfig(
@@ -85,6 +88,24 @@ def new_drafter(
     return drafter
 
 
+def _require_valid(num_tokens: int, options: DrafterOptions, vocab_size: int) -> None:
+    if not 1 <= num_tokens <= MAX_SPECULATIVE_TOKENS:
+        raise MTPError(
+            f"num_speculative_tokens: got {num_tokens}, expected 1 to "
+            f"{MAX_SPECULATIVE_TOKENS}"
+        )
+    ids = options.draft_token_ids
+    if ids is None:
+        return
+    wrong = [i for i in ids if not 0 <= i < vocab_size]
+    if wrong or not ids or len(set(ids)) != len(ids):
+        raise MTPError(
+            f"draft_token_ids: expected different token ids from 0 to "
+            f"{vocab_size - 1}, got {len(ids)} of which {len(set(ids))} differ and "
+            f"{len(wrong)} are out of range"
+        )
+
+
 class TargetWeights:
     """Single tensors of a target's folder, read when asked for."""
 
@@ -93,7 +114,7 @@ class TargetWeights:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._file_of: dict[str, Path] = {}
-        for file in sorted(folder.glob("*.safetensors")):
+        for file in safetensors_files(folder):
             with safe_open(file, framework="pt") as tensors:
                 self._file_of |= dict.fromkeys(tensors.keys(), file)
 
@@ -152,6 +173,8 @@ def _layer_config(
         return SharedLayerConfig(target_layer=bound.target_layer, lora=options.lora)
     layer = weights.layer(bound.target_layer)
     copy = options.own_start == "copy"
+    if copy:
+        _require_copyable(hf_config)
     return OwnLayerConfig(
         target_layer=bound.target_layer,
         intermediate_size=getattr(hf_config, "intermediate_size"),  # noqa: B009
@@ -173,6 +196,21 @@ def _fill(drafter: Drafter, weights: TargetWeights, options: DrafterOptions) -> 
         for layer in drafter.layers:
             if isinstance(layer, OwnLayer):
                 _copy_layer(layer, weights)
+
+
+# Families whose layers compute exactly what an own layer computes.
+_COPYABLE = ("llama", "mistral", "qwen2", "qwen3")
+
+
+def _require_copyable(hf_config: Any) -> None:
+    activation = getattr(hf_config, "hidden_act", None)
+    if hf_config.model_type not in _COPYABLE or activation not in ("silu", "swish"):
+        raise UnsupportedTargetError(
+            f"layers of {hf_config.model_type!r} (activation {activation!r}) are not "
+            "known to compute what an own layer computes (RMSNorm, GQA, SwiGLU), so "
+            f"a copy could be wrong; known are {', '.join(_COPYABLE)} with 'silu'. "
+            "Use shared layers, or --own-start random."
+        )
 
 
 def _copy_layer(layer: OwnLayer, weights: TargetWeights) -> None:

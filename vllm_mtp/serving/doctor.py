@@ -33,10 +33,13 @@ class Finding:
     topic: str
     text: str
     failed: bool = False
+    note: bool = False  # worth knowing, but not in the method's way
 
     @property
     def mark(self) -> str:
-        return "FAIL" if self.failed else "ok  "
+        if self.failed:
+            return "FAIL"
+        return "note" if self.note else "ok  "
 
 
 def examine() -> list[Finding]:
@@ -46,6 +49,7 @@ def examine() -> list[Finding]:
         return findings
     return [
         *findings,
+        _command(),
         _plugin_entry(),
         _plugin_allowed(),
         _transformers_imports(),
@@ -84,6 +88,20 @@ def _vllm_version() -> Finding:
     if Version(number) < FLOOR:
         return Finding("vLLM", f"{text}: too old, install {FLOOR} or newer", True)
     return Finding("vLLM", text)
+
+
+def _command() -> Finding:
+    try:
+        version("vllm")
+    except PackageNotFoundError:
+        return Finding(
+            "command",
+            "`vllm serve` cannot start: it asks for the version of a distribution "
+            "called 'vllm', and this one has another name. Use "
+            "`python -m vllm.entrypoints.openai.api_server --model ...`",
+            note=True,
+        )
+    return Finding("command", "`vllm serve` finds its version")
 
 
 def _plugin_entry() -> Finding:

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from vllm_mtp.errors import UnsupportedTargetError
 from vllm_mtp.plugin import METHOD
 
 
@@ -76,10 +75,9 @@ def init_speculator(original: Callable[..., Any]) -> Callable[..., Any]:
 
         if not is_ours(vllm_config):
             return original(vllm_config, device, *args, **kwargs)
-        raise UnsupportedTargetError(
-            f"method {METHOD!r}: the V2 model runner is not supported yet. Set "
-            "VLLM_USE_V2_MODEL_RUNNER=0 in the environment and start again."
-        )
+        from vllm_mtp.serving.v2 import MTPPlaceholderSpeculator
+
+        return MTPPlaceholderSpeculator(vllm_config, device)
 
     return wrapper
 

@@ -80,7 +80,8 @@ V2_SPECULATOR = Patch(
     symbol="vllm.v1.worker.gpu.spec_decode:init_speculator",
     parameters=("vllm_config", "device"),
     wrapper="vllm_mtp.serving.hooks:init_speculator",
-    what="Answers for our method where the V2 runner builds its speculator.",
+    what="Makes our speculator where the V2 runner builds the stock one, when the "
+    "config is ours.",
     why="The V2 runner picks speculators by an if-chain on the method's name.",
     seen="0.31-0.33",
     remove_when="vLLM takes speculators from plugins (RFC #36219).",

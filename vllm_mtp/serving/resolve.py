@@ -95,9 +95,13 @@ def _fingerprint(target: str) -> str | None:
     from huggingface_hub import get_safetensors_metadata
 
     try:
-        files = get_safetensors_metadata(target).files_metadata.values()
+        metadata = get_safetensors_metadata(target).files_metadata
     except Exception:  # offline, private, no safetensors: then nothing matches
         return None
     return fingerprint_of_shapes(
-        {name: info.shape for file in files for name, info in file.tensors.items()}
+        {
+            name: info.shape
+            for file in metadata.values()
+            for name, info in file.tensors.items()
+        }
     )

@@ -13,7 +13,7 @@ from vllm.v1.spec_decode.draft_model import DraftModelProposer
 
 from vllm_mtp.block import block_positions, slots_of_positions
 from vllm_mtp.errors import UnsupportedTargetError
-from vllm_mtp.modeling.heads import Pick, pick_greedy
+from vllm_mtp.modeling.heads import pick_greedy
 from vllm_mtp.serving.loading import load_bound_drafter
 
 
@@ -100,7 +100,7 @@ class MTPPlaceholderProposer(DraftModelProposer):
         hidden = self._forward(
             next_token_ids, prefix_lens, boundary, metadata, num_speculative_tokens
         )
-        tokens, probs = self._bound.draft(hidden, self._picker(sampling_metadata))
+        tokens, probs = self._draft(hidden, sampling_metadata)
         self._last_draft_probs = None if probs is None else probs.contiguous()
         return tokens
 
@@ -187,12 +187,16 @@ class MTPPlaceholderProposer(DraftModelProposer):
         extra = -(-missing // self.block_size)
         return torch.nn.functional.pad(table, (0, extra))
 
-    def _picker(self, sampling_metadata: SamplingMetadata) -> Pick:
+    def _draft(
+        self, hidden: torch.Tensor, sampling_metadata: SamplingMetadata
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         if not self._enable_probabilistic_draft_probs or sampling_metadata.all_greedy:
-            return pick_greedy
-        return lambda logits: self._sample_from_logits(
-            logits.float(), sampling_metadata
-        )
+            return self._bound.draft(hidden, pick_greedy)
+
+        def pick(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+            return self._sample_from_logits(logits.float(), sampling_metadata)
+
+        return self._bound.draft(hidden, pick, whole_vocab=True)
 
     @torch.inference_mode()
     def dummy_run(self, num_tokens: int, *_: Any, **__: Any) -> None:

@@ -1,0 +1,296 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Write what is generated in this folder.
+
+The tables in ``README.md`` and ``config.schema.json`` come from the models in
+``vllm_mtp/config.py``, so that the written format is the one that is read::
+
+    python checkpoints_spec/generate.py            # write tables and schema
+    python checkpoints_spec/generate.py --check    # exit 1 where they are stale
+    python checkpoints_spec/generate.py --goldens  # make the golden drafters again
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from vllm_mtp.config import DrafterConfig
+
+HERE = Path(__file__).parent
+
+
+class TensorRow(NamedTuple):
+    """One row of the tensor table; ``dims`` are keys of `DIMENSIONS`."""
+
+    name: str
+    dims: tuple[str, ...]
+    when: str
+    meaning: str
+    dtype: str = "`dtype`"
+
+
+# Dimension -> where its size comes from. tests/test_golden.py holds the golden
+# drafters against this table and the next.
+DIMENSIONS = {
+    "placeholders": "`num_speculative_tokens` - 1",
+    "hidden": "`target.hidden_size`",
+    "queries": "`target.num_attention_heads` × `target.head_dim`",
+    "keys": "`target.num_key_value_heads` × `target.head_dim`",
+    "head": "`target.head_dim`",
+    "mlp": "`intermediate_size` of the layer",
+    "lora": "`lora.rank` of the layer",
+    "in, out": "sizes of the module that the pair is added to (table below)",
+    "markov": "`markov.rank`",
+    "vocab": "`target.vocab_size`",
+    "drafted": "`draft_vocab_size`, or `target.vocab_size` where that is null",
+}
+
+_OWN = "own layer"
+_NORM = "own layer with `qk_norm`"
+_BIAS = "own layer with `qkv_bias`"
+TENSORS = (
+    TensorRow(
+        "placeholders",
+        ("placeholders", "hidden"),
+        "`num_speculative_tokens` > 1",
+        "Input vectors of the places behind the anchor, in order.",
+    ),
+    TensorRow(
+        "layers.{i}.lora.{module}.a",
+        ("lora", "in"),
+        "shared layer with `lora`, for each of `lora.modules`",
+        "First factor of the change `alpha / rank * b @ a @ x`.",
+    ),
+    TensorRow(
+        "layers.{i}.lora.{module}.b",
+        ("out", "lora"),
+        "with `.a`",
+        "Second factor; 0 in an untrained drafter.",
+    ),
+    TensorRow(
+        "layers.{i}.boundary_proj.weight",
+        ("hidden", "hidden"),
+        "own layer with `boundary_hidden`",
+        "Projects the boundary hidden state; added to the layer's input.",
+    ),
+    TensorRow(
+        "layers.{i}.input_norm.weight",
+        ("hidden",),
+        _OWN,
+        "RMSNorm in front of the attention.",
+    ),
+    TensorRow("layers.{i}.q_proj.weight", ("queries", "hidden"), _OWN, "Queries."),
+    TensorRow("layers.{i}.k_proj.weight", ("keys", "hidden"), _OWN, "Keys."),
+    TensorRow("layers.{i}.v_proj.weight", ("keys", "hidden"), _OWN, "Values."),
+    TensorRow("layers.{i}.q_proj.bias", ("queries",), _BIAS, "Bias of the queries."),
+    TensorRow("layers.{i}.k_proj.bias", ("keys",), _BIAS, "Bias of the keys."),
+    TensorRow("layers.{i}.v_proj.bias", ("keys",), _BIAS, "Bias of the values."),
+    TensorRow(
+        "layers.{i}.q_norm.weight",
+        ("head",),
+        _NORM,
+        "RMSNorm of each query head, before RoPE.",
+    ),
+    TensorRow(
+        "layers.{i}.k_norm.weight",
+        ("head",),
+        _NORM,
+        "RMSNorm of each key head, before RoPE.",
+    ),
+    TensorRow(
+        "layers.{i}.o_proj.weight",
+        ("hidden", "queries"),
+        _OWN,
+        "Attention output.",
+    ),
+    TensorRow(
+        "layers.{i}.mlp_norm.weight", ("hidden",), _OWN, "RMSNorm in front of the MLP."
+    ),
+    TensorRow(
+        "layers.{i}.gate_proj.weight", ("mlp", "hidden"), _OWN, "SwiGLU gate (SiLU)."
+    ),
+    TensorRow("layers.{i}.up_proj.weight", ("mlp", "hidden"), _OWN, "SwiGLU up."),
+    TensorRow("layers.{i}.down_proj.weight", ("hidden", "mlp"), _OWN, "SwiGLU down."),
+    TensorRow(
+        "draft_vocab.token_ids",
+        ("drafted",),
+        "`draft_vocab_size` not null",
+        "Target token id of each output index; all different, in any order.",
+        dtype="`int64`",
+    ),
+    TensorRow(
+        "markov.embed.weight",
+        ("vocab", "markov"),
+        "`markov` not null",
+        "E: a vector per previously drafted token.",
+    ),
+    TensorRow(
+        "markov.gate.weight",
+        ("markov", "hidden"),
+        "`markov` not null",
+        "G: gate from the place's last hidden state h.",
+    ),
+    TensorRow("markov.gate.bias", ("markov",), "`markov` not null", "g: its bias."),
+    TensorRow(
+        "markov.unembed.weight",
+        ("drafted", "markov"),
+        "`markov` not null",
+        "U: bias on the logits, `U (sigmoid(G h + g) * E[previous])`.",
+    ),
+)
+
+# Headings of the objects in config.json, in the order they are listed.
+_OBJECTS = {
+    "DrafterConfig": "The whole file",
+    "SharedLayerConfig": '`layers[]` with `"kind": "shared"`',
+    "LoRAConfig": "`layers[].lora`",
+    "OwnLayerConfig": '`layers[]` with `"kind": "own"`',
+    "MarkovConfig": "`markov`",
+    "TargetFacts": "`target`",
+}
+
+
+def config_schema() -> dict[str, Any]:
+    """JSON schema of config.json, as strict as the reader."""
+    schema = DrafterConfig.model_json_schema()
+    layers = schema["properties"]["layers"]["items"]
+    # The models give `kind` a default for use in Python, but a reader cannot
+    # tell one kind from the other without the key: in a file it is required.
+    for name in layers["oneOf"]:
+        layer = schema["$defs"][_name_of(name)]
+        del layer["properties"]["kind"]["default"]
+        layer["required"].insert(0, "kind")
+    schema["$defs"]["LoRAConfig"]["properties"]["modules"]["uniqueItems"] = True
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema"} | schema
+
+
+def config_tables(schema: dict[str, Any]) -> str:
+    """One table per object in config.json."""
+    objects = schema["$defs"] | {"DrafterConfig": schema}
+    if unlisted := {n for n in objects if "properties" in objects[n]} - set(_OBJECTS):
+        raise SystemExit(f"generate.py: name a heading in _OBJECTS for {unlisted}")
+    return "\n\n".join(
+        f"#### {heading}\n\n{objects[name]['description']}\n\n"
+        + _table(("Key", "Type", "Default", "Meaning"), _key_rows(objects[name]))
+        for name, heading in _OBJECTS.items()
+    )
+
+
+def _key_rows(schema: dict[str, Any]) -> Iterable[tuple[str, ...]]:
+    for key, value in schema["properties"].items():
+        default = "required"
+        if key not in schema["required"]:
+            default = f"`{json.dumps(value['default'])}`"
+        yield f"`{key}`", _type(value), default, value["description"]
+
+
+def _type(value: dict[str, Any]) -> str:
+    """A JSON schema type in words."""
+    if options := value.get("anyOf") or value.get("oneOf"):
+        return " or ".join(_type(option) for option in options)
+    if "$ref" in value:
+        return f"object ({_OBJECTS[_name_of(value)]})"
+    if choices := value.get("enum") or [value[key] for key in value if key == "const"]:
+        return ", ".join(f"`{json.dumps(choice)}`" for choice in choices)
+    if value["type"] == "array":
+        return f"list, {value['minItems']} or more: {_type(value['items'])}"
+    return value["type"] + _range(value)
+
+
+def _range(value: dict[str, Any]) -> str:
+    if "maximum" in value:
+        return f" ({value['minimum']} to {value['maximum']})"
+    if "minimum" in value:
+        return f" ({value['minimum']} or more)"
+    if "exclusiveMinimum" in value:
+        return f" (above {value['exclusiveMinimum']})"
+    return ""
+
+
+def _name_of(reference: dict[str, str]) -> str:
+    return reference["$ref"].rpartition("/")[2]
+
+
+def tensor_tables() -> str:
+    """The tensors and their dimensions."""
+    rows = (
+        (f"`{row.name}`", f"[{', '.join(row.dims)}]", row.dtype, row.when, row.meaning)
+        for row in TENSORS
+    )
+    return "\n\n".join(
+        (
+            _table(("Tensor", "Shape", "Type", "Present for", "Meaning"), rows),
+            _table(("Dimension", "Size"), DIMENSIONS.items()),
+        )
+    )
+
+
+def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+    lines = [head, ("---",) * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def with_block(text: str, name: str, content: str) -> str:
+    """``text`` with the part between the markers of ``name`` replaced."""
+    start, end = f"<!-- generated: {name} -->\n", f"<!-- end: {name} -->"
+    before, found_start, rest = text.partition(start)
+    _, found_end, after = rest.partition(end)
+    if not (found_start and found_end):
+        raise SystemExit(f"generate.py: README.md has no markers for {name!r}")
+    return f"{before}{start}\n{content}\n\n{end}{after}"
+
+
+def generated_files(folder: Path = HERE) -> dict[Path, str]:
+    """Every generated file and what it should hold."""
+    schema = config_schema()
+    readme = folder / "README.md"
+    text = with_block(readme.read_text("utf-8"), "config", config_tables(schema))
+    return {
+        readme: with_block(text, "tensors", tensor_tables()),
+        folder / "config.schema.json": json.dumps(schema, indent=2) + "\n",
+    }
+
+
+def stale_files(folder: Path = HERE) -> list[Path]:
+    """Generated files that are not what they should be."""
+    return [
+        path
+        for path, wanted in generated_files(folder).items()
+        if not path.is_file() or path.read_text("utf-8") != wanted
+    ]
+
+
+def _check() -> int:
+    stale = stale_files()
+    for path in stale:
+        print(f"stale: {path}; run python {__file__}", file=sys.stderr)
+    return 1 if stale else 0
+
+
+def _write() -> int:
+    for path, text in generated_files().items():
+        path.write_text(text, "utf-8")
+    return 0
+
+
+def _write_goldens() -> int:
+    from goldens import write_goldens  # needs torch and transformers
+
+    write_goldens(HERE / "golden")
+    return 0
+
+
+def main() -> int:
+    """Run from the command line; returns the exit code."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    mode = parser.add_mutually_exclusive_group()
+    for flag, action in (("--check", _check), ("--goldens", _write_goldens)):
+        mode.add_argument(flag, dest="run", action="store_const", const=action)
+    run: Callable[[], int] = parser.parse_args().run or _write
+    return run()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every example, run as a user runs it."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.servers import Server, user_environment
+
+REPOSITORY = Path(__file__).parents[2]
+EXAMPLES = sorted((REPOSITORY / "examples").glob("*.py"))
+
+
+def run(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [sys.executable, f"examples/{name}", *arguments],
+        cwd=REPOSITORY,
+        env=user_environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    print(done.stdout)
+    print(done.stderr[-4000:], file=sys.stderr)
+    return done
+
+
+@pytest.mark.engine
+def test_make_a_drafter(tmp_path: Path) -> None:
+    done = run("make_a_drafter.py", "--out", str(tmp_path / "mine"))
+    assert done.returncode == 0
+    assert "shared:all: 5 of 20 accepted" in done.stdout
+    assert "drafts after saving and loading: the same" in done.stdout
+
+    from vllm_mtp import load_drafter
+
+    layers = load_drafter(tmp_path / "mine").config.layers
+    assert [layer.kind for layer in layers] == ["shared"] * 10 + ["own"] * 2
+    assert [layer.target_layer for layer in layers] == [*range(10), 28, 20]
+
+
+@pytest.mark.engine
+def test_offline_generation() -> None:
+    done = run("offline_generation.py")
+    assert done.returncode == 0
+    assert "The capital of France is Paris." in done.stdout
+    assert "acceptance length 2." in done.stdout
+
+
+@pytest.mark.engine
+def test_openai_client(server: Server) -> None:
+    done = run("openai_client.py", "--base-url", f"{server.url}/v1")
+    assert done.returncode == 0
+    assert "place 1: 1.000 accepted" in done.stdout
+
+
+def test_openai_client_without_a_server_fails() -> None:
+    assert run("openai_client.py", "--base-url", "http://127.0.0.1:9/v1").returncode
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+def test_examples_say_what_they_show(example: Path) -> None:
+    text = ast.get_docstring(ast.parse(example.read_text("utf-8"))) or ""
+    assert all(word in text for word in ("Shows:", "Run:", "Expect:"))
+    assert example.name in (REPOSITORY / "examples" / "README.md").read_text("utf-8")

@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The V2 model runner, without a GPU.
+
+The runner needs Triton, which must be talked into its interpreter before vLLM is
+imported: so a second pytest runs the same tests in a process of its own, with fewer
+and shorter requests.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.engine
+
+HERE = Path(__file__).parent
+
+
+@pytest.mark.timeout(1500)
+@pytest.mark.parametrize("name", ["test_exact.py", "test_parity.py", "v2_cases.py"])
+def test_the_same_tests_pass_on_v2(name: str) -> None:
+    path = [str(HERE / "triton_interpreter"), os.environ.get("PYTHONPATH", "")]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", str(HERE / name)],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, path))},
+        cwd=HERE.parent.parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    print(done.stdout.strip().splitlines()[-1])

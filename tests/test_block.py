@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The block layout against plain Python loops."""
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_mtp.block import (
+    IGNORE_LABEL,
+    PAD_SLOT,
+    block_labels,
+    block_mask,
+    block_positions,
+    is_placeholder,
+    slots_of_positions,
+)
+
+NUM_PLACES = st.integers(1, 6)
+PREFIX_LENS = st.lists(st.integers(0, 12), min_size=1, max_size=5)
+
+
+@given(PREFIX_LENS, NUM_PLACES, st.sampled_from([torch.int32, torch.int64]))
+def test_positions_count_up_from_the_anchor(
+    prefix_lens: list[int], num_places: int, dtype: torch.dtype
+) -> None:
+    positions = block_positions(torch.tensor(prefix_lens, dtype=dtype), num_places)
+    assert positions.dtype == dtype
+    assert positions.tolist() == [
+        [n + i for i in range(num_places)] for n in prefix_lens
+    ]
+
+
+@given(st.integers(1, 5), NUM_PLACES)
+def test_every_row_but_the_first_of_a_block_is_a_placeholder(
+    num_blocks: int, num_places: int
+) -> None:
+    rows = is_placeholder(num_blocks * num_places, num_places, "cpu")
+    assert rows.dtype == torch.bool
+    assert rows.tolist() == [
+        i > 0 for _ in range(num_blocks) for i in range(num_places)
+    ]
+
+
+@st.composite
+def paged_caches(draw: st.DrawFn) -> tuple[list[list[int]], int, int]:
+    """Block tables (0 is the null block), block size and max_model_len."""
+    block_size, num_columns = draw(st.integers(1, 5)), draw(st.integers(1, 4))
+    row = st.lists(st.integers(0, 9), min_size=num_columns, max_size=num_columns)
+    tables = draw(st.lists(row, min_size=1, max_size=3))
+    return tables, block_size, draw(st.integers(1, block_size * num_columns))
+
+
+@given(paged_caches(), st.data())
+def test_slots_lie_in_the_blocks_of_the_table(
+    cache: tuple[list[list[int]], int, int], data: st.DataObject
+) -> None:
+    tables, block_size, max_model_len = cache
+    num_places = data.draw(NUM_PLACES)
+    # Up to beyond the end of the table: near max_model_len blocks stick out.
+    place = st.integers(0, block_size * len(tables[0]) + 3)
+    row = st.lists(place, min_size=num_places, max_size=num_places)
+    positions = data.draw(st.lists(row, min_size=len(tables), max_size=len(tables)))
+
+    def slot(table: list[int], position: int) -> int:
+        if position >= max_model_len or table[position // block_size] == 0:
+            return PAD_SLOT
+        return table[position // block_size] * block_size + position % block_size
+
+    slots = slots_of_positions(
+        torch.tensor(positions),
+        torch.tensor(tables, dtype=torch.int32),  # as vLLM keeps them
+        block_size,
+        max_model_len,
+    )
+    assert slots.dtype == torch.int64
+    assert slots.tolist() == [
+        [slot(table, position) for position in line]
+        for table, line in zip(tables, positions, strict=True)
+    ]
+
+
+@given(st.lists(st.integers(0, 99), min_size=1, max_size=12), NUM_PLACES, st.data())
+def test_labels_are_the_tokens_after_each_row(
+    tokens: list[int], num_places: int, data: st.DataObject
+) -> None:
+    prefix_lens = data.draw(
+        st.lists(st.integers(0, len(tokens) - 1), min_size=1, max_size=5)
+    )
+    labels = block_labels(torch.tensor(tokens), torch.tensor(prefix_lens), num_places)
+    padded = tokens + [IGNORE_LABEL] * (num_places + 1)
+    assert labels.tolist() == [
+        [padded[n + 1 + i] for i in range(num_places)] for n in prefix_lens
+    ]
+
+
+def test_ignored_labels_are_the_ones_that_pytorch_ignores() -> None:
+    labels = block_labels(torch.tensor([7, 8]), torch.tensor([0]), 3)[0]
+    loss = torch.nn.functional.cross_entropy(
+        torch.zeros(3, 16), labels, reduction="none"
+    )
+    assert (loss == 0).tolist() == [False, True, True]
+
+
+@given(PREFIX_LENS, NUM_PLACES, st.integers(0, 3))
+def test_a_row_reads_its_prefix_and_its_block_causally(
+    prefix_lens: list[int], num_places: int, num_more: int
+) -> None:
+    num_tokens = max(prefix_lens) + num_more
+    mask = block_mask(torch.tensor(prefix_lens), num_tokens, num_places)
+    assert mask.dtype == torch.bool
+    assert mask.shape == (
+        len(prefix_lens) * num_places,
+        num_tokens + len(prefix_lens) * num_places,
+    )
+    for block, prefix_len in enumerate(prefix_lens):
+        for place in range(num_places):
+            first = num_tokens + block * num_places
+            readable = [*range(prefix_len), *range(first, first + place + 1)]
+            row = mask[block * num_places + place]
+            assert row.nonzero().flatten().tolist() == readable
