@@ -39,7 +39,8 @@ format: $(READY) ## Fix what the linter can fix, and format
 	@$(BIN)/ruff format --quiet .
 
 clean: ## Remove .venv, caches and build outputs
-	@rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache \
+	@rm -rf $(VENV) build dist *.egg-info $(METADATA)/build \
+		$(METADATA)/*.egg-info .mypy_cache .pytest_cache .ruff_cache \
 		.hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 

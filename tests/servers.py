@@ -20,7 +20,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
 
 from vllm_mtp.metrics import AcceptanceCounts
 
@@ -50,6 +49,9 @@ class Server:
 
     def acceptance(self) -> AcceptanceCounts:
         """The counters in /metrics, as they stand now."""
+        # Comes with vLLM; this file is imported for tests without vLLM too.
+        from prometheus_client.parser import text_string_to_metric_families
+
         with urllib.request.urlopen(f"{self.url}/metrics", timeout=30) as response:
             text = response.read().decode()
         values = {

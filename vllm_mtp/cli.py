@@ -63,6 +63,9 @@ def _load(name: str, rest: Sequence[str]):  # type: ignore[no-untyped-def]
 
     module, class_name, _ = COMMANDS[name]
     command = getattr(import_module(f"vllm_mtp.commands.{module}"), class_name)
+    if hasattr(command, "positional") and rest and not rest[0].startswith("-"):
+        # `vllm-mtp inspect FOLDER`: the one flag that every call has.
+        rest = [f"--{command.positional}", *rest]
     parser = HfArgumentParser(
         command, prog=f"vllm-mtp {name}", description=command.__doc__
     )

@@ -111,6 +111,8 @@ def test_inspect_says_what_a_drafter_is(
     capsys.readouterr()
     assert main(["inspect", "--drafter", str(tmp_path / "d")]) == 0
     out = capsys.readouterr().out
+    assert main(["inspect", str(tmp_path / "d")]) == 0
+    assert capsys.readouterr().out == out
     for text in ["shared, reads target layer 0", "own, reads target layer 2"]:
         assert text in out
     assert "0 bytes per token of its own" in out

@@ -187,7 +187,17 @@ WRONG_USE: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
     "no such drafter": (
         {"model": "/nonexistent/drafter"},
         {},
-        ["'/nonexistent/drafter'", "no folder here"],
+        ["no such folder: '/nonexistent/drafter'"],
+    ),
+    "no such hub id": (
+        {"model": "nobody/nothing"},
+        {},
+        ["'nobody/nothing' is no folder here", "could not be fetched"],
+    ),
+    "another way to verify": (
+        {"rejection_sample_method": "synthetic"},
+        {},
+        ["does not take 'rejection_sample_method'"],
     ),
     "a file as drafter": (
         {"model": __file__},

@@ -63,14 +63,24 @@ def test_a_drafter_that_is_the_target_is_accepted_when_sampling(
 
 
 @pytest.mark.usefixtures("gumbel_cache_without_triton")
-def test_all_options_with_probabilistic_drafts(
+def test_draft_distributions_cover_the_targets_vocabulary(
     tiny_targets: dict[str, Path], tiny_drafter: Callable[[str, str], Path]
 ) -> None:
+    """Reduced vocabulary: the tokens that cannot be drafted have probability 0.
+
+    With temperature 0, since the interpreter cannot run vLLM's kernel that draws
+    again after a rejection ("'NoneType' object has no attribute 'dtype'").
+    """
     spec = spec_for(tiny_drafter("llama", "mixed"), draft_sample_method="probabilistic")
     with engine(tiny_targets["llama"], spec) as llm:
-        run = generate(llm, PROMPTS, 12, temperature=1.0)
-    assert all(len(ids) == 12 for ids in run.token_ids)
-    assert run.counts.drafts > 0
+        run = generate(llm, PROMPTS, 12)
+        cached = runner_of(llm).speculator.draft_logits
+    assert run.counts.accepted_tokens > 0
+    used = cached.flatten(1).ne(0).any(dim=1)  # rows of requests that drafted
+    assert used.sum() == len(PROMPTS)
+    finite = cached[used].isfinite()
+    assert finite[:, :, ::2].all()  # `ALL_OPTIONS` drafts even token ids
+    assert not finite[:, :, 1::2].any()
 
 
 def test_boundary_hidden_is_the_last_valid_tokens_after_rejections(

@@ -2,6 +2,7 @@
 """``vllm-mtp inspect``."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from vllm_mtp.commands import flag
 from vllm_mtp.config import DrafterConfig, SharedLayerConfig
@@ -12,7 +13,9 @@ class Inspect:
     """Say what a drafter is, what it binds to, and what a draft costs. The weights
     are checked as they would be when serving."""
 
-    drafter: str = flag("the drafter's folder")
+    positional: ClassVar[str] = "drafter"
+
+    drafter: str = flag("the drafter's folder; the flag's name can be left out")
 
     def run(self) -> int:
         from vllm_mtp.checkpoint import load_drafter

@@ -27,10 +27,6 @@ ALLOWED_KEYS = (
     "num_speculative_tokens",
     "num_speculative_tokens_per_batch_size",
     "draft_sample_method",
-    "rejection_sample_method",
-    "synthetic_acceptance_rates",
-    "synthetic_acceptance_length",
-    "enforce_eager",
 )
 
 

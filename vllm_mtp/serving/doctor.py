@@ -13,7 +13,6 @@ from importlib.metadata import (
 
 from packaging.version import Version
 
-from vllm_mtp.plugin import METHOD
 from vllm_mtp.serving import ledger
 
 FLOOR = Version("0.28")
@@ -144,14 +143,7 @@ def _runner() -> Finding:
 
     where = f"platform {current_platform.device_name or current_platform.device_type}"
     v2 = chosen == "1" or (chosen is None and HAS_TRITON)
-    if not v2:
-        return Finding("runner", f"V1 ({where})")
-    return Finding(
-        "runner",
-        f"V2 ({where}), which {METHOD} does not support yet; set "
-        "VLLM_USE_V2_MODEL_RUNNER=0",
-        True,
-    )
+    return Finding("runner", f"{'V2' if v2 else 'V1'} ({where})")
 
 
 def _hook(patch: ledger.Patch) -> Finding:

@@ -41,6 +41,11 @@ def _named(model: str, revision: str | None) -> Path:
             f"speculative_config.model: {model!r} is a file; give the drafter's "
             f"folder, which holds {CONFIG_FILE} and {WEIGHTS_FILE}"
         )
+    if model.startswith(("/", ".", "~")):
+        raise DrafterNotFoundError(
+            f"speculative_config.model: no such folder: {model!r}. Give the drafter's "
+            f"folder, which holds {CONFIG_FILE} and {WEIGHTS_FILE}, or a hub id."
+        )
     return _from_hub(model, revision)
 
 
