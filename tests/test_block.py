@@ -11,6 +11,7 @@ from vllm_mtp.block import (
     block_labels,
     block_mask,
     block_positions,
+    fit_blocks,
     is_placeholder,
     slots_of_positions,
 )
@@ -42,41 +43,55 @@ def test_every_row_but_the_first_of_a_block_is_a_placeholder(
 
 
 @st.composite
-def paged_caches(draw: st.DrawFn) -> tuple[list[list[int]], int, int]:
-    """Block tables (0 is the null block), block size and max_model_len."""
+def paged_caches(draw: st.DrawFn) -> tuple[list[list[int]], int]:
+    """Block tables (0 is the null block) and the block size."""
     block_size, num_columns = draw(st.integers(1, 5)), draw(st.integers(1, 4))
     row = st.lists(st.integers(0, 9), min_size=num_columns, max_size=num_columns)
-    tables = draw(st.lists(row, min_size=1, max_size=3))
-    return tables, block_size, draw(st.integers(1, block_size * num_columns))
+    return draw(st.lists(row, min_size=1, max_size=3)), block_size
 
 
 @given(paged_caches(), st.data())
 def test_slots_lie_in_the_blocks_of_the_table(
-    cache: tuple[list[list[int]], int, int], data: st.DataObject
+    cache: tuple[list[list[int]], int], data: st.DataObject
 ) -> None:
-    tables, block_size, max_model_len = cache
+    tables, block_size = cache
     num_places = data.draw(NUM_PLACES)
-    # Up to beyond the end of the table: near max_model_len blocks stick out.
+    # Up to beyond the end of the table.
     place = st.integers(0, block_size * len(tables[0]) + 3)
     row = st.lists(place, min_size=num_places, max_size=num_places)
     positions = data.draw(st.lists(row, min_size=len(tables), max_size=len(tables)))
 
     def slot(table: list[int], position: int) -> int:
-        if position >= max_model_len or table[position // block_size] == 0:
+        column = position // block_size
+        if column >= len(table) or table[column] == 0:
             return PAD_SLOT
-        return table[position // block_size] * block_size + position % block_size
+        return table[column] * block_size + position % block_size
 
     slots = slots_of_positions(
         torch.tensor(positions),
         torch.tensor(tables, dtype=torch.int32),  # as vLLM keeps them
         block_size,
-        max_model_len,
     )
     assert slots.dtype == torch.int64
     assert slots.tolist() == [
         [slot(table, position) for position in line]
         for table, line in zip(tables, positions, strict=True)
     ]
+
+
+@given(PREFIX_LENS, NUM_PLACES, st.integers(1, 14), st.integers(0, 4))
+def test_blocks_are_fitted_to_the_longest_sequence(
+    prefix_lens: list[int], num_places: int, limit: int, spare: int
+) -> None:
+    readable = limit + spare
+    lens = torch.tensor(prefix_lens, dtype=torch.int32)
+    blocks = fit_blocks(lens, num_places, limit, readable)
+    for row, n in enumerate(prefix_lens):
+        places = range(n, n + num_places)
+        assert blocks.beyond[row].tolist() == [p >= limit for p in places]
+        assert blocks.positions[row].tolist() == [min(p, limit - 1) for p in places]
+        assert blocks.seq_lens[row] == min(n + num_places, readable)
+    assert (blocks.positions.dtype, blocks.beyond.dtype) == (torch.int64, torch.bool)
 
 
 @given(st.lists(st.integers(0, 99), min_size=1, max_size=12), NUM_PLACES, st.data())

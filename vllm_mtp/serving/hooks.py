@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from vllm_mtp.errors import MethodConfigError
 from vllm_mtp.plugin import METHOD
 
 
@@ -44,8 +45,11 @@ def _requested(engine_args: Any) -> dict[str, Any]:
         ("spec_tokens", "num_speculative_tokens"),
     ):
         value = getattr(engine_args, flag, None)
-        if value is not None:
-            settings.setdefault(key, value)
+        if value is not None and settings.setdefault(key, value) != value:
+            raise MethodConfigError(
+                f"--{flag.replace('_', '-')} and speculative_config[{key!r}] differ: "
+                f"{value!r} and {settings[key]!r}. Give one of them."
+            )
     return settings
 
 

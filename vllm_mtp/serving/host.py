@@ -14,6 +14,10 @@ import torch
 from torch import nn
 from vllm.config import VllmConfig, get_layers_from_vllm_config
 from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    UnquantizedEmbeddingMethod,
+)
 from vllm.model_executor.models.utils import extract_layer_index
 
 from vllm_mtp.errors import UnsupportedTargetError
@@ -45,6 +49,7 @@ class VllmTarget:
         bound_layers: Iterable[int],
     ) -> None:
         self._model = _language_model(model)
+        self._dtype = vllm_config.model_config.dtype
         self._decoder = self._model.model
         attention = _attention_by_layer(vllm_config)
         self._attention: dict[int, Attention] = {}
@@ -73,10 +78,17 @@ class VllmTarget:
             for module in layer.modules()
             if hasattr(module, "rotary_emb")
         ]
-        if len(rotary) != 1:
+        if attention[index].kv_sharing_target_layer_name is not None:
             raise UnsupportedTargetError(
-                f"target layer {index} ({type(layer).__name__}) has {len(rotary)} "
-                "`rotary_emb` modules, expected 1; this architecture is not supported"
+                f"target layer {index} reads the KV cache of "
+                f"{attention[index].kv_sharing_target_layer_name!r} and writes none of "
+                "its own; bind to that layer instead"
+            )
+        if len(rotary) != 1 or rotary[0] is None:
+            raise UnsupportedTargetError(
+                f"target layer {index} ({type(layer).__name__}) has no single "
+                "`rotary_emb`, which a drafter's queries need; this architecture is "
+                "not supported"
             )
         self._attention[index] = attention[index]
         self._rotary[index] = rotary[0]
@@ -128,7 +140,7 @@ class VllmTarget:
         return self._model.compute_logits(hidden)
 
     def logits_of_tokens(self, token_ids: torch.Tensor) -> nn.Module:
-        return _SmallHead(self._model, token_ids)
+        return _SmallHead(self._model, token_ids, self._dtype)
 
 
 class _SmallHead(nn.Module):
@@ -137,17 +149,21 @@ class _SmallHead(nn.Module):
     The rows are gathered once; a whole head per draft would undo the saving.
     """
 
-    def __init__(self, model: Any, token_ids: torch.Tensor) -> None:
+    def __init__(
+        self, model: Any, token_ids: torch.Tensor, model_dtype: object
+    ) -> None:
         super().__init__()
-        weight = getattr(model.lm_head, "weight", None)
-        if weight is None or weight.ndim != 2 or not weight.is_floating_point():
+        head, processor = getattr(model, "lm_head", None), model.logits_processor
+        method = getattr(head, "quant_method", None)
+        plain = isinstance(method, UnquantizedEmbeddingMethod | UnquantizedLinearMethod)
+        same_dtype = getattr(processor, "head_dtype", None) in (None, model_dtype)
+        if head is None or not plain or not same_dtype or _has_bias(head):
             raise UnsupportedTargetError(
-                f"the target's LM head ({type(model.lm_head).__name__}) has no plain "
-                "weight (quantised?), which a reduced draft vocabulary needs. Use a "
-                "drafter with draft_vocab_size null."
+                f"the target's LM head ({type(head).__name__}) is missing, quantised, "
+                "of another type or has a bias; a reduced draft vocabulary needs a "
+                "plain one. Use a drafter with draft_vocab_size null."
             )
-        self.weight = nn.Parameter(weight.detach()[token_ids], requires_grad=False)
-        processor = model.logits_processor
+        self.weight = nn.Parameter(head.weight.detach()[token_ids], requires_grad=False)
         self.scale: float = processor.scale
         self.soft_cap: float | None = processor.soft_cap
 
@@ -157,6 +173,10 @@ class _SmallHead(nn.Module):
         if self.soft_cap is not None:
             logits = torch.tanh(logits / self.soft_cap) * self.soft_cap
         return logits * self.scale if self.scale != 1.0 else logits
+
+
+def _has_bias(head: Any) -> bool:
+    return getattr(head, "bias", None) is not None
 
 
 def _language_model(model: Any) -> Any:

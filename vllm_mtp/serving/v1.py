@@ -11,10 +11,15 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.spec_decode.draft_model import DraftModelProposer
 
-from vllm_mtp.block import block_positions, slots_of_positions
-from vllm_mtp.errors import UnsupportedTargetError
+from vllm_mtp.block import (
+    PAD_SLOT,
+    FittedBlocks,
+    block_positions,
+    fit_blocks,
+    slots_of_positions,
+)
 from vllm_mtp.modeling.heads import pick_greedy
-from vllm_mtp.serving.loading import load_bound_drafter
+from vllm_mtp.serving.loading import load_bound_drafter, require_one_kv_cache_group
 
 
 class MTPPlaceholderProposer(DraftModelProposer):
@@ -38,17 +43,7 @@ class MTPPlaceholderProposer(DraftModelProposer):
 
     def validate_same_kv_cache_group(self, kv_cache_config: KVCacheConfig) -> None:
         """Refuse bound layers that lie in several KV-cache groups."""
-        groups = [
-            index
-            for index, group in enumerate(kv_cache_config.kv_cache_groups)
-            if self._draft_attn_layer_names & set(group.layer_names)
-        ]
-        if len(groups) != 1:
-            raise UnsupportedTargetError(
-                f"the drafter reads target layers of {len(groups)} KV-cache groups "
-                "(full and sliding-window attention?), which the V1 runner's adapter "
-                "does not support. Use a drafter bound to layers of one kind."
-            )
+        require_one_kv_cache_group(kv_cache_config, self._draft_attn_layer_names)
 
     @torch.inference_mode()
     def propose(
@@ -113,79 +108,59 @@ class MTPPlaceholderProposer(DraftModelProposer):
         num_places: int,
     ) -> torch.Tensor:
         """Run the drafter's blocks. ``[B, k, hidden_size]``."""
-        positions = block_positions(prefix_lens.long(), num_places)
-        draft_metadata = self._block_metadata(positions, prefix_lens, metadata)
+        table = self._block_table(metadata)
+        readable_len = table.shape[1] * self.block_size
+        blocks = fit_blocks(prefix_lens, num_places, self._max_model_len, readable_len)
+        draft_metadata = self._block_metadata(blocks, table, metadata)
         _, per_layer = self.build_per_group_and_layer_attn_metadata(draft_metadata)
-        num_rows = positions.numel()
-        # Runs no graph, but keeps data-parallel ranks in step.
-        _, _, across_dp = self._determine_batch_execution_and_padding(
-            num_rows, use_cudagraphs=False
-        )
         with set_forward_context(
             per_layer,
             self.vllm_config,
-            num_tokens=num_rows,
-            num_tokens_across_dp=across_dp,
+            num_tokens=blocks.positions.numel(),
             cudagraph_runtime_mode=CUDAGraphMode.NONE,
             slot_mapping=dict.fromkeys(
                 self._draft_attn_layer_names, draft_metadata.slot_mapping
             ),
         ):
-            # A row beyond the limit has no slot and drafts nothing of use; only
-            # its position must stay inside the RoPE table.
-            rows = positions.clamp(max=self._max_model_len - 1)
-            return self._bound.forward(anchor_ids, rows, boundary)
+            return self._bound.forward(anchor_ids, blocks.positions, boundary)
 
     @property
     def _max_model_len(self) -> int:
         # vLLM may lower the limit after start-up, to what the cache holds.
         return self.vllm_config.model_config.max_model_len
 
+    def _block_table(self, metadata: CommonAttentionMetadata) -> torch.Tensor:
+        """The block table of the bound layers' KV-cache group. ``[B, M]`` int32."""
+        table = metadata.block_table_tensor
+        if self.kv_cache_gid <= 0:
+            return table
+        # The runner hands over the table of group 0 for this kind of drafter.
+        tables = self.runner.input_batch.block_table
+        return tables[self.kv_cache_gid].get_device_tensor(len(table))
+
     def _block_metadata(
         self,
-        positions: torch.Tensor,
-        prefix_lens: torch.Tensor,
+        blocks: FittedBlocks,
+        table: torch.Tensor,
         metadata: CommonAttentionMetadata,
     ) -> CommonAttentionMetadata:
         """The drafter's batch: k query rows behind every request's prefix."""
-        batch, num_places = positions.shape
-        table = self._block_table(metadata, num_places)
-        starts = torch.arange(batch + 1, dtype=torch.int32) * num_places
+        batch, num_places = blocks.positions.shape
+        slots = slots_of_positions(blocks.positions, table, self.block_size)
         upper = metadata.seq_lens_cpu_upper_bound
         return metadata.replace(
-            query_start_loc=starts.to(positions.device, non_blocking=True),
-            query_start_loc_cpu=starts,
-            seq_lens=(prefix_lens + num_places).to(metadata.seq_lens.dtype),
+            query_start_loc=self.arange[: batch + 1] * num_places,
+            query_start_loc_cpu=torch.arange(batch + 1, dtype=torch.int32) * num_places,
+            seq_lens=blocks.seq_lens.to(metadata.seq_lens.dtype),
             seq_lens_cpu_upper_bound=None if upper is None else upper + num_places,
             num_actual_tokens=batch * num_places,
             max_query_len=num_places,
             max_seq_len=metadata.max_seq_len + num_places,
             block_table_tensor=table,
-            slot_mapping=slots_of_positions(
-                positions, table, self.block_size, self._max_model_len
-            ).flatten(),
-            positions=positions.flatten(),
+            slot_mapping=slots.masked_fill(blocks.beyond, PAD_SLOT).flatten(),
+            positions=blocks.positions.flatten(),
             causal=True,
         )
-
-    def _block_table(
-        self, metadata: CommonAttentionMetadata, num_places: int
-    ) -> torch.Tensor:
-        """The bound layers' block table, wide enough for a block at the very end.
-
-        A block whose last rows pass ``max_model_len`` would make the attention
-        kernel look beyond the table; there it finds the null block instead.
-        """
-        table = metadata.block_table_tensor
-        if self.kv_cache_gid > 0:
-            # The runner hands over the table of group 0 for this kind of drafter.
-            tables = self.runner.input_batch.block_table
-            table = tables[self.kv_cache_gid].get_device_tensor(len(table))
-        missing = self._max_model_len + num_places - table.shape[1] * self.block_size
-        if missing <= 0:
-            return table
-        extra = -(-missing // self.block_size)
-        return torch.nn.functional.pad(table, (0, extra))
 
     def _draft(
         self, hidden: torch.Tensor, sampling_metadata: SamplingMetadata
@@ -201,14 +176,14 @@ class MTPPlaceholderProposer(DraftModelProposer):
     @torch.inference_mode()
     def dummy_run(self, num_tokens: int, *_: Any, **__: Any) -> None:
         """Run once without a cache, so that vLLM's memory profile sees the drafter."""
+        # As many rows as a step can have, also where the budget of tokens is less.
         num_places = self.speculative_config.num_speculative_tokens
-        batch = max(1, min(self.max_batch_size, num_tokens // num_places))
+        batch = self.max_batch_size
         ids = torch.zeros(batch, dtype=torch.int64, device=self.device)
         boundary = None
         if self._bound.drafter.config.uses_boundary_hidden:
             boundary = self.hidden_states.new_zeros(batch, self.hidden_size)
         with set_forward_context(None, self.vllm_config, num_tokens=batch * num_places):
-            hidden = self._bound.forward(
-                ids, block_positions(ids, num_places), boundary
-            )
+            positions = block_positions(ids, num_places)
+            hidden = self._bound.forward(ids, positions, boundary)
             self._bound.draft(hidden, pick_greedy)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The V2 runner's drafter: vLLM's speculator base class with our forward.
 
-Everything that a step reads or writes lies in buffers of fixed size, and nothing
-waits for the device, so that the step can be captured in a graph later.
+The step's inputs lie in buffers of fixed size, and nothing waits for the device. The
+attention metadata is still built anew in each step, so there is no graph yet.
 """
 
 from typing import Any
@@ -18,10 +18,9 @@ from vllm.v1.worker.gpu.input_batch import InputBatch, InputBuffers
 from vllm.v1.worker.gpu.sample.gumbel import gumbel_sample
 from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 
-from vllm_mtp.block import PAD_SLOT, block_positions
-from vllm_mtp.errors import UnsupportedTargetError
+from vllm_mtp.block import PAD_SLOT, FittedBlocks, fit_blocks
 from vllm_mtp.modeling.heads import pick_greedy
-from vllm_mtp.serving.loading import load_bound_drafter
+from vllm_mtp.serving.loading import load_bound_drafter, require_one_kv_cache_group
 
 
 class MTPPlaceholderSpeculator(DraftModelSpeculator):
@@ -29,11 +28,6 @@ class MTPPlaceholderSpeculator(DraftModelSpeculator):
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
         super().__init__(vllm_config, device)
-        if vllm_config.parallel_config.data_parallel_size > 1:
-            raise UnsupportedTargetError(
-                "data_parallel_size > 1 is not supported with the V2 model runner yet. "
-                "Use 1, or set VLLM_USE_V2_MODEL_RUNNER=0."
-            )
         self.num_query_per_req = num_places = self.num_speculative_steps
         # The base class sizes its buffers by the target's token budget; ours may be
         # larger, since the drafter does not take from that budget.
@@ -44,6 +38,8 @@ class MTPPlaceholderSpeculator(DraftModelSpeculator):
             * num_places
         )
         self._places = torch.arange(num_places, device=device)
+        # Before `set_attn` only the memory profile runs, without a cache.
+        self._limit = self._readable_len = vllm_config.model_config.max_model_len
 
     def load_draft_model(
         self, target_model: torch.nn.Module, target_attn_layer_names: set[str]
@@ -63,6 +59,7 @@ class MTPPlaceholderSpeculator(DraftModelSpeculator):
         **kwargs: Any,
     ) -> None:
         """Build attention metadata of our own over the target's layers."""
+        require_one_kv_cache_group(kv_cache_config, self._host.attention_layer_names)
         # Only during this call: the runner takes these names for layers of a draft
         # model, which it would leave out of the target's own bookkeeping.
         self.draft_attn_layer_names = self._host.attention_layer_names
@@ -75,9 +72,12 @@ class MTPPlaceholderSpeculator(DraftModelSpeculator):
             dtype=torch.int64,
             device=self.device,
         )
+        # The limit as it is now: vLLM may have lowered it to what the cache holds,
+        # while the base class keeps the first one.
+        self._limit = self.vllm_config.model_config.max_model_len
         # What a block table covers: whole cache blocks, up to the limit.
         self._readable_len = min(
-            -(-self.max_model_len // size) * size
+            -(-self._limit // size) * size
             for size in (group.kv_cache_spec.block_size for group in groups)
         )
 
@@ -174,30 +174,27 @@ class MTPPlaceholderSpeculator(DraftModelSpeculator):
         has_cache: bool,
     ) -> torch.Tensor:
         """Run the drafter's blocks. ``[B, k, hidden_size]``."""
-        positions = block_positions(prefix_lens.long(), self.num_speculative_steps)
-        # A row beyond the limit has no slot and drafts nothing of use; only its
-        # position must stay inside the RoPE table.
-        rows = positions.clamp(max=self.max_model_len - 1)
+        blocks = fit_blocks(
+            prefix_lens, self.num_speculative_steps, self._limit, self._readable_len
+        )
         per_layer, slot_mapping = None, None
         if has_cache:
-            slots = self._scratch_slots(positions, rows)
-            per_layer = self._block_metadata(input_batch, prefix_lens, slots)
+            slots = self._scratch_slots(blocks)
+            per_layer = self._block_metadata(input_batch, blocks, slots)
             slot_mapping = build_slot_mappings_by_layer(slots, self.kv_cache_config)
         with set_forward_context(
             per_layer,
             self.vllm_config,
-            num_tokens=rows.numel(),
+            num_tokens=blocks.positions.numel(),
             cudagraph_runtime_mode=CUDAGraphMode.NONE,
             slot_mapping=slot_mapping,
         ):
-            return self._bound.forward(anchors, rows, boundary)
+            return self._bound.forward(anchors, blocks.positions, boundary)
 
-    def _scratch_slots(
-        self, positions: torch.Tensor, rows: torch.Tensor
-    ) -> torch.Tensor:
+    def _scratch_slots(self, blocks: FittedBlocks) -> torch.Tensor:
         """Slots of every KV-cache group. ``[groups, B * k]`` int64."""
-        num_reqs, num_rows = positions.shape[0], positions.numel()
-        self.input_buffers.positions[:num_rows].copy_(rows.flatten())
+        num_reqs, num_rows = len(blocks.positions), blocks.positions.numel()
+        self.input_buffers.positions[:num_rows].copy_(blocks.positions.flatten())
         slots = self.block_tables.compute_slot_mappings(
             self.idx_mapping[:num_reqs],
             self._starts[: num_reqs + 1],
@@ -205,20 +202,17 @@ class MTPPlaceholderSpeculator(DraftModelSpeculator):
             num_rows,
             out=self._slots,
         )
-        # vLLM clamps such a row into the last block, onto committed tokens.
-        return slots.masked_fill_(positions.flatten() >= self.max_model_len, PAD_SLOT)
+        # A row beyond the limit would otherwise hit the last token's slot.
+        return slots.masked_fill_(blocks.beyond.flatten(), PAD_SLOT)
 
     def _block_metadata(
-        self, input_batch: InputBatch, prefix_lens: torch.Tensor, slots: torch.Tensor
+        self, input_batch: InputBatch, blocks: FittedBlocks, slots: torch.Tensor
     ) -> dict[str, Any] | None:
         """The drafter's batch: k query rows behind every request's prefix."""
         num_reqs, num_places = input_batch.num_reqs, self.num_speculative_steps
         buffers = self.input_buffers
         buffers.query_start_loc[: num_reqs + 1].copy_(self._starts[: num_reqs + 1])
-        # Within the last k tokens before the limit the rows see a little less of
-        # the prefix: drafts there may be worse, and are still verified.
-        seq_lens = (prefix_lens + num_places).clamp(max=self._readable_len)
-        buffers.seq_lens[:num_reqs].copy_(seq_lens)
+        buffers.seq_lens[:num_reqs].copy_(blocks.seq_lens)
         upper = input_batch.seq_lens_cpu_upper_bound[:num_reqs]
         self.draft_max_seq_len = min(int(upper.max()) + num_places, self._readable_len)
         return self._build_attn_metadata(
