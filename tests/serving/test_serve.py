@@ -115,7 +115,7 @@ def test_metrics_show_the_drafts(server: Server, client: OpenAI) -> None:
     [
         (
             '{"method":"mtp_placeholder","model":"/nonexistent"}',
-            "speculative_config.model: '/nonexistent' is no folder here",
+            "speculative_config.model: no such folder: '/nonexistent'",
         ),
         (
             '{"method":"mtp_placeholder","draft_tensor_parallel_size":1}',
