@@ -180,7 +180,7 @@ def _owner(patch: Patch) -> tuple[Any, str]:
 
 
 def _require_parameters(patch: Patch, current: Any) -> None:
-    if attribute_is_new(patch):
+    if _is_inherited(patch):
         return
     if current is None:
         raise HookMissingError(_missing(patch, "it is not there"))
@@ -191,8 +191,8 @@ def _require_parameters(patch: Patch, current: Any) -> None:
         )
 
 
-def attribute_is_new(patch: Patch) -> bool:
-    """`__new__` is inherited from object: there is nothing to check."""
+def _is_inherited(patch: Patch) -> bool:
+    """``__new__`` comes from object: there is no signature to check."""
     return patch.symbol.endswith(".__new__")
 
 

@@ -4,7 +4,7 @@
 from typing import Any
 
 import torch
-from vllm.config import CUDAGraphMode, VllmConfig
+from vllm.config import CUDAGraphMode
 from vllm.forward_context import set_forward_context
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import KVCacheConfig
@@ -37,9 +37,6 @@ class MTPPlaceholderProposer(DraftModelProposer):
         # The target's own layers: vLLM then builds the drafter's attention
         # metadata for them, and allocates no cache for the drafter.
         self._draft_attn_layer_names = host.attention_layer_names
-
-    def _create_draft_vllm_config(self) -> VllmConfig:
-        return self.vllm_config
 
     def validate_same_kv_cache_group(self, kv_cache_config: KVCacheConfig) -> None:
         """Refuse bound layers that lie in several KV-cache groups."""
