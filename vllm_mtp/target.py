@@ -110,8 +110,24 @@ class TargetFacts(BaseModel):
             )
 
 
+# What some families do between their layers, in the model's own forward.
+_BETWEEN_LAYERS = (
+    "embedding_multiplier",
+    "residual_multiplier",
+    "mup_enabled",
+    "hidden_size_per_layer_input",
+)
+
+
 def _refuse_unsupported(text: Any) -> None:
     name = getattr(text, "model_type", "?")
+    for setting in _BETWEEN_LAYERS:
+        if getattr(text, setting, None) not in (None, 0, 1):
+            raise UnsupportedTargetError(
+                f"target {name!r} sets {setting}={getattr(text, setting)!r}, so it "
+                "computes something between its layers that a drafter would leave "
+                "out. Use another target."
+            )
     if getattr(text, "kv_lora_rank", None):
         raise UnsupportedTargetError(
             f"target {name!r} uses multi-head latent attention (kv_lora_rank="

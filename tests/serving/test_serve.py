@@ -23,6 +23,11 @@ pytestmark = pytest.mark.engine
 
 QUESTION = "Explain in a few sentences why the sky is blue."
 MAX_TOKENS = 48
+CHAT: dict[str, Any] = {
+    "messages": [{"role": "user", "content": QUESTION}],
+    "temperature": 0,
+    "max_tokens": MAX_TOKENS,
+}
 
 
 @pytest.fixture
@@ -31,23 +36,12 @@ def client(server: Server) -> OpenAI:
 
 
 def chat(client: OpenAI, model: str) -> str:
-    answer = client.chat.completions.create(
-        model=model,
-        messages=[{"role": "user", "content": QUESTION}],
-        temperature=0,
-        max_tokens=MAX_TOKENS,
-    )
+    answer = client.chat.completions.create(model=model, **CHAT)
     return answer.choices[0].message.content or ""
 
 
 def chat_streamed(client: OpenAI, model: str) -> str:
-    events = client.chat.completions.create(
-        model=model,
-        messages=[{"role": "user", "content": QUESTION}],
-        temperature=0,
-        max_tokens=MAX_TOKENS,
-        stream=True,
-    )
+    events = client.chat.completions.create(model=model, stream=True, **CHAT)
     return "".join(event.choices[0].delta.content or "" for event in events)
 
 

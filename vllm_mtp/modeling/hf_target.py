@@ -15,6 +15,7 @@ from transformers.cache_utils import DynamicCache
 
 from vllm_mtp.errors import UnsupportedTargetError
 from vllm_mtp.modeling.hosts import Stream
+from vllm_mtp.target import TargetFacts
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class HFTarget:
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
+        TargetFacts.from_hf_config(model.config)  # refuses what no host can follow
         _refuse_scaled(model.config.get_text_config())
         self.model = model
         self.decoder = model.get_decoder()
@@ -196,9 +198,9 @@ class HFTarget:
         return rows.unflatten(-1, (-1, head_dim)).transpose(0, 1)
 
 
-# Names of settings by which some families (Gemma, Granite) scale embeddings or
-# logits outside the modules that a drafter shares.
-_SCALES = ("embedding_multiplier", "logits_scaling", "final_logit_softcapping")
+# Settings by which some families (Gemma, Granite) scale their logits outside the LM
+# head. vLLM's own `compute_logits` does it when serving.
+_SCALES = ("logits_scaling", "final_logit_softcapping")
 
 
 def _refuse_scaled(config: Any) -> None:

@@ -43,13 +43,6 @@ _REFUSED_SETTINGS = {
     "enable_lora": "vLLM's LoRA kernels know only the rows of the target's own batch",
     "watermark_config": "drafts are sampled without the watermark",
 }
-# What some families do between their layers, in the model's own forward.
-_SCALES = (
-    "embedding_multiplier",
-    "residual_multiplier",
-    "mup_enabled",
-    "hidden_size_per_layer_input",
-)
 
 
 class MTPPlaceholderSpecConfig(SpeculativeConfig):
@@ -162,7 +155,6 @@ def _require_known_keys(requested: dict[str, Any]) -> None:
 
 
 def _require_supported(engine_args: Any, model: Any, parallel: Any) -> None:
-    text = model.hf_text_config
     for size in _PARALLEL_SIZES:
         if getattr(parallel, size, 1) > 1:
             raise UnsupportedTargetError(
@@ -174,13 +166,6 @@ def _require_supported(engine_args: Any, model: Any, parallel: Any) -> None:
             raise UnsupportedTargetError(
                 f"method {METHOD!r}: {setting} is set: {reason}. Leave it out, or "
                 "serve without this method."
-            )
-    for name in _SCALES:
-        if getattr(text, name, None) not in (None, 0, 1, 1.0, False):
-            raise UnsupportedTargetError(
-                f"method {METHOD!r}: target {text.model_type!r} sets {name}="
-                f"{getattr(text, name)!r}, so it computes something between its "
-                "layers that a drafter would leave out. Use another target."
             )
     if getattr(model, "uses_mrope", False):
         raise UnsupportedTargetError(

@@ -101,6 +101,9 @@ CPU_EXPAND = Patch(
 )
 PATCHES = (CONFIG, V1_PROPOSER, V2_SPECULATOR, CPU_EXPAND)
 
+# Names of patches that are applied in this process, or that it does not need.
+_settled: set[str] = set()
+
 
 def install_at_start() -> None:
     """Apply what must be there before vLLM reads its arguments."""
@@ -110,12 +113,15 @@ def install_at_start() -> None:
 def install_for_runner() -> None:
     """Apply what the runner of this process needs, for modules already loaded.
 
-    Called by our config whenever vLLM asks it what kind of drafter to build.
+    Called by our config whenever vLLM asks it what kind of drafter to build. The
+    V1 runner asks several times per step, so what is settled costs a set look-up.
     """
     for patch in PATCHES:
-        module, _ = _split(patch.symbol)
-        if module in sys.modules and _applies_here(patch):
+        if patch.name in _settled or _split(patch.symbol)[0] not in sys.modules:
+            continue
+        if _applies_here(patch):
             install(patch)
+        _settled.add(patch.name)
 
 
 def install(patch: Patch) -> None:

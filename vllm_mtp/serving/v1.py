@@ -108,7 +108,7 @@ class MTPPlaceholderProposer(DraftModelProposer):
         table = self._block_table(metadata)
         readable_len = table.shape[1] * self.block_size
         blocks = fit_blocks(prefix_lens, num_places, self._max_model_len, readable_len)
-        draft_metadata = self._block_metadata(blocks, table, metadata)
+        draft_metadata = self._block_metadata(blocks, table, readable_len, metadata)
         _, per_layer = self.build_per_group_and_layer_attn_metadata(draft_metadata)
         with set_forward_context(
             per_layer,
@@ -139,20 +139,24 @@ class MTPPlaceholderProposer(DraftModelProposer):
         self,
         blocks: FittedBlocks,
         table: torch.Tensor,
+        readable_len: int,
         metadata: CommonAttentionMetadata,
     ) -> CommonAttentionMetadata:
         """The drafter's batch: k query rows behind every request's prefix."""
         batch, num_places = blocks.positions.shape
         slots = slots_of_positions(blocks.positions, table, self.block_size)
         upper = metadata.seq_lens_cpu_upper_bound
+        if upper is not None:
+            # Some backends index the block table by this bound.
+            upper = (upper + num_places).clamp(max=readable_len)
         return metadata.replace(
             query_start_loc=self.arange[: batch + 1] * num_places,
             query_start_loc_cpu=torch.arange(batch + 1, dtype=torch.int32) * num_places,
             seq_lens=blocks.seq_lens.to(metadata.seq_lens.dtype),
-            seq_lens_cpu_upper_bound=None if upper is None else upper + num_places,
+            seq_lens_cpu_upper_bound=upper,
             num_actual_tokens=batch * num_places,
             max_query_len=num_places,
-            max_seq_len=metadata.max_seq_len + num_places,
+            max_seq_len=min(metadata.max_seq_len + num_places, readable_len),
             block_table_tensor=table,
             slot_mapping=slots.masked_fill(blocks.beyond, PAD_SLOT).flatten(),
             positions=blocks.positions.flatten(),
