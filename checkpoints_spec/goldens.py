@@ -17,12 +17,12 @@ from torch import nn
 from transformers import LlamaConfig, PreTrainedModel, Qwen3Config
 from transformers.models.auto import AutoModelForCausalLM
 
-from vllm_mtp.block import block_mask, block_positions
 from vllm_mtp.checkpoint import load_drafter, save_drafter
 from vllm_mtp.config import DrafterConfig
 from vllm_mtp.modeling.drafter import BoundDrafter, Drafter
 from vllm_mtp.modeling.heads import pick_greedy
 from vllm_mtp.modeling.hf_target import HFTarget
+from vllm_mtp.modeling.texts import TextBlocks, forward_texts
 from vllm_mtp.target import TargetFacts, fingerprint_of_shapes
 
 LORA = {
@@ -165,13 +165,8 @@ def run_blocks(
     host = HFTarget(target)
     states = host.encode(token_ids)
     bound = BoundDrafter(drafter, host)
-    mask = block_mask(prefix_lens, states.num_tokens, num_places)
-    with host.reading(states, mask):
-        hidden = bound.forward(
-            token_ids[prefix_lens],
-            block_positions(prefix_lens, num_places),
-            states.hidden[prefix_lens - 1],
-        )
+    text = TextBlocks(token_ids, states, prefix_lens)
+    hidden = forward_texts(bound, [text], num_places)
     scores: list[torch.Tensor] = []
 
     def pick_and_keep(logits: torch.Tensor) -> tuple[torch.Tensor, None]:

@@ -37,12 +37,13 @@ from vllm_mtp import (
     new_drafter,
     save_drafter,
 )
-from vllm_mtp.block import block_labels, block_mask, block_positions
+from vllm_mtp.block import block_labels
 from vllm_mtp.demo.target import ensure_demo_target
 from vllm_mtp.metrics import count_accepted
 from vllm_mtp.modeling.drafter import BoundDrafter
 from vllm_mtp.modeling.heads import pick_greedy
 from vllm_mtp.modeling.hf_target import HFTarget, TargetStates
+from vllm_mtp.modeling.texts import TextBlocks, forward_texts
 
 PROMPT = "The water cycle has four stages. First,"
 NUM_TOKENS = 4
@@ -74,7 +75,7 @@ def main() -> int:
     exact = count_accepted(drafts, truth(text)).acceptance_per_place[0] == 1.0
 
     # 2. The first ten are the target's, the last two have weights of their own.
-    options = DrafterOptions(dtype="float32", boundary_hidden=True, markov_rank=16)
+    options = DrafterOptions(dtype="float32", boundary_hidden="all", markov_rank=16)
     mixed = new_drafter(target, "shared:0-9,own:28,29", NUM_TOKENS, options)
     mixed = rebind_last_layer(mixed, target_layer=20)
     drafts = draft(mixed, text)
@@ -117,15 +118,9 @@ def continue_greedily(target: Path, tokenizer: PreTrainedTokenizerBase) -> Text:
 @torch.no_grad()
 def draft(drafter: Drafter, text: Text) -> torch.Tensor:
     """Draft behind several prefixes of the text in one forward. ``[B, k]``."""
-    prefix_lens = anchors(text)
     bound = BoundDrafter(drafter, text.host)
-    mask = block_mask(prefix_lens, text.states.num_tokens, NUM_TOKENS)
-    with text.host.reading(text.states, mask):
-        hidden = bound.forward(
-            text.token_ids[prefix_lens],
-            block_positions(prefix_lens, NUM_TOKENS),
-            text.states.hidden[prefix_lens - 1],
-        )
+    blocks = TextBlocks(text.token_ids, text.states, anchors(text))
+    hidden = forward_texts(bound, [blocks], NUM_TOKENS)
     tokens, _ = bound.draft(hidden, pick_greedy)
     return tokens
 

@@ -8,11 +8,13 @@ from hypothesis import strategies as st
 from vllm_mtp.block import (
     IGNORE_LABEL,
     PAD_SLOT,
+    BlockReads,
     block_labels,
-    block_mask,
     block_positions,
+    block_reads_itself,
     fit_blocks,
     is_placeholder,
+    reads_prefix,
     slots_of_positions,
 )
 
@@ -116,20 +118,18 @@ def test_ignored_labels_are_the_ones_that_pytorch_ignores() -> None:
     assert (loss == 0).tolist() == [False, True, True]
 
 
-@given(PREFIX_LENS, NUM_PLACES, st.integers(0, 3))
-def test_a_row_reads_its_prefix_and_its_block_causally(
-    prefix_lens: list[int], num_places: int, num_more: int
-) -> None:
-    num_tokens = max(prefix_lens) + num_more
-    mask = block_mask(torch.tensor(prefix_lens), num_tokens, num_places)
+@given(PREFIX_LENS, st.integers(0, 3))
+def test_a_block_reads_its_prefix(prefix_lens: list[int], num_more: int) -> None:
+    mask = reads_prefix(torch.tensor(prefix_lens), max(prefix_lens) + num_more)
     assert mask.dtype == torch.bool
-    assert mask.shape == (
-        len(prefix_lens) * num_places,
-        num_tokens + len(prefix_lens) * num_places,
-    )
-    for block, prefix_len in enumerate(prefix_lens):
-        for place in range(num_places):
-            first = num_tokens + block * num_places
-            readable = [*range(prefix_len), *range(first, first + place + 1)]
-            row = mask[block * num_places + place]
-            assert row.nonzero().flatten().tolist() == readable
+    assert mask.shape == (len(prefix_lens), max(prefix_lens) + num_more)
+    for row, prefix_len in zip(mask, prefix_lens, strict=True):
+        assert row.nonzero().flatten().tolist() == list(range(prefix_len))
+
+
+@given(NUM_PLACES)
+def test_a_place_reads_its_block(num_places: int) -> None:
+    causal = block_reads_itself(num_places, BlockReads(), "cpu")
+    for place, row in enumerate(causal):
+        assert row.nonzero().flatten().tolist() == list(range(place + 1))
+    assert block_reads_itself(num_places, BlockReads(later_rows=True), "cpu").all()

@@ -36,6 +36,17 @@ def block_positions(prefix_lens: torch.Tensor, num_places: int) -> torch.Tensor:
     return prefix_lens[:, None] + places
 
 
+class BlockReads(NamedTuple):
+    """What the rows of a block read. Serving knows only the default; the others are
+    for experiments in training."""
+
+    prefix: bool = True  # the prefix before the anchor
+    later_rows: bool = False  # the rows behind in the same block ("bidirectional")
+
+
+SERVED_READS = BlockReads()
+
+
 class FittedBlocks(NamedTuple):
     """Blocks cut to what a sequence may hold."""
 
@@ -103,6 +114,21 @@ def slots_of_positions(
     return slots.masked_fill(unusable, PAD_SLOT)
 
 
+def anchors_of(span: tuple[int, int], most: int | None = None) -> range:
+    """Tokens of an answer from which decoding drafts on.
+
+    Args:
+        span: [start, end) of the answer.
+        most: Only this many of the first.
+
+    Returns:
+        From ``start``, or from 1 where nothing stands before the answer (a draft
+        reads a prefix), to ``end - 2``, whose next token is the answer's last.
+    """
+    start, stop = max(span[0], 1), span[1] - 1
+    return range(start, stop if most is None else min(stop, start + most))
+
+
 def block_labels(
     token_ids: torch.Tensor, prefix_lens: torch.Tensor, num_places: int
 ) -> torch.Tensor:
@@ -123,27 +149,27 @@ def block_labels(
     return labels.masked_fill(wanted >= token_ids.shape[0], IGNORE_LABEL)
 
 
-def block_mask(
-    prefix_lens: torch.Tensor, num_prefix_tokens: int, num_places: int
-) -> torch.Tensor:
-    """Which keys each row may read when many blocks run in one forward.
-
-    A row reads its own prefix and, causally, its own block. Blocks do not see
-    each other.
+def reads_prefix(prefix_lens: torch.Tensor, num_prefix_tokens: int) -> torch.Tensor:
+    """Which prefix tokens each block reads, when many stand behind one sequence.
 
     Args:
-        prefix_lens: ``[B]`` int64; n of each block.
-        num_prefix_tokens: T; keys are the T prefix tokens, then all rows.
-        num_places: k.
+        prefix_lens: ``[B]`` integer; n of each block.
+        num_prefix_tokens: T.
 
     Returns:
-        ``[B * k, T + B * k]`` bool, True where reading is allowed.
+        ``[B, T]`` bool.
     """
-    device = prefix_lens.device
-    num_rows = prefix_lens.shape[0] * num_places
-    row = torch.arange(num_rows, device=device)
-    prefix = torch.arange(num_prefix_tokens, device=device)
-    reads_prefix = prefix < prefix_lens.repeat_interleave(num_places)[:, None]
-    same_block = row[:, None] // num_places == row // num_places
-    reads_block = same_block & (row[:, None] >= row)
-    return torch.cat([reads_prefix, reads_block], dim=1)
+    token = torch.arange(num_prefix_tokens, device=prefix_lens.device)
+    return token < prefix_lens[:, None]
+
+
+def block_reads_itself(
+    num_places: int, reads: BlockReads, device: torch.device | str
+) -> torch.Tensor:
+    """Which places of its own block each place reads.
+
+    Returns:
+        ``[k, k]`` bool; row i is what place i reads.
+    """
+    readable = torch.ones(num_places, num_places, dtype=torch.bool, device=device)
+    return readable if reads.later_rows else readable.tril()

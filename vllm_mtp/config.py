@@ -153,6 +153,17 @@ class DrafterConfig(_Strict):
         return tuple(sorted({layer.target_layer for layer in self.layers}))
 
     @property
+    def shares_whole_target(self) -> bool:
+        """Whether the layers are the target's own, all of them and in order."""
+        return [
+            layer.target_layer
+            for layer in self.layers
+            if isinstance(layer, SharedLayerConfig)
+        ] == list(range(self.target.num_hidden_layers)) and all(
+            isinstance(layer, SharedLayerConfig) for layer in self.layers
+        )
+
+    @property
     def uses_boundary_hidden(self) -> bool:
         """Whether some layer reads the target's last hidden state."""
         return any(

@@ -48,7 +48,7 @@ def test_init_writes_what_was_asked_for(
         "--layers", "shared:0-1,own:3",
         "--num-speculative-tokens", "3",
         "--dtype", "float32",
-        "--boundary-hidden",
+        "--boundary-hidden", "all",
         "--lora-rank", "2",
         "--lora-modules", "q_proj", "o_proj",
         "--markov-rank", "4",

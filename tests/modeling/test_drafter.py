@@ -14,7 +14,7 @@ from transformers.models.auto import AutoModelForCausalLM
 
 from checkpoints_spec.goldens import Blocks, fill_weights, fixed_values, run_blocks
 from tests.tiny_targets import NUM_LAYERS, VOCAB_SIZE
-from vllm_mtp.block import block_mask, block_positions
+from vllm_mtp.block import block_positions
 from vllm_mtp.config import LoRAConfig
 from vllm_mtp.errors import UnsupportedTargetError
 from vllm_mtp.modeling.drafter import BoundDrafter, Drafter
@@ -181,7 +181,7 @@ class TestTargetStaysAsItIs:
             3,
             lora=ALL_LORA,
             markov_rank=2,
-            boundary_hidden=True,
+            boundary_hidden="all",
             draft_token_ids=tuple(range(0, VOCAB_SIZE, 4)),
         )
         randomized(drafter).requires_grad_(True)
@@ -210,7 +210,7 @@ class TestBlocks:
     def drafter(self, make: MakeDrafter) -> Drafter:
         """Something of everything."""
         return randomized(
-            make(MIXED, 4, lora=ALL_LORA, markov_rank=2, boundary_hidden=True)
+            make(MIXED, 4, lora=ALL_LORA, markov_rank=2, boundary_hidden="all")
         )
 
     def test_blocks_in_one_forward_equal_each_alone(
@@ -256,14 +256,13 @@ class TestBlocks:
         self, target: PreTrainedModel, make: MakeDrafter
     ) -> None:
         """Each block must be given its own row, for all its places."""
-        drafter = randomized(make("own:0", 2, boundary_hidden=True))
+        drafter = randomized(make("own:0", 2, boundary_hidden="all"))
         host = HFTarget(target)
         states = host.encode(TOKENS)
-        mask = block_mask(PREFIX_LENS, states.num_tokens, 2)
         positions = block_positions(PREFIX_LENS, 2)
         boundary = states.hidden[PREFIX_LENS - 1]
         bound = BoundDrafter(drafter, host)
-        with host.reading(states, mask), torch.no_grad():
+        with host.reading([(states, PREFIX_LENS)], 2), torch.no_grad():
             before = bound.forward(TOKENS[PREFIX_LENS], positions, boundary)
             boundary[2] += 1.0
             after = bound.forward(TOKENS[PREFIX_LENS], positions, boundary)
@@ -273,7 +272,7 @@ class TestBlocks:
     def test_reading_ends_with_its_block(self, target: PreTrainedModel) -> None:
         host = HFTarget(target)
         states = host.encode(TOKENS)
-        with host.reading(states, block_mask(PREFIX_LENS, len(TOKENS), 1)):
+        with host.reading([(states, PREFIX_LENS)], 1):
             pass
         rows = torch.zeros(1, 128), torch.zeros(1, 64), torch.zeros(1, 64)
         with pytest.raises(AssertionError, match="reading"):

@@ -69,7 +69,7 @@ class TestConfig:
         drafter = make(
             tiny_llama,
             "own:0",
-            boundary_hidden=True,
+            boundary_hidden="all",
             markov_rank=5,
             draft_token_ids=(9, 2, 4),
             dtype="bfloat16",
@@ -121,7 +121,7 @@ class TestStartValues:
             folder,
             "own:all",
             own_start="random",
-            boundary_hidden=True,
+            boundary_hidden="all",
             markov_rank=2,
         )
         target = _load(folder)
@@ -166,7 +166,7 @@ class TestStartValues:
             own_start=own_start,
             lora=LORA,
             markov_rank=2,
-            boundary_hidden=True,
+            boundary_hidden="all",
             draft_token_ids=(5, 3),
         )
         loaded = load_drafter(save_drafter(drafter, tmp_path))

@@ -17,7 +17,7 @@ FAMILIES = {"llama": make_tiny_llama, "qwen3": make_tiny_qwen3}
 # Everything that can stand around a list of layers, at once.
 ALL_OPTIONS = DrafterOptions(
     dtype="float32",
-    boundary_hidden=True,
+    boundary_hidden="all",
     markov_rank=8,
     draft_token_ids=tuple(range(0, 512, 2)),
     lora=LoRAConfig(rank=4, alpha=8.0, modules=("q_proj", "o_proj", "gate_proj")),

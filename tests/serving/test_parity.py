@@ -12,11 +12,11 @@ from transformers import AutoModelForCausalLM
 
 from tests.serving.conftest import DRAFTERS, FAMILIES
 from tests.serving.engines import ON_V2, bound_drafter_of, engine, generate
-from vllm_mtp.block import block_mask, block_positions
 from vllm_mtp.checkpoint import load_drafter
 from vllm_mtp.modeling.drafter import BoundDrafter
 from vllm_mtp.modeling.heads import pick_greedy
 from vllm_mtp.modeling.hf_target import HFTarget
+from vllm_mtp.modeling.texts import TextBlocks, forward_texts
 
 pytestmark = pytest.mark.engine
 
@@ -105,12 +105,7 @@ def torch_step(
     """Logits ``[k, V]`` and greedy tokens ``[k]`` of one step in plain torch."""
     target = drafter.target
     assert isinstance(target, HFTarget)
-    states = target.encode(tokens[:prefix_len])
     lens = torch.tensor([prefix_len])
-    with target.reading(states, block_mask(lens, prefix_len, num_places)):
-        hidden = drafter.forward(
-            tokens[prefix_len][None],
-            block_positions(lens, num_places),
-            states.hidden[-1:],
-        )
+    text = TextBlocks(tokens, target.encode(tokens[: prefix_len + 1]), lens)
+    hidden = forward_texts(drafter, [text], num_places)
     return drafter.logits(hidden)[0], drafter.draft(hidden, pick_greedy)[0][0]

@@ -57,7 +57,7 @@ def drafter_spec(
         if name == "reference":
             return {"method": "mtp_placeholder"}
         layers, k = DRAFTERS[name]
-        options = DrafterOptions(boundary_hidden=name == "mixed")
+        options = DrafterOptions(boundary_hidden="all" if name == "mixed" else "none")
         folder = save_drafter(new_drafter(smollm2, layers, k, options), root / name)
         return {"method": "mtp_placeholder", "model": str(folder)}
 

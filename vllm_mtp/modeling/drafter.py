@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The drafter: placeholders, a list of bound layers, and the heads around them."""
 
+from collections.abc import Callable
+from enum import IntEnum
+
 import torch
 from torch import nn
 
@@ -10,6 +13,21 @@ from vllm_mtp.modeling.heads import DraftVocab, MarkovCorrection, Pick, pick_blo
 from vllm_mtp.modeling.hosts import Stream, TargetHost
 from vllm_mtp.modeling.layers import OwnLayer, SharedLayer
 from vllm_mtp.modeling.lora import RowGate
+
+
+class Traced(IntEnum):
+    """What a trace sees besides the layers; these are numbered from 0."""
+
+    FINAL_NORM = -1  # [B * k, hidden_size]
+    INPUT = -2  # [B * k, hidden_size]
+    POSITIONS = -3  # [B, k]
+    ANCHORS = -4  # [B]
+    DRAFTS = -5  # [B, k]
+
+
+Trace = Callable[[int, torch.Tensor], None]
+"""Called with a layer's index and the stream behind it, ``[B * k, hidden_size]``, and
+with each of `Traced`; positions first, drafts last."""
 
 
 class Drafter(nn.Module):
@@ -60,9 +78,13 @@ class BoundDrafter:
     Args:
         drafter: The weights.
         target: The host; it also says which prefix each row reads.
+
+    Attributes:
+        trace: Set it to see what every stage of a forward computes.
     """
 
     def __init__(self, drafter: Drafter, target: TargetHost) -> None:
+        self.trace: Trace | None = None
         self.drafter = drafter
         self.target = target
         self._gate = RowGate()
@@ -76,14 +98,15 @@ class BoundDrafter:
 
     def forward(
         self,
-        anchor_ids: torch.Tensor,
+        anchor_ids: torch.Tensor | None,
         positions: torch.Tensor,
         boundary: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """One parallel forward of all blocks.
 
         Args:
-            anchor_ids: ``[B]`` integer; the token just sampled.
+            anchor_ids: ``[B]`` integer; the token just sampled. None for blocks of
+                placeholders alone, whose anchor is part of the prefix.
             positions: ``[B, k]`` int64; k at most what the drafter was made for.
             boundary: ``[B, hidden_size]``; the target's last hidden state (after
                 its final norm) at the last prefix position. Needed only when
@@ -94,28 +117,61 @@ class BoundDrafter:
         """
         num_places = positions.shape[1]
         rows = positions.reshape(-1)
-        placeholder = is_placeholder(rows.shape[0], num_places, rows.device)
-        stream = Stream(self._embed(anchor_ids, num_places))
-        self._gate.rows = placeholder[:, None].to(stream.hidden.dtype)
+        stream = Stream(self._embed(anchor_ids, *positions.shape))
+        self._gate.rows = self._gated(anchor_ids is None, rows, num_places).to(
+            stream.hidden.dtype
+        )
         if boundary is not None:
             boundary = boundary.repeat_interleave(num_places, dim=0)
+        if self.trace is not None:
+            self._trace_input(self.trace, anchor_ids, positions, stream)
         for index, layer in enumerate(self.drafter.layers):
             if isinstance(layer, OwnLayer):
                 stream = layer(self.target, stream, rows, boundary)
             else:
                 bound = self.drafter.config.layers[index].target_layer
                 stream = self.target.run_layer(self._shared[index], bound, stream, rows)
-        return self.target.final_norm(stream).unflatten(0, (-1, num_places))
+            if self.trace is not None:
+                self.trace(index, stream.summed())
+        hidden = self.target.final_norm(stream)
+        if self.trace is not None:
+            self.trace(Traced.FINAL_NORM, hidden)
+        return hidden.unflatten(0, (-1, num_places))
 
-    def _embed(self, anchor_ids: torch.Tensor, num_places: int) -> torch.Tensor:
-        anchors = self.target.embed(anchor_ids)
-        if num_places == 1:
+    @staticmethod
+    def _trace_input(
+        trace: Trace,
+        anchor_ids: torch.Tensor | None,
+        positions: torch.Tensor,
+        stream: Stream,
+    ) -> None:
+        trace(Traced.POSITIONS, positions)
+        if anchor_ids is not None:
+            trace(Traced.ANCHORS, anchor_ids)
+        trace(Traced.INPUT, stream.summed())
+
+    def _gated(
+        self, all_placeholders: bool, rows: torch.Tensor, num_places: int
+    ) -> torch.Tensor:
+        """Which rows see LoRA. ``[rows, 1]`` bool."""
+        if all_placeholders:
+            return torch.ones_like(rows, dtype=torch.bool)[:, None]
+        return is_placeholder(rows.shape[0], num_places, rows.device)[:, None]
+
+    def _embed(
+        self, anchor_ids: torch.Tensor | None, num_blocks: int, num_places: int
+    ) -> torch.Tensor:
+        anchors = None if anchor_ids is None else self.target.embed(anchor_ids)
+        num_placeholders = num_places - (anchors is not None)
+        if num_placeholders == 0:
+            assert anchors is not None, "a block has at least one row"
             return anchors
         assert self.drafter.placeholders is not None, "k is at most the trained one"
-        placeholders = self.drafter.placeholders[: num_places - 1]
-        block = torch.cat(
-            [anchors[:, None], placeholders.expand(anchors.shape[0], -1, -1)], dim=1
-        )
+        block = self.drafter.placeholders[:num_placeholders]
+        block = block.expand(num_blocks, -1, -1)
+        if anchors is not None:
+            # In the target's type, also where the trained weights are wider.
+            block = torch.cat([anchors[:, None], block.to(anchors.dtype)], dim=1)
         return block.flatten(0, 1)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -145,7 +201,7 @@ class BoundDrafter:
             Token ids ``[B, k]`` int64 of the target's vocabulary, and the
             distributions ``[B, k, V]`` where ``pick`` keeps them.
         """
-        return pick_block(
+        tokens, distributions = pick_block(
             self.logits(hidden),
             hidden,
             self.drafter.markov,
@@ -153,3 +209,6 @@ class BoundDrafter:
             pick,
             spread_to=self.drafter.config.target.vocab_size if whole_vocab else None,
         )
+        if self.trace is not None:
+            self.trace(Traced.DRAFTS, tokens)
+        return tokens, distributions

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 Pick = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor | None]]
@@ -30,17 +31,26 @@ class MarkovCorrection(nn.Module):
         self.gate = nn.Linear(hidden_size, rank)
         self.unembed = nn.Linear(rank, out_size, bias=False)
 
-    def forward(self, previous: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self,
+        previous: torch.Tensor,
+        hidden: torch.Tensor,
+        columns: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Bias for one place.
 
         Args:
-            previous: ``[B]`` int64; token ids of the target's vocabulary.
-            hidden: ``[B, hidden_size]``; the place's last hidden states.
+            previous: ``[..]`` int64; token ids of the target's vocabulary.
+            hidden: ``[.., hidden_size]``; the place's last hidden states.
+            columns: ``[C]`` int64; only these of the output vocabulary.
 
         Returns:
-            ``[B, V]``, V being the size of the output vocabulary.
+            ``[.., V]``, V being the size of the output vocabulary, or ``[.., C]``.
         """
-        return self.unembed(torch.sigmoid(self.gate(hidden)) * self.embed(previous))
+        gated = torch.sigmoid(self.gate(hidden)) * self.embed(previous)
+        if columns is None:
+            return self.unembed(gated)
+        return F.linear(gated, self.unembed.weight[columns])
 
     def init_weights(self, generator: torch.Generator) -> None:
         nn.init.normal_(self.embed.weight, std=0.02, generator=generator)

@@ -2,18 +2,20 @@
 """A transformers model as the drafter's target host: training and offline checks."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AttentionInterface, PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
+from vllm_mtp.block import SERVED_READS, BlockReads
 from vllm_mtp.errors import UnsupportedTargetError
+from vllm_mtp.modeling.block_attention import BlockBias, attend_blocks, block_bias
 from vllm_mtp.modeling.hosts import Stream
 from vllm_mtp.target import TargetFacts
 
@@ -28,10 +30,19 @@ class TargetStates:
     keys: dict[int, torch.Tensor]  # layer -> [kv_heads, T, head_dim]
     values: dict[int, torch.Tensor]  # layer -> [kv_heads, T, head_dim]
     hidden: torch.Tensor  # [T, hidden_size], after the final norm
+    # layer -> [T, hidden_size], the residual stream behind it; only if asked for
+    streams: dict[int, torch.Tensor] = field(default_factory=dict)
 
     @property
     def num_tokens(self) -> int:
         return self.hidden.shape[0]
+
+
+class _Read(NamedTuple):
+    """What the blocks behind one sequence read."""
+
+    states: TargetStates
+    bias: BlockBias
 
 
 class HFTarget:
@@ -50,40 +61,65 @@ class HFTarget:
         _refuse_scaled(model.config.get_text_config())
         self.model = model
         self.decoder = model.get_decoder()
-        self._states: TargetStates | None = None
-        self._mask: torch.Tensor | None = None
+        self._reads: list[_Read] = []
 
     @torch.no_grad()
-    def encode(self, token_ids: torch.Tensor) -> TargetStates:
+    def encode(
+        self,
+        token_ids: torch.Tensor,
+        *,
+        cached: Collection[int] | None = None,
+        streams: Collection[int] = (),
+    ) -> TargetStates:
         """Run the target over one sequence.
 
         Args:
             token_ids: ``[T]`` int64.
+            cached: Layers whose keys and values are kept; all by default.
+            streams: Layers whose output is kept too.
         """
         # No config: every layer then keeps its whole prefix, also where the
         # model's own sliding window would drop it.
         cache = DynamicCache()
-        out = self.decoder(token_ids[None], past_key_values=cache, use_cache=True)
+        with _outputs_of(self.decoder.layers, streams) as outputs:
+            out = self.decoder(token_ids[None], past_key_values=cache, use_cache=True)
         layers: list[Any] = cache.layers  # of attention, so with keys and values
+        kept = range(len(layers)) if cached is None else sorted(set(cached))
         return TargetStates(
-            {i: layer.keys[0] for i, layer in enumerate(layers)},
-            {i: layer.values[0] for i, layer in enumerate(layers)},
+            {i: layers[i].keys[0] for i in kept},
+            {i: layers[i].values[0] for i in kept},
             out.last_hidden_state[0],
+            outputs,
         )
 
     @contextmanager
-    def reading(self, states: TargetStates, mask: torch.Tensor) -> Iterator[None]:
+    def reading(
+        self,
+        blocks: Sequence[tuple[TargetStates, torch.Tensor]],
+        num_places: int,
+        reads: BlockReads = SERVED_READS,
+    ) -> Iterator[None]:
         """Set what the rows of the next forward read.
 
         Args:
-            states: The prefix.
-            mask: ``[rows, T + rows]`` bool, as from `block.block_mask`.
+            blocks: For each sequence its states and the prefix lengths ``[B]`` of
+                the blocks behind it. The rows come in the same order.
+            num_places: k.
+            reads: What a row reads of the prefix and of its block.
         """
-        self._states, self._mask = states, mask
+        config = self.decoder.config
+        before = config._attn_implementation
+        self._reads = [
+            _Read(states, block_bias(lens, num_places, reads))
+            for states, lens in blocks
+        ]
+        # A shared layer hands its queries to `_attend_in_layer`, not to its own kernel.
+        config._attn_implementation = _OURS
         try:
             yield
         finally:
-            self._states = self._mask = None
+            config._attn_implementation = before
+            self._reads = []
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         return self.model.get_input_embeddings()(token_ids)
@@ -98,10 +134,11 @@ class HFTarget:
         hidden = stream.summed()[None]
         out = layer(
             hidden,
-            attention_mask=self._layer_mask(hidden.dtype),
+            # Any object passes through a layer to the attention function.
+            attention_mask=partial(self._attend_heads, index),
             position_ids=positions[None],
-            past_key_values=_PrefixThenBlock(self._states),
-            use_cache=True,
+            past_key_values=None,
+            use_cache=False,
             position_embeddings=self._cos_sin(hidden, positions),
         )
         return Stream((out[0] if isinstance(out, tuple) else out)[0])
@@ -124,18 +161,27 @@ class HFTarget:
     def attend(
         self, index: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     ) -> torch.Tensor:
-        keys, values = _PrefixThenBlock(self._states).update(
-            self._heads(index, key)[None], self._heads(index, value)[None], index
-        )
-        out = F.scaled_dot_product_attention(
-            self._heads(index, query)[None],
-            keys,
-            values,
-            attn_mask=self._mask,
-            scale=self._attention(index).scaling,
-            enable_gqa=True,
-        )
-        return _rows(out[0])
+        query, key, value = (self._heads(index, x) for x in (query, key, value))
+        scale = self._attention(index).scaling
+        return self._attend_heads(index, query, key, value, scale)
+
+    def _attend_heads(
+        self,
+        index: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scale: float,
+    ) -> torch.Tensor:
+        """``[heads, rows, head_dim]`` each, to ``[rows, heads * head_dim]``."""
+        assert self._reads, "call within HFTarget.reading()"
+        counts = [read.bias.prefix.shape[0] for read in self._reads]
+        parts = [rows.split(counts, dim=1) for rows in (query, key, value)]
+        outputs = []
+        for read, q, k, v in zip(self._reads, *parts, strict=True):
+            past = read.states.keys[index], read.states.values[index]
+            outputs.append(attend_blocks(q, k, v, *past, read.bias, scale))
+        return torch.cat(outputs)
 
     def final_norm(self, stream: Stream) -> torch.Tensor:
         return self.decoder.norm(stream.summed())
@@ -166,14 +212,6 @@ class HFTarget:
             )
         return self.decoder.rotary_emb(like, positions[None])
 
-    def _layer_mask(self, dtype: torch.dtype) -> torch.Tensor:
-        assert self._mask is not None, "call within HFTarget.reading()"
-        if self.model.config._attn_implementation != "eager":
-            return self._mask[None, None]
-        # Eager attention adds its mask to the scores.
-        added = torch.zeros(self._mask.shape, dtype=dtype, device=self._mask.device)
-        return added.masked_fill(~self._mask, torch.finfo(dtype).min)[None, None]
-
     def _attention(self, index: int) -> Any:
         self._refuse_window(index)
         return self.layer(index).self_attn
@@ -184,7 +222,7 @@ class HFTarget:
         window = getattr(config, "sliding_window", None)
         if kinds is not None and kinds[index] != "sliding_attention":
             return
-        read = self._mask.shape[1] if self._mask is not None else 0
+        read = max((r.bias.prefix.shape[1] for r in self._reads), default=0)
         if window is not None and read > window:
             raise UnsupportedTargetError(
                 f"target layer {index} attends to a window of {window} tokens, and "
@@ -214,24 +252,42 @@ def _refuse_scaled(config: Any) -> None:
         )
 
 
+@contextmanager
+def _outputs_of(
+    layers: nn.ModuleList, wanted: Collection[int]
+) -> Iterator[dict[int, torch.Tensor]]:
+    """Keep what some decoder layers give in the forward inside the block."""
+    outputs: dict[int, torch.Tensor] = {}
+
+    def keep(index: int, _: nn.Module, __: Any, output: Any) -> None:
+        outputs[index] = (output[0] if isinstance(output, tuple) else output)[0]
+
+    hooks = [layers[i].register_forward_hook(partial(keep, i)) for i in set(wanted)]
+    try:
+        yield outputs
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def _rows(heads: torch.Tensor) -> torch.Tensor:
     """``[heads, rows, head_dim]`` to ``[rows, heads * head_dim]``."""
     return heads.transpose(0, 1).flatten(1)
 
 
-class _PrefixThenBlock:
-    """Looks like a cache to a decoder layer: the stored prefix, then the new rows.
+def _attend_in_layer(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: Any,
+    scaling: float,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """transformers' attention interface: ``[1, heads, rows, head_dim]`` each."""
+    out = attention_mask(query[0], key[0], value[0], scaling)
+    return out.unflatten(-1, (query.shape[1], -1))[None], None
 
-    Nothing is stored, which is what "scratch" means when training.
-    """
 
-    def __init__(self, states: TargetStates | None) -> None:
-        assert states is not None, "call within HFTarget.reading()"
-        self._states = states
-
-    def update(
-        self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *_: Any, **__: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """From ``[1, kv_heads, rows, head_dim]`` to ``T + rows`` on axis 2."""
-        keys, values = self._states.keys[layer_idx], self._states.values[layer_idx]
-        return torch.cat([keys[None], key], 2), torch.cat([values[None], value], 2)
+_OURS = "vllm_mtp_blocks"
+AttentionInterface.register(_OURS, _attend_in_layer)

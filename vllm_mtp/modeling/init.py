@@ -35,7 +35,8 @@ class DrafterOptions(NamedTuple):
 
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     own_start: Literal["copy", "random"] = "copy"
-    boundary_hidden: bool = False
+    boundary_hidden: Literal["none", "first", "all"] = "none"
+    boundary_start: Literal["zero", "identity"] = "zero"
     lora: LoRAConfig | None = None
     markov_rank: int | None = None
     draft_token_ids: tuple[int, ...] | None = None
@@ -74,9 +75,8 @@ def new_drafter(
         model_type="mtp_placeholder",
         format_version=1,
         num_speculative_tokens=num_speculative_tokens,
-        layers=tuple(
-            _layer_config(bound, options, weights, hf_config)
-            for bound in parse_layers(layers, facts.num_hidden_layers)
+        layers=_layer_configs(
+            parse_layers(layers, facts.num_hidden_layers), options, weights, hf_config
         ),
         markov=MarkovConfig(rank=options.markov_rank) if options.markov_rank else None,
         draft_vocab_size=len(options.draft_token_ids or ()) or None,
@@ -163,14 +163,36 @@ _COPIED = {
 }
 
 
-def _layer_config(
+def _layer_configs(
+    bound: list[BoundLayer],
+    options: DrafterOptions,
+    weights: TargetWeights,
+    hf_config: object,
+) -> tuple[LayerConfig, ...]:
+    own = [index for index, layer in enumerate(bound) if layer.kind == "own"]
+    reads_boundary = {"none": [], "first": own[:1], "all": own}[options.boundary_hidden]
+    if options.boundary_hidden != "none" and not own:
+        raise MTPError(
+            f"boundary_hidden: got {options.boundary_hidden!r}, but only own layers "
+            "can read it and the layer list has none; use 'none', or own layers"
+        )
+    return tuple(
+        SharedLayerConfig(target_layer=layer.target_layer, lora=options.lora)
+        if layer.kind == "shared"
+        else _own_layer_config(
+            layer, options, weights, hf_config, index in reads_boundary
+        )
+        for index, layer in enumerate(bound)
+    )
+
+
+def _own_layer_config(
     bound: BoundLayer,
     options: DrafterOptions,
     weights: TargetWeights,
     hf_config: object,
-) -> LayerConfig:
-    if bound.kind == "shared":
-        return SharedLayerConfig(target_layer=bound.target_layer, lora=options.lora)
+    boundary_hidden: bool,
+) -> OwnLayerConfig:
     layer = weights.layer(bound.target_layer)
     copy = options.own_start == "copy"
     if copy:
@@ -181,7 +203,7 @@ def _layer_config(
         rms_norm_eps=getattr(hf_config, "rms_norm_eps", 1e-6),
         qkv_bias=copy and "self_attn.q_proj.bias" in layer,
         qk_norm=copy and "self_attn.q_norm.weight" in layer,
-        boundary_hidden=options.boundary_hidden,
+        boundary_hidden=boundary_hidden,
     )
 
 
@@ -196,6 +218,10 @@ def _fill(drafter: Drafter, weights: TargetWeights, options: DrafterOptions) -> 
         for layer in drafter.layers:
             if isinstance(layer, OwnLayer):
                 _copy_layer(layer, weights)
+    if options.boundary_start == "identity":
+        for layer in drafter.layers:
+            if isinstance(layer, OwnLayer) and layer.boundary_proj is not None:
+                torch.nn.init.eye_(layer.boundary_proj.weight)
 
 
 # Families whose layers compute exactly what an own layer computes.

@@ -32,9 +32,10 @@ class LowRankPair(nn.Module):
         nn.init.uniform_(self.a, -bound, bound, generator=generator)
         nn.init.zeros_(self.b)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """``[..., in]`` to ``[..., out]``."""
-        return (x @ self.a.t() @ self.b.t()) * self.scale
+    def forward(self, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+        """``[rows, in]`` and the gate ``[rows, 1]`` to ``[rows, out]``."""
+        # Gate and scale on the narrow side: it is a fraction of the output's size.
+        return (x @ self.a.t()) * (gate * self.scale) @ self.b.t()
 
 
 class RowGate:
@@ -73,7 +74,8 @@ class GatedLinear(nn.Module):
         result = self.base(x, *args, **kwargs)
         output = result[0] if isinstance(result, tuple) else result
         for site, pair in self.branches:
-            change = pair(x) * self.gate.rows
+            assert self.gate.rows is not None, "set before each forward"
+            change = pair(x, self.gate.rows)
             output.narrow(-1, site.start, site.size).add_(change)
         return result
 

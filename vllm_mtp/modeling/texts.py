@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Blocks behind known text: how training and offline checks run the drafter.
+
+In decoding a block stands behind what was sampled so far. Behind known text, many
+blocks run in one forward, each behind its own prefix of the text, and none sees
+another.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from vllm_mtp.block import SERVED_READS, BlockReads, block_labels, block_positions
+from vllm_mtp.modeling.drafter import BoundDrafter
+from vllm_mtp.modeling.hf_target import HFTarget, TargetStates
+
+
+class TextBlocks(NamedTuple):
+    """Blocks behind one text of T tokens."""
+
+    token_ids: torch.Tensor  # [T] int64
+    states: TargetStates  # of the whole text, or of its first max(prefix_lens) + 1
+    prefix_lens: torch.Tensor  # [B] int64, 1 <= n < T; the anchor is token n
+
+    def labels(self, num_places: int) -> torch.Tensor:
+        """The text's own next tokens. ``[B, k]``, see `block.block_labels`."""
+        return block_labels(self.token_ids, self.prefix_lens, num_places)
+
+
+def forward_texts(
+    bound: BoundDrafter,
+    texts: Sequence[TextBlocks],
+    num_places: int,
+    reads: BlockReads = SERVED_READS,
+    *,
+    whole_blocks: bool = False,
+) -> torch.Tensor:
+    """One forward of all blocks behind all texts.
+
+    Where every layer of the target is shared, the anchors' rows are the target's
+    own rows, which ``states`` already holds. They are taken from there, and only
+    the placeholders run, unless ``whole_blocks`` is set.
+
+    Args:
+        bound: A drafter on an `HFTarget`.
+        texts: The texts and their blocks.
+        num_places: k.
+        reads: What a row reads of the prefix and of its block.
+        whole_blocks: Run the anchors' rows in any case, as serving does.
+
+    Returns:
+        Last hidden states ``[B1 + B2 + .., k, hidden_size]``, after the final norm.
+    """
+    host = bound.target
+    assert isinstance(host, HFTarget), "known text is run in plain torch"
+    shared = bound.drafter.config.shares_whole_target and reads == SERVED_READS
+    if shared and not whole_blocks:
+        anchors = torch.cat([t.states.hidden[t.prefix_lens] for t in texts])[:, None]
+        if num_places == 1:
+            return anchors
+        # To the placeholders, the anchor is one more token of the prefix.
+        behind = [(text.states, text.prefix_lens + 1) for text in texts]
+        positions = _positions(texts, num_places)[:, 1:]
+        with host.reading(behind, num_places - 1):
+            rest = bound.forward(None, positions)
+        return torch.cat([anchors.to(rest.dtype), rest], dim=1)
+    behind = [(text.states, text.prefix_lens) for text in texts]
+    with host.reading(behind, num_places, reads):
+        return bound.forward(
+            torch.cat([text.token_ids[text.prefix_lens] for text in texts]),
+            _positions(texts, num_places),
+            torch.cat([text.states.hidden[text.prefix_lens - 1] for text in texts]),
+        )
+
+
+def _positions(texts: Sequence[TextBlocks], num_places: int) -> torch.Tensor:
+    return torch.cat([block_positions(t.prefix_lens, num_places) for t in texts])
