@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A tiny target's own answers as a data set."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers.models.auto import AutoModelForCausalLM
+
+from tests.tiny_targets import VOCAB_SIZE
+from vllm_mtp.data.settings import (
+    EngineSettings,
+    PromptCounts,
+    RunFile,
+    RunSettings,
+    SamplingSettings,
+    SourceSettings,
+)
+from vllm_mtp.data.store import Row, Store
+from vllm_mtp.target import TargetFacts
+from vllm_mtp.training.arguments import DrafterTrainingArguments
+
+PROMPT_TOKENS, ANSWER_TOKENS = 4, 20
+MakeArguments = Callable[..., DrafterTrainingArguments]
+
+
+@pytest.fixture(scope="session")
+def tiny_answers(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of 24 greedy answers, a quarter of them held out."""
+    folder = tmp_path_factory.mktemp("answers") / "data"
+    settings = RunSettings(
+        target=TargetFacts.from_folder(tiny_llama),
+        source=SourceSettings(prompts="made.jsonl"),
+        sampling=SamplingSettings(max_tokens=ANSWER_TOKENS),
+        engine=EngineSettings(max_model_len=64),
+        chat_template=False,
+        max_prompt_tokens=32,
+        held_out=0.25,
+        vllm="none",
+    )
+    run = RunFile(settings=settings, prompts_sha256="")
+    store = Store(folder)
+    store.start(run)
+    rows = _answer(tiny_llama)
+    store.write_part(0, rows)
+    store.finish(
+        1,
+        run,
+        PromptCounts(read=len(rows), duplicates_dropped=0, too_long_dropped=0),
+        {},
+    )
+    return folder
+
+
+def _answer(target: Path) -> list[Row]:
+    model = AutoModelForCausalLM.from_pretrained(target).eval()
+    prompts = torch.arange(24 * PROMPT_TOKENS).view(24, -1) * 37 % VOCAB_SIZE
+    texts = model.generate(
+        prompts,
+        attention_mask=torch.ones_like(prompts),
+        max_new_tokens=ANSWER_TOKENS,
+        do_sample=False,
+        pad_token_id=0,
+    )
+    return [
+        Row(
+            prompt_id=f"{number * 2654435761 % 2**32:08x}" + 24 * "0",
+            category="even" if number % 2 == 0 else "odd",
+            input_ids=text,
+            loss_spans=[[PROMPT_TOKENS, len(text)]],
+            finish_reason="length",
+        )
+        for number, text in enumerate(texts.tolist())
+    ]
+
+
+@pytest.fixture
+def arguments(tiny_llama: Path, tiny_answers: Path, tmp_path: Path) -> MakeArguments:
+    """Makes the arguments of a run of a few steps on a CPU."""
+
+    def _arguments(**settings: object) -> DrafterTrainingArguments:
+        defaults: dict[str, object] = {
+            "target": str(tiny_llama),
+            "data": str(tiny_answers),
+            "output_dir": str(tmp_path / "out"),
+            "layers": "shared:all",
+            "num_speculative_tokens": 3,
+            "dtype": "float32",
+            "max_steps": 4,
+            "per_device_train_batch_size": 2,
+            "logging_steps": 1,
+            "use_cpu": True,
+            "report_to": [],
+            "disable_tqdm": True,
+            "anchors_per_text": 8,
+        }
+        return DrafterTrainingArguments(**defaults | settings)  # type: ignore[arg-type]
+
+    return _arguments

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Drafters that start from drafters."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers.models.auto import AutoModelForCausalLM
+
+from checkpoints_spec.goldens import fill_weights, run_blocks
+from tests.tiny_targets import VOCAB_SIZE
+from vllm_mtp.modeling.drafter import Drafter
+from vllm_mtp.modeling.init import DrafterOptions, new_drafter
+from vllm_mtp.training.growth import freeze_all_but_new_places, warm_start
+from vllm_mtp.training.states import TrainingInputError
+
+OPTIONS = DrafterOptions(dtype="float32", markov_rank=2)
+TOKENS = torch.arange(20) * 37 % VOCAB_SIZE
+LENS = torch.tensor([3, 9])
+
+
+@pytest.fixture
+def trained(tiny_llama: Path) -> Drafter:
+    drafter = new_drafter(tiny_llama, "shared:0,own:1,own:2,own:2", 3, OPTIONS)
+    fill_weights(drafter, 0.2, salt="trained ")
+    return drafter
+
+
+def test_layers_can_be_left_out(tiny_llama: Path, trained: Drafter) -> None:
+    healed = new_drafter(tiny_llama, "shared:0,own:2", 3, OPTIONS)
+    assert warm_start(healed, trained) == []
+    ours, theirs = healed.state_dict(), trained.state_dict()
+    for name, tensor in ours.items():
+        assert tensor.equal(theirs[name.replace("layers.1.", "layers.2.")]), name
+
+
+def test_what_does_not_fit_is_named(tiny_llama: Path, trained: Drafter) -> None:
+    options = OPTIONS._replace(markov_rank=4)
+    other = new_drafter(tiny_llama, "own:2,own:3", 3, options)
+    start = {name: tensor.clone() for name, tensor in other.state_dict().items()}
+    left = warm_start(other, trained)
+    assert {name.split(".")[0] for name in left} == {"layers", "markov"}
+    assert all(name.startswith(("layers.1.", "markov.")) for name in left)
+    for name in left:
+        assert other.state_dict()[name].equal(start[name])
+
+
+def test_nothing_that_fits_is_refused(tiny_llama: Path, trained: Drafter) -> None:
+    other = new_drafter(tiny_llama, "own:3", 1, DrafterOptions(dtype="float32"))
+    with pytest.raises(TrainingInputError, match="no weight of that drafter fits"):
+        warm_start(other, trained)
+
+
+def test_a_looped_extension_keeps_the_first_places(
+    tiny_llama: Path, trained: Drafter
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama).eval()
+    with torch.no_grad():
+        before = run_blocks(model, trained, TOKENS, LENS, 3)
+    longer = new_drafter(tiny_llama, "shared:0,own:1,own:2,own:2", 6, OPTIONS)
+    assert warm_start(longer, trained) == []
+    assert longer.placeholders is not None
+    assert trained.placeholders is not None
+    assert longer.placeholders[2:4].equal(trained.placeholders)
+    freeze_all_but_new_places(longer, num_old=3)
+    optimizer = torch.optim.AdamW(
+        [p for p in longer.parameters() if p.requires_grad], lr=0.1, weight_decay=0.0
+    )
+    for _ in range(3):
+        run_blocks(model, longer, TOKENS, LENS, 6).hidden.sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    with torch.no_grad():
+        after = run_blocks(model, longer, TOKENS, LENS, 6)
+    torch.testing.assert_close(after.hidden[:, :3], before.hidden)
+    assert after.tokens[:, :3].equal(before.tokens)
+    assert not longer.placeholders[2:4].equal(trained.placeholders)
+
+
+def test_an_extension_that_adds_nothing_is_refused(trained: Drafter) -> None:
+    with pytest.raises(TrainingInputError, match="adds no place"):
+        freeze_all_but_new_places(trained, num_old=3)

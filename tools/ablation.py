@@ -1,0 +1,149 @@
+#!/usr/bin/env python
+# SPDX-License-Identifier: Apache-2.0
+"""Run the ablation's rows, one after the other, and write docs/ablation.md.
+
+Rows that are finished are not run again, so a killed run goes on. Rows of the same
+settings are run once.
+
+    python tools/ablation.py --target TARGET --data DATA --out FOLDER
+"""
+
+import argparse
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).parent.parent
+FOLDER = ROOT / "examples" / "ablation"
+RESULTS = ROOT / "docs" / "ablation.json"
+REPORT = ROOT / "docs" / "ablation.md"
+PLOT = ROOT / "docs" / "ablation.png"
+BASE = "examples/ablation/base.yaml"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--target", help="the target's folder")
+    parser.add_argument("--data", help="folder of its answers")
+    parser.add_argument("--out", type=Path, help="where the runs go")
+    parser.add_argument(
+        "--report-only", action="store_true", help="only write the report again"
+    )
+    options = parser.parse_args()
+    results = json.loads(RESULTS.read_text("utf-8")) if RESULTS.exists() else {}
+    if not options.report_only:
+        for row in all_rows():
+            key = key_of(row["set"])
+            if key not in results:
+                print(f"== {row['name']}", flush=True)
+                results[key] = run(row["set"], options)
+                text = json.dumps(results, indent=1, sort_keys=True)
+                RESULTS.write_text(text + "\n", "utf-8")
+    write_report(results)
+    return 0
+
+
+def questions() -> list[dict[str, Any]]:
+    return yaml.safe_load((FOLDER / "rows.yaml").read_text("utf-8"))
+
+
+def all_rows() -> list[dict[str, Any]]:
+    return [row for question in questions() for row in question["rows"]]
+
+
+def key_of(changes: dict[str, Any]) -> str:
+    """The same settings are the same run. The base is part of them."""
+    base = yaml.safe_load((FOLDER / "base.yaml").read_text("utf-8"))
+    text = json.dumps(base | changes, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def flags_of(changes: dict[str, Any]) -> list[str]:
+    flags: list[str] = []
+    for name, value in changes.items():
+        values = value if isinstance(value, list) else [value]
+        # argparse cannot say "nothing"; 0 means the same for a rank.
+        flags += [f"--{name}", *("0" if v is None else str(v) for v in values)]
+    return flags
+
+
+def run(changes: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
+    """Train one row and give what was measured."""
+    out = options.out / key_of(changes)
+    command = [sys.executable, "-m", "vllm_mtp.cli", "train", str(ROOT / BASE)]
+    command += ["--target", options.target, "--data", options.data]
+    command += [*flags_of(changes), "--output_dir", str(out)]
+    subprocess.run(command, check=True)
+    state = json.loads((out / "trainer_state.json").read_text("utf-8"))
+    measured = {k: v for line in state["log_history"] for k, v in line.items()}
+    wanted = ("eval_acceptance", "train_runtime", "trained_parameters", "draft_cost")
+    return {k: v for k, v in measured.items() if k.startswith(wanted)}
+
+
+def write_report(results: dict[str, Any]) -> None:
+    """The tables and the plot, between the text that is kept by hand."""
+    tables = [table_of(question, results) for question in questions()]
+    text = REPORT.read_text("utf-8") if REPORT.exists() else "# Ablation\n"
+    head = text.partition("<!-- tables -->")[0]
+    tail = text.partition("<!-- end of tables -->")[2]
+    body = "\n\n".join(tables)
+    REPORT.write_text(
+        f"{head}<!-- tables -->\n\n{body}\n\n<!-- end of tables -->{tail}", "utf-8"
+    )
+    plot(results)
+
+
+def table_of(question: dict[str, Any], results: dict[str, Any]) -> str:
+    lines = [
+        f"## {question['question']}",
+        "",
+        "| | AL | place 1 | 2 | 3 | 4 | trained parameters | cost of a draft | flags |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in question["rows"]:
+        found = results.get(key_of(row["set"]))
+        if found is None:
+            continue
+        places = [found[f"eval_acceptance_place_{i}"] for i in range(1, 5)]
+        numbers = [found["eval_acceptance_length"], *places]
+        flags = " ".join(flags_of(row["set"]))
+        lines.append(
+            f"| {row['name']} | {' | '.join(f'{n:.3f}' for n in numbers)} | "
+            f"{found['trained_parameters'] / 1e6:.2f} M | {found['draft_cost']:.2f} | "
+            f"{f'`{flags}`' if flags else 'the base'} |"
+        )
+    return "\n".join(lines)
+
+
+def plot(results: dict[str, Any]) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    asked = questions()
+    figure, axes = plt.subplots(len(asked), 1, figsize=(8, 1.3 * len(asked) + 6))
+    for axis, question in zip(axes, asked, strict=True):
+        rows = [r for r in question["rows"] if key_of(r["set"]) in results]
+        names = [row["name"] for row in rows][::-1]
+        lengths = [
+            results[key_of(row["set"])]["eval_acceptance_length"] for row in rows
+        ][::-1]
+        axis.barh(names, [length - 1 for length in lengths], left=1, color="#4c72b0")
+        axis.set_title(question["question"], loc="left", fontsize=9)
+        axis.tick_params(labelsize=8)
+        for place, length in enumerate(lengths):
+            axis.text(length, place, f" {length:.2f}", va="center", fontsize=8)
+        axis.set_xlim(1, max([1.5, *lengths]) * 1.1)
+    figure.supxlabel("acceptance length (bonus token included)", fontsize=9)
+    figure.tight_layout()
+    figure.savefig(PLOT, dpi=110)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``vllm-mtp train``."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from vllm_mtp.commands.targets import target_folder
+from vllm_mtp.training.arguments import DrafterTrainingArguments
+
+
+@dataclass(kw_only=True)
+class Train(DrafterTrainingArguments):
+    """Train a drafter on a frozen target's own answers, with transformers' Trainer:
+    `vllm-mtp train SETTINGS.yaml`, flags, or both (flags win). `--output-dir` becomes
+    the drafter's folder. `--resume-from-checkpoint last` goes on where a killed run
+    left its last checkpoint. Several GPUs: `accelerate launch -m vllm_mtp.cli train
+    SETTINGS.yaml`."""
+
+    takes_yaml: ClassVar[bool] = True
+
+    def run(self) -> int:
+        from vllm_mtp.training.run import train
+
+        metrics = train(self, target_folder(self.target))
+        places = [v for k, v in metrics.items() if "acceptance_place" in k]
+        print(
+            f"acceptance length on held-out text: "
+            f"{metrics['eval_acceptance_length']:.3f} (bonus token included); by place "
+            + " ".join(f"{rate:.3f}" for rate in places)
+        )
+        print(f"drafter written to {self.output_dir}")
+        return 0

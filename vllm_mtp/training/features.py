@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Feature distillation: own layers also learn the target's hidden states.
+
+Behind the true text, row i of a block should carry what the target carries at the
+row's position. That is a dense signal, where a label is one number per row.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+
+from vllm_mtp.block import IGNORE_LABEL, block_positions
+from vllm_mtp.modeling.drafter import BoundDrafter
+from vllm_mtp.modeling.layers import OwnLayer
+from vllm_mtp.modeling.texts import TextBlocks
+
+
+class FeatureLoss:
+    """Compares the stream behind each own layer with the target's.
+
+    An own layer bound to target layer l learns the target's stream behind l; the
+    last hidden states are compared after the final norm.
+
+    Args:
+        bound: Traced from now on.
+    """
+
+    def __init__(self, bound: BoundDrafter) -> None:
+        layers = bound.drafter.layers
+        self._target_of = {
+            index: layer.target_layer
+            for index, layer in enumerate(layers)
+            if isinstance(layer, OwnLayer) and index < len(layers) - 1
+        }
+        self._seen: dict[int, torch.Tensor] = {}
+        bound.trace = self._keep
+
+    @property
+    def streams(self) -> frozenset[int]:
+        """Target layers whose output is compared."""
+        return frozenset(self._target_of.values())
+
+    def _keep(self, index: int, stream: torch.Tensor) -> None:
+        if index in self._target_of:
+            self._seen[index] = stream
+
+    def pop(
+        self, texts: Sequence[TextBlocks], hidden: torch.Tensor, labels: torch.Tensor
+    ) -> torch.Tensor:
+        """The loss of the forward that just ran.
+
+        Args:
+            texts: What ran.
+            hidden: ``[B, k, hidden_size]``, after the final norm.
+            labels: ``[B, k]`` int64; rows without a label are left out.
+
+        Returns:
+            Mean over the compared places in depth of the smooth L1 error, each
+            channel measured in its standard deviation.
+        """
+        valid = labels != IGNORE_LABEL
+        # [B, k, hidden_size] each
+        seen = {i: s.view_as(hidden) for i, s in self._seen.items()}
+        self._seen = {}
+        wanted = _at_places([text.states.hidden for text in texts], texts, hidden)
+        losses = [_relative_error(hidden[valid], wanted[valid])]
+        for index, stream in seen.items():
+            layer = self._target_of[index]
+            wanted = _at_places([t.states.streams[layer] for t in texts], texts, hidden)
+            losses.append(_relative_error(stream[valid], wanted[valid]))
+        return torch.stack(losses).mean()
+
+
+def _at_places(
+    of_texts: Sequence[torch.Tensor], texts: Sequence[TextBlocks], like: torch.Tensor
+) -> torch.Tensor:
+    """Rows ``[T, hidden_size]`` of each text at its blocks' positions."""
+    parts = []
+    for rows, text in zip(of_texts, texts, strict=True):
+        places = block_positions(text.prefix_lens, like.shape[1])
+        parts.append(rows[places.clamp(max=rows.shape[0] - 1)])
+    return torch.cat(parts)
+
+
+def _relative_error(got: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    # Some channels of a residual stream are hundreds of times larger than the rest
+    # in every token; unscaled, an error would see nothing else.
+    wanted = wanted.float()
+    scale = wanted.std(0).clamp(min=1e-3)
+    return F.smooth_l1_loss(got.float() / scale, wanted / scale)

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Start a drafter from a trained one: fewer layers, or more places."""
+
+from collections import defaultdict
+
+import torch
+
+from vllm_mtp.modeling.drafter import Drafter
+from vllm_mtp.training.states import TrainingInputError
+
+
+@torch.no_grad()
+def warm_start(drafter: Drafter, source: Drafter) -> list[str]:
+    """Take over every weight of ``source`` that fits.
+
+    Layers fit by kind and target layer, in the order they come, so layers can be
+    left out ("healing"). Placeholders are taken from the first on; added ones go
+    round the trained ones again (looped extension, MTP-D, 2603.23911).
+
+    Args:
+        drafter: Changed in place.
+        source: Made for the same target.
+
+    Returns:
+        Names of the drafter's tensors that were not taken over.
+
+    Raises:
+        TrainingInputError: Nothing fits.
+    """
+    source.config.target.require_same(drafter.config.target)
+    taken = _layers_taken(drafter, source)
+    weights = source.state_dict()
+    left: list[str] = []
+    for name, tensor in drafter.state_dict().items():
+        origin = weights.get(_name_in_source(name, taken))
+        if name == "placeholders" and origin is not None:
+            rows = torch.arange(len(tensor)) % len(origin)
+            tensor.copy_(origin[rows])
+        elif origin is not None and origin.shape == tensor.shape:
+            tensor.copy_(origin)
+        else:
+            left.append(name)
+    if len(left) == len(drafter.state_dict()):
+        raise TrainingInputError(
+            "warm_start: no weight of that drafter fits this one's layers; it has "
+            f"{[layer.target_layer for layer in source.config.layers]} of target "
+            "layers. Use another drafter, or none"
+        )
+    return left
+
+
+def _layers_taken(drafter: Drafter, source: Drafter) -> dict[int, int]:
+    """Layer number in the drafter to layer number in the source."""
+    places: dict[tuple[str, int], list[int]] = defaultdict(list)
+    for index, layer in enumerate(source.config.layers):
+        places[layer.kind, layer.target_layer].append(index)
+    taken: dict[int, int] = {}
+    for index, layer in enumerate(drafter.config.layers):
+        if queue := places[layer.kind, layer.target_layer]:
+            taken[index] = queue.pop(0)
+    return taken
+
+
+def _name_in_source(name: str, taken: dict[int, int]) -> str:
+    if not name.startswith("layers."):
+        return name
+    _, index, rest = name.split(".", 2)
+    origin = taken.get(int(index))
+    return "" if origin is None else f"layers.{origin}.{rest}"
+
+
+def freeze_all_but_new_places(drafter: Drafter, num_old: int) -> None:
+    """Train the placeholders behind the first ``num_old`` places alone.
+
+    Rows of a causal block do not read later ones, so the first places draft
+    exactly what they drafted before.
+
+    Raises:
+        TrainingInputError: There is no new place.
+    """
+    drafter.requires_grad_(False)
+    if drafter.placeholders is None or len(drafter.placeholders) < num_old:
+        raise TrainingInputError(
+            f"train_only: new_places, but num_speculative_tokens "
+            f"({drafter.config.num_speculative_tokens}) adds no place to the "
+            f"{num_old} of warm_start; ask for more"
+        )
+    drafter.placeholders.requires_grad_(True)
+    mask = torch.ones_like(drafter.placeholders)
+    mask[: num_old - 1] = 0.0  # the first place is the anchor's
+    drafter.placeholders.register_hook(lambda gradient: gradient * mask)

@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One training run, from its arguments to a drafter's folder."""
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from transformers import AutoTokenizer, PreTrainedModel
+from transformers.models.auto import AutoModelForCausalLM
+from transformers.trainer_utils import get_last_checkpoint
+
+from vllm_mtp.block import SERVED_READS
+from vllm_mtp.checkpoint import CONFIG_FILE, load_drafter, save_drafter
+from vllm_mtp.data.store import read_split, require_made_by
+from vllm_mtp.errors import MTPError
+from vllm_mtp.modeling.cost import draft_cost
+from vllm_mtp.modeling.drafter import Drafter
+from vllm_mtp.modeling.hf_target import HFTarget
+from vllm_mtp.modeling.init import new_drafter
+from vllm_mtp.target import TargetFacts
+from vllm_mtp.training.arguments import DrafterTrainingArguments
+from vllm_mtp.training.candidates import Candidates, frequent_tokens, own_token_counts
+from vllm_mtp.training.growth import freeze_all_but_new_places, warm_start
+from vllm_mtp.training.learner import Learner
+from vllm_mtp.training.trainer import DrafterTrainer, Texts
+
+logger = logging.getLogger("vllm.mtp_placeholder.training")
+
+
+class TrainingRun:
+    """Everything that all stages of a run share.
+
+    Args:
+        args: The settings.
+        target: The target's folder.
+    """
+
+    def __init__(self, args: DrafterTrainingArguments, target: Path) -> None:
+        self.args = args
+        self.target = target
+        self.facts = TargetFacts.from_folder(target)
+        require_made_by(Path(args.data), self.facts)
+        self.train_rows = read_split(Path(args.data), "train")
+        self.held_out_rows = read_split(Path(args.data), "held_out")
+        self.model = self._load_target()
+        self.host = HFTarget(self.model)
+        self._counts = own_token_counts(self.train_rows)
+
+    def _load_target(self) -> PreTrainedModel:
+        dtype = torch.bfloat16 if self.args.bf16 else torch.float32
+        model = AutoModelForCausalLM.from_pretrained(self.target, dtype=dtype)
+        model = model.to(self.args.device)  # type: ignore[arg-type]
+        return model.eval().requires_grad_(False)
+
+    def frequent(self, size: int) -> tuple[int, ...]:
+        """The target's most frequent tokens in the training texts."""
+        vocab_size = self.facts.vocab_size
+        if not 0 < size <= vocab_size:
+            raise MTPError(
+                f"draft_vocab_size or loss_vocab_size: got {size}, expected 1 to "
+                f"{vocab_size}, the size of the target's vocabulary"
+            )
+        special = [t for t in _special_tokens(self.target) if t < vocab_size]
+        return frequent_tokens(self._counts, special, size, vocab_size)
+
+    def new_drafter(self, args: DrafterTrainingArguments) -> Drafter:
+        """A new drafter of one stage, with trainable weights in float32."""
+        size = args.draft_vocab_size
+        drafter = new_drafter(
+            self.target,
+            args.layers,
+            args.num_speculative_tokens,
+            args.options(self.frequent(size) if size else None, args.seed),
+        )
+        return drafter.float().to(args.device)
+
+    def trainer(
+        self, drafter: Drafter, args: DrafterTrainingArguments
+    ) -> DrafterTrainer:
+        """A trainer for one stage."""
+        size = args.loss_vocab_size
+        candidates = None
+        if size:
+            tokens = torch.tensor(self.frequent(size), device=args.device)
+            candidates = Candidates(tokens, self.facts.vocab_size)
+        learner = Learner(drafter, self.host, args.plan(), candidates)
+        texts = _first(self.train_rows, args.train_texts or len(self.train_rows))
+        train = Texts(texts, args.max_text_tokens)
+        held_out = _first(self.held_out_rows, args.eval_texts)
+        return DrafterTrainer(
+            learner,
+            args=args,
+            train_dataset=train,
+            eval_dataset=Texts(held_out, args.max_text_tokens, first=len(train)),
+        )
+
+
+def _special_tokens(target: Path) -> list[int]:
+    if not (target / "tokenizer.json").exists():
+        return []  # a target made in code
+    return sorted(AutoTokenizer.from_pretrained(target).all_special_ids)
+
+
+def _first(rows: Dataset, count: int) -> Dataset:
+    return rows.select(range(min(count, len(rows))))
+
+
+def train(args: DrafterTrainingArguments, target: Path) -> dict[str, float]:
+    """Train a drafter and write its folder, ``args.output_dir``.
+
+    Stages are trained first, each in a folder of its own inside it, and skipped
+    where that folder is finished.
+
+    Args:
+        args: The settings.
+        target: The target's folder.
+
+    Returns:
+        The last evaluation's metrics.
+
+    Raises:
+        MTPError: Settings, data or target do not fit; the message says which.
+    """
+    run = TrainingRun(args, target)
+    start = args.warm_start
+    for number, layers in enumerate(args.stages, 1):
+        stage = replace(
+            args,
+            layers=layers,
+            warm_start=start,
+            max_steps=args.stage_steps,
+            output_dir=str(Path(str(args.output_dir), f"stage-{number}")),
+        )
+        if not Path(str(stage.output_dir), CONFIG_FILE).exists():
+            _train_stage(run, stage)
+        start = stage.output_dir
+    return _train_stage(run, replace(args, warm_start=start) if args.stages else args)
+
+
+def _train_stage(run: TrainingRun, args: DrafterTrainingArguments) -> dict[str, float]:
+    drafter = run.new_drafter(args)
+    if args.warm_start:
+        _warm_start(drafter, args)
+    trainer = run.trainer(drafter, args)
+    trainer.train(resume_from_checkpoint=_checkpoint(args))
+    metrics = trainer.evaluate()
+    trainer.log(_costs(drafter))
+    trainer.save_state()
+    if trainer.is_world_process_zero():
+        _save(drafter, args)
+    return metrics
+
+
+def _costs(drafter: Drafter) -> dict[str, float]:
+    """What was trained, and what a draft costs beside a target step."""
+    trained = [p.numel() for p in drafter.parameters() if p.requires_grad]
+    return {
+        "trained_parameters": sum(trained),
+        "draft_cost": draft_cost(drafter.config).relative_cost,
+    }
+
+
+def _save(drafter: Drafter, args: DrafterTrainingArguments) -> None:
+    if args.reads() == SERVED_READS:
+        save_drafter(drafter, str(args.output_dir))
+        return
+    logger.warning(
+        "%s: no drafter written, since serving reads the prefix and causal blocks "
+        "only; the checkpoints and metrics are there",
+        args.output_dir,
+    )
+
+
+def _checkpoint(args: DrafterTrainingArguments) -> str | None:
+    """The checkpoint to go on from; "last" is the newest in the output folder."""
+    wanted = args.resume_from_checkpoint
+    if wanted != "last":
+        return wanted
+    folder = Path(str(args.output_dir))
+    return get_last_checkpoint(str(folder)) if folder.is_dir() else None
+
+
+def _warm_start(drafter: Drafter, args: DrafterTrainingArguments) -> None:
+    assert args.warm_start is not None
+    source = load_drafter(args.warm_start, dtype=torch.float32, device=args.device)
+    left = warm_start(drafter, source)
+    logger.info("warm start from %s; new: %s", args.warm_start, left or "nothing")
+    if args.train_only == "new_places":
+        freeze_all_but_new_places(drafter, source.config.num_speculative_tokens)

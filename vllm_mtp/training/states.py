@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The frozen target's states of the training texts, kept in memory while they fit.
+
+Nothing is dumped on disk: hidden states and keys of a corpus take far more room
+than the corpus, and the target is at hand.
+"""
+
+from collections.abc import Collection
+from dataclasses import fields
+
+import torch
+
+from vllm_mtp.errors import MTPError
+from vllm_mtp.modeling.hf_target import HFTarget, TargetStates
+
+
+class TrainingInputError(MTPError):
+    """What the target gave cannot be learnt from."""
+
+
+class StatesSource:
+    """Gives a text's target states, computed once if they fit.
+
+    Args:
+        host: The target.
+        cached_layers: Layers whose keys and values the drafter reads.
+        streams: Layers whose output is wanted too.
+        budget_bytes: Memory for keeping states; 0 computes them every time.
+    """
+
+    def __init__(
+        self,
+        host: HFTarget,
+        cached_layers: Collection[int],
+        streams: Collection[int] = (),
+        budget_bytes: float = 0,
+    ) -> None:
+        self._host = host
+        self._layers = cached_layers
+        self._streams = streams
+        self._room = budget_bytes
+        self._kept: dict[int, TargetStates] = {}
+
+    def get(self, key: int, token_ids: torch.Tensor) -> TargetStates:
+        """States of one text.
+
+        Args:
+            key: The text's number; the same key must always be the same text.
+            token_ids: ``[T]`` int64.
+
+        Raises:
+            TrainingInputError: Some state is all zero, constant or not finite.
+        """
+        if key in self._kept:
+            return self._kept[key]
+        states = self._host.encode(
+            token_ids, cached=self._layers, streams=self._streams
+        )
+        require_sane(states, key)
+        size = _num_bytes(states)
+        if size <= self._room:
+            self._room -= size
+            self._kept[key] = states
+        return states
+
+
+def require_sane(states: TargetStates, key: int) -> None:
+    """Refuse what a broken target, or a broken way of reading it, gives.
+
+    Such states train smoothly, on nothing.
+
+    Raises:
+        TrainingInputError: Names the tensor and what is wrong with it.
+    """
+    for name, tensor in _tensors(states):
+        if fault := _fault(tensor):
+            raise TrainingInputError(
+                f"text {key}: the target's {name} {fault}, shape "
+                f"{list(tensor.shape)}. Training on this would learn nothing; check "
+                "the target's weights and dtype (float16 overflows in some models)"
+            )
+
+
+def _fault(tensor: torch.Tensor) -> str | None:
+    low, high = tensor.min().item(), tensor.max().item()
+    if not (abs(low) < float("inf") and abs(high) < float("inf")):
+        return "holds values that are not finite"
+    if low == high:
+        return "is all zero" if low == 0 else f"is constant ({low})"
+    if tensor.shape[-2] > 1 and bool((tensor == tensor[..., :1, :]).all()):
+        return "is the same for every token"
+    return None
+
+
+def _tensors(states: TargetStates) -> list[tuple[str, torch.Tensor]]:
+    named = [("last hidden state", states.hidden)]
+    for field in fields(states):
+        if field.name != "hidden":
+            per_layer: dict[int, torch.Tensor] = getattr(states, field.name)
+            named += [(f"{field.name} of layer {i}", t) for i, t in per_layer.items()]
+    return named
+
+
+def _num_bytes(states: TargetStates) -> int:
+    return sum(tensor.nbytes for _, tensor in _tensors(states))

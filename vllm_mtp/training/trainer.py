@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""transformers' Trainer, taught what a batch and an evaluation are here."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import Trainer
+from transformers.trainer_utils import EvalLoopOutput
+
+from vllm_mtp.metrics import AcceptanceCounts, count_accepted
+from vllm_mtp.modeling.heads import pick_greedy
+from vllm_mtp.modeling.texts import TextBlocks, forward_texts
+from vllm_mtp.training.anchors import possible_anchors
+from vllm_mtp.training.arguments import DrafterTrainingArguments
+from vllm_mtp.training.learner import Learner
+from vllm_mtp.training.states import TrainingInputError
+
+
+class Texts(torch.utils.data.Dataset[dict[str, Any]]):
+    """Rows of a split as tensors, numbered.
+
+    Args:
+        rows: With ``input_ids`` and ``loss_spans``.
+        max_tokens: Longer texts are cut here.
+        first: Number of the first row, so that splits do not share numbers.
+    """
+
+    def __init__(self, rows: Dataset, max_tokens: int, first: int = 0) -> None:
+        self._rows = rows
+        self._max_tokens = max_tokens
+        self._first = first
+        self._usable = [
+            index
+            for index, row in enumerate(rows)
+            if len(self._anchors(row["loss_spans"], len(row["input_ids"])))
+        ]
+
+    def _anchors(self, spans: Sequence[Sequence[int]], size: int) -> torch.Tensor:
+        return possible_anchors(spans, min(size, self._max_tokens))
+
+    def __len__(self) -> int:
+        return len(self._usable)
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        row = self._rows[self._usable[number]]
+        return {
+            "index": self._first + number,
+            "input_ids": torch.tensor(row["input_ids"][: self._max_tokens]),
+            "loss_spans": row["loss_spans"],
+        }
+
+
+def collate(texts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """A batch: the texts as they are. Blocks have one shape, texts need none."""
+    return {"texts": list(texts)}
+
+
+class DrafterTrainer(Trainer):
+    """Trains a `Learner`. Loop, schedules, checkpoints, resume, logging and several
+    devices are transformers'."""
+
+    args: DrafterTrainingArguments
+
+    def __init__(self, learner: Learner, **kwargs: Any) -> None:
+        super().__init__(model=learner, data_collator=collate, **kwargs)
+        # The loss is a mean already: Trainer must average over accumulated steps.
+        self.model_accepts_loss_kwargs = False
+        self._parts: dict[str, list[torch.Tensor]] = {}
+
+    @property
+    def learner(self) -> Learner:
+        return self.accelerator.unwrap_model(self.model)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> Any:
+        """Parameter groups with learning rates of their own."""
+        if self.optimizer is None:
+            kind, settings = self.get_optimizer_cls_and_kwargs(self.args)
+            self.optimizer = kind(self._groups(self.learner), **settings)
+        return self.optimizer
+
+    def _groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        scales = {
+            "placeholders": self.args.placeholder_lr_scale,
+            "markov": self.args.markov_lr_scale,
+        }
+        groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+        for name, parameter in model.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            part = name.removeprefix("drafter.")
+            scale = scales.get(part.partition(".")[0], 1.0)
+            # Vectors and placeholders are not matrices to keep small.
+            matrix = parameter.ndim > 1 and not part.startswith("placeholders")
+            decay = self.args.weight_decay if matrix else 0.0
+            groups.setdefault((scale, decay), []).append(parameter)
+        return [
+            {"params": p, "lr": self.args.learning_rate * scale, "weight_decay": decay}
+            for (scale, decay), p in groups.items()
+        ]
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """The batch's loss; its parts go to the log.
+
+        Raises:
+            TrainingInputError: The loss is not finite.
+        """
+        outputs = model(inputs["texts"], step=self.state.global_step)
+        loss = outputs["loss"]
+        if not math.isfinite(loss.item()):
+            parts = {name: value.item() for name, value in outputs.items()}
+            raise TrainingInputError(
+                f"step {self.state.global_step}: the loss is not finite ({parts}). "
+                "Lower learning_rate (or placeholder_lr_scale), or set max_grad_norm"
+            )
+        for name, value in outputs.items():
+            if name != "loss":
+                self._parts.setdefault(name, []).append(value)
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs:
+            for name, values in self._parts.items():
+                logs[f"loss_{name}"] = torch.stack(values).mean().item()
+            self._parts = {}
+        super().log(logs, *args, **kwargs)
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader[Any],
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Acceptance on held-out text, as vLLM counts it (teacher-forced)."""
+        batches = (self._prepare_inputs(batch)["texts"] for batch in dataloader)
+        counts = self._count(batches)  # type: ignore[arg-type]
+        metrics = {f"{metric_key_prefix}_{k}": v for k, v in metrics_of(counts).items()}
+        return EvalLoopOutput(
+            predictions=(),  # type: ignore[arg-type]
+            label_ids=None,
+            metrics=metrics,
+            num_samples=len(dataloader.dataset),  # type: ignore[arg-type]
+        )
+
+    @torch.no_grad()
+    def _count(
+        self, batches: Iterable[Sequence[Mapping[str, Any]]]
+    ) -> AcceptanceCounts:
+        num_places = self.learner.drafter.config.num_speculative_tokens
+        counts = AcceptanceCounts(0, 0, (0,) * num_places)
+        self.learner.eval()
+        for texts in batches:
+            with self.compute_loss_context_manager():
+                counts += self._draft([self._spread_blocks(text) for text in texts])
+        flat = torch.tensor(
+            [counts.drafts, counts.draft_tokens, *counts.accepted_per_place],
+            device=self.args.device,
+        )
+        drafts, tokens, *places = self.accelerator.reduce(flat).tolist()
+        return AcceptanceCounts(drafts, tokens, tuple(places))
+
+    def _spread_blocks(self, text: Mapping[str, Any]) -> TextBlocks:
+        """Evenly spread blocks, the same in every evaluation."""
+        token_ids = text["input_ids"]
+        anchors = possible_anchors(text["loss_spans"], len(token_ids))
+        count = min(self.args.eval_anchors, len(anchors))
+        chosen = torch.linspace(0, len(anchors) - 1, count).round().long()
+        states = self.learner.states.get(text["index"], token_ids)
+        return TextBlocks(token_ids, states, anchors[chosen].to(token_ids.device))
+
+    def _draft(self, texts: list[TextBlocks]) -> AcceptanceCounts:
+        learner = self.learner
+        num_places = learner.drafter.config.num_speculative_tokens
+        hidden = forward_texts(learner.bound, texts, num_places, learner.plan.reads)
+        drafted, _ = learner.bound.draft(hidden, pick_greedy)
+        truth = torch.cat([text.labels(num_places) for text in texts])
+        return count_accepted(drafted, truth)
+
+
+def metrics_of(counts: AcceptanceCounts) -> dict[str, float]:
+    """The serving metrics by name."""
+    places = {
+        f"acceptance_place_{number}": rate
+        for number, rate in enumerate(counts.acceptance_per_place, 1)
+    }
+    return {"acceptance_length": counts.acceptance_length, **places}
