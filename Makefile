@@ -2,7 +2,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test lint format clean
+.PHONY: help setup demo train-demo test lint format clean
 
 PYTHON ?= python3
 METADATA := requirements/vllm-metadata
@@ -17,13 +17,16 @@ PACKAGES := $(VENV)/.packages
 READY := $(VENV)/.ready
 
 help: ## Print the targets
-	@sed -n 's/^\([a-z]*\):[^#]*## \(.*\)/  make \1\t\2/p' Makefile
+	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1\t\2/p' Makefile
 
 setup: $(READY) ## Build .venv: the pinned CPU packages, and this package editable
 	@echo "setup: $(VENV) is ready"
 
 demo: $(READY) ## Run the demo
 	@$(BIN)/vllm-mtp demo
+
+train-demo: $(READY) ## Generate, train, check and measure a drafter in .train-demo
+	@BIN=$(BIN) sh examples/train/demo.sh .train-demo
 
 test: lint ## Run the lint, then the tests
 	@$(BIN)/python -m pytest -q
@@ -39,7 +42,7 @@ format: $(READY) ## Fix what the linter can fix, and format
 	@$(BIN)/ruff format --quiet .
 
 clean: ## Remove .venv, caches and build outputs
-	@rm -rf $(VENV) build dist *.egg-info $(METADATA)/build \
+	@rm -rf $(VENV) .train-demo build dist *.egg-info $(METADATA)/build \
 		$(METADATA)/*.egg-info .mypy_cache .pytest_cache .ruff_cache \
 		.hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

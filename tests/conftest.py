@@ -12,7 +12,7 @@ from tests.tiny_targets import make_tiny_llama, make_tiny_qwen3
 settings.register_profile("vllm-mtp", deadline=None)
 settings.load_profile("vllm-mtp")
 
-pytest_plugins = ["tests.servers"]
+pytest_plugins = ["tests.servers", "tests.tiny_answers"]
 
 
 @pytest.fixture(scope="session")

@@ -2,15 +2,21 @@
 """Whole runs on a tiny target."""
 
 import json
+import subprocess
+import sys
+import time
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
+import yaml
 
-from tests.training.conftest import MakeArguments
-from vllm_mtp.checkpoint import load_drafter
+from tests.tiny_answers import MakeArguments
+from vllm_mtp.checkpoint import load_drafter, read_config
+from vllm_mtp.errors import DataError
 from vllm_mtp.training.run import train
+from vllm_mtp.training.states import TrainingInputError
 
 LORA = {"lora_rank": 8, "lora_modules": ["q_proj", "down_proj"]}
 
@@ -40,32 +46,130 @@ class TestLearning:
         drafter = load_drafter(str(args.output_dir))
         assert drafter.config.num_speculative_tokens == 3
         assert metrics["eval_acceptance_length"] >= 1.0
+        files = {file.name for file in Path(str(args.output_dir)).iterdir()}
+        assert files >= {
+            "README.md",
+            "config.json",
+            "evaluation.json",
+            "model.safetensors",
+            "probe.safetensors",
+            "provenance.json",
+        }
         if design["layers"] == "shared:all":
             assert metrics["eval_acceptance_place_1"] == 1.0
 
 
 class TestResume:
-    def test_a_stopped_run_goes_on_as_if_nothing_was(
-        self, arguments: MakeArguments, tiny_llama: Path, tmp_path: Path
+    DESIGN: ClassVar[dict[str, Any]] = {
+        "layers": "shared:0,own:3",
+        "markov_rank": 4,
+        **LORA,
+        "save_strategy": "steps",
+        "save_steps": 3,
+        "max_steps": 8,
+        "gradient_accumulation_steps": 2,
+    }
+
+    def test_a_killed_run_goes_on_as_if_nothing_was(
+        self, tiny_llama: Path, tiny_answers: Path, tmp_path: Path
     ) -> None:
-        design: dict[str, Any] = {
-            "layers": "shared:0,own:3",
-            "markov_rank": 4,
-            **LORA,
-            "save_strategy": "steps",
-            "save_steps": 3,
-            "max_steps": 8,
-            "gradient_accumulation_steps": 2,
+        settings = tmp_path / "run.yaml"
+        more = {
+            "target": str(tiny_llama),
+            "data": str(tiny_answers),
+            "num_speculative_tokens": 3,
+            "dtype": "float32",
+            "use_cpu": True,
+            "report_to": "none",
+            "logging_steps": 1,
+            # Long enough to be killed in the middle.
+            "max_steps": 400,
+            "save_steps": 40,
         }
-        whole = arguments(**design, output_dir=str(tmp_path / "whole"))
-        train(whole, tiny_llama)
-        # Stopped after a checkpoint: what came behind it is lost.
-        broken = arguments(**design, output_dir=str(tmp_path / "broken"))
-        (tmp_path / "broken").mkdir()
-        (tmp_path / "whole" / "checkpoint-6").rename(tmp_path / "broken/checkpoint-6")
-        broken.resume_from_checkpoint = "last"
-        train(broken, tiny_llama)
-        assert losses(tmp_path / "broken") == losses(tmp_path / "whole")
-        ours = load_drafter(tmp_path / "broken").state_dict()
-        for name, tensor in load_drafter(tmp_path / "whole").state_dict().items():
+        settings.write_text(yaml.safe_dump(self.DESIGN | more))
+        command = [sys.executable, "-m", "vllm_mtp.cli", "train", str(settings)]
+        broken, whole = tmp_path / "broken", tmp_path / "whole"
+        victim = subprocess.Popen([*command, "--output_dir", str(broken)])
+        try:
+            wait_for(broken / "checkpoint-80" / "trainer_state.json")
+        finally:
+            victim.kill()
+            victim.wait()
+        assert not (broken / "config.json").exists(), "it was killed in the middle"
+        # A kill may also cut a checkpoint short.
+        (broken / "checkpoint-399").mkdir()
+        resume = ["--resume_from_checkpoint", "last", "--output_dir", str(broken)]
+        subprocess.run([*command, *resume], check=True)
+        subprocess.run([*command, "--output_dir", str(whole)], check=True)
+        assert len(losses(whole)) == 400
+        assert losses(broken) == losses(whole)
+        ours = load_drafter(broken).state_dict()
+        for name, tensor in load_drafter(whole).state_dict().items():
             assert torch.equal(ours[name], tensor), name
+        papers = json.loads((broken / "provenance.json").read_text("utf-8"))
+        assert papers["training"]["resumed_from_step"] >= 80
+
+    def test_a_checkpoint_of_other_settings_is_refused(
+        self, arguments: MakeArguments, tiny_llama: Path
+    ) -> None:
+        train(arguments(**self.DESIGN), tiny_llama)
+        other = arguments(**self.DESIGN | {"markov_rank": 8})
+        other.resume_from_checkpoint = "last"
+        with pytest.raises(
+            TrainingInputError, match="not of a drafter with these settings.*markov"
+        ):
+            train(other, tiny_llama)
+        other.resume_from_checkpoint = str(Path(str(other.output_dir)) / "checkpoint-7")
+        with pytest.raises(TrainingInputError, match="no whole checkpoint"):
+            train(other, tiny_llama)
+
+
+def wait_for(file: Path) -> None:
+    for _ in range(1200):
+        if file.exists():
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"{file} did not come")
+
+
+class TestStages:
+    def test_each_stage_starts_from_the_one_before(
+        self, arguments: MakeArguments, tiny_llama: Path
+    ) -> None:
+        args = arguments(
+            layers="own:3", stages=["own:0,1,3", "own:1,3"], stage_steps=2, max_steps=2
+        )
+        train(args, tiny_llama)
+        out = Path(str(args.output_dir))
+        kept = [
+            [layer.target_layer for layer in read_config(folder).layers]
+            for folder in (out / "stage-1", out / "stage-2", out)
+        ]
+        assert kept == [[0, 1, 3], [1, 3], [3]]
+        before = load_drafter(out / "stage-2").state_dict()["layers.1.q_proj.weight"]
+        after = load_drafter(out).state_dict()["layers.0.q_proj.weight"]
+        # Two small steps away from it, and nowhere near the target's own layer.
+        assert 0 < (after - before).abs().max() < 0.02
+
+    def test_an_experiment_gives_no_drafter_to_serve(
+        self, arguments: MakeArguments, tiny_llama: Path
+    ) -> None:
+        args = arguments(layers="own:3", read_prefix=False, max_steps=2)
+        metrics = train(args, tiny_llama)
+        assert "eval_acceptance_length" in metrics
+        assert not (Path(str(args.output_dir)) / "config.json").exists()
+
+
+class TestFaults:
+    def test_a_loss_that_is_not_finite_stops_the_run(
+        self, arguments: MakeArguments, tiny_llama: Path
+    ) -> None:
+        args = arguments(layers="own:3", learning_rate=1e30, max_grad_norm=0.0)
+        with pytest.raises(TrainingInputError, match="loss is not finite"):
+            train(args, tiny_llama)
+
+    def test_answers_of_another_target_are_refused(
+        self, arguments: MakeArguments, tiny_qwen3: Path
+    ) -> None:
+        with pytest.raises(DataError, match="the answers are those of the target"):
+            train(arguments(target=str(tiny_qwen3)), tiny_qwen3)

@@ -4,6 +4,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+from vllm_mtp.block import SERVED_READS
 from vllm_mtp.commands.targets import target_folder
 from vllm_mtp.training.arguments import DrafterTrainingArguments
 
@@ -28,5 +29,12 @@ class Train(DrafterTrainingArguments):
             f"{metrics['eval_acceptance_length']:.3f} (bonus token included); by place "
             + " ".join(f"{rate:.3f}" for rate in places)
         )
-        print(f"drafter written to {self.output_dir}")
+        if self.reads() == SERVED_READS:
+            print(
+                f"drafter written to {self.output_dir}\n"
+                f"check it:  vllm-mtp check {self.output_dir} --target {self.target}\n"
+                f"serve it:  vllm serve {self.target} --speculative-config "
+                '\'{"method":"mtp_placeholder",'
+                f'"model":"{self.output_dir}"}}\''
+            )
         return 0

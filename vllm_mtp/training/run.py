@@ -3,16 +3,15 @@
 
 import logging
 from dataclasses import replace
+from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
 from datasets import Dataset
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.models.auto import AutoModelForCausalLM
-from transformers.trainer_utils import get_last_checkpoint
 
-from vllm_mtp.block import SERVED_READS
-from vllm_mtp.checkpoint import CONFIG_FILE, load_drafter, save_drafter
+from vllm_mtp.checkpoint import CONFIG_FILE, load_drafter
 from vllm_mtp.data.store import read_split, require_made_by
 from vllm_mtp.errors import MTPError
 from vllm_mtp.modeling.cost import draft_cost
@@ -22,8 +21,10 @@ from vllm_mtp.modeling.init import new_drafter
 from vllm_mtp.target import TargetFacts
 from vllm_mtp.training.arguments import DrafterTrainingArguments
 from vllm_mtp.training.candidates import Candidates, frequent_tokens, own_token_counts
+from vllm_mtp.training.finish import finish
 from vllm_mtp.training.growth import freeze_all_but_new_places, warm_start
 from vllm_mtp.training.learner import Learner
+from vllm_mtp.training.resume import checkpoint_to_resume
 from vllm_mtp.training.trainer import DrafterTrainer, Texts
 
 logger = logging.getLogger("vllm.mtp_placeholder.training")
@@ -140,16 +141,28 @@ def train(args: DrafterTrainingArguments, target: Path) -> dict[str, float]:
 
 
 def _train_stage(run: TrainingRun, args: DrafterTrainingArguments) -> dict[str, float]:
+    started = datetime.now(timezone.utc)
     drafter = run.new_drafter(args)
     if args.warm_start:
         _warm_start(drafter, args)
     trainer = run.trainer(drafter, args)
-    trainer.train(resume_from_checkpoint=_checkpoint(args))
+    checkpoint = checkpoint_to_resume(
+        args.resume_from_checkpoint, Path(str(args.output_dir)), trainer.learner
+    )
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     metrics = trainer.evaluate()
     trainer.log(_costs(drafter))
     trainer.save_state()
     if trainer.is_world_process_zero():
-        _save(drafter, args)
+        finish(
+            trainer.learner,
+            args,
+            run.target,
+            _first(run.held_out_rows, args.eval_texts),
+            started=started,
+            steps=trainer.state.global_step,
+            checkpoint=checkpoint,
+        )
     return metrics
 
 
@@ -160,26 +173,6 @@ def _costs(drafter: Drafter) -> dict[str, float]:
         "trained_parameters": sum(trained),
         "draft_cost": draft_cost(drafter.config).relative_cost,
     }
-
-
-def _save(drafter: Drafter, args: DrafterTrainingArguments) -> None:
-    if args.reads() == SERVED_READS:
-        save_drafter(drafter, str(args.output_dir))
-        return
-    logger.warning(
-        "%s: no drafter written, since serving reads the prefix and causal blocks "
-        "only; the checkpoints and metrics are there",
-        args.output_dir,
-    )
-
-
-def _checkpoint(args: DrafterTrainingArguments) -> str | None:
-    """The checkpoint to go on from; "last" is the newest in the output folder."""
-    wanted = args.resume_from_checkpoint
-    if wanted != "last":
-        return wanted
-    folder = Path(str(args.output_dir))
-    return get_last_checkpoint(str(folder)) if folder.is_dir() else None
 
 
 def _warm_start(drafter: Drafter, args: DrafterTrainingArguments) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A tiny target's own answers as a data set."""
+"""A tiny target's own answers as a data set, and short runs on them."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -1,0 +1,25 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every row of the ablation is a run that can be started."""
+
+from typing import Any
+
+import pytest
+
+from tools.ablation import BASE, ROOT, all_rows, flags_of, key_of
+from vllm_mtp.cli import _load
+from vllm_mtp.layer_spec import parse_layers
+
+
+@pytest.mark.parametrize("row", all_rows(), ids=lambda row: row["name"])
+def test_rows_are_valid(row: dict[str, Any]) -> None:
+    flags = ["--target", "t", "--data", "d", *flags_of(row["set"])]
+    args = _load("train", [str(ROOT / BASE), *flags])
+    layers = parse_layers(args.layers, 30)
+    assert args.plan().feature_weight == 0 or any(x.kind == "own" for x in layers)
+    for name, value in row["set"].items():
+        assert (getattr(args, name) or None) == (value or None), name
+
+
+def test_the_same_settings_are_one_run() -> None:
+    assert key_of({}) == key_of({"num_speculative_tokens": 4})
+    assert key_of({}) != key_of({"num_speculative_tokens": 5})

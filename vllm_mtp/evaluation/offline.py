@@ -1,0 +1,371 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Acceptance of a drafter behind the target's own answers, without vLLM.
+
+Behind a prefix of n tokens the anchor is token n, and place i (from 0) drafts token
+n + 1 + i. An answer in the span [start, end) has the anchors start .. end - 2: decoding
+samples token ``start`` after the prefill, and stops as soon as token ``end - 1`` is
+there. Two measures are taken, both in vLLM's terms (see `vllm_mtp.metrics`):
+
+* teacher-forced: one draft behind every anchor;
+* simulated: one draft per decoding step. A step with a accepted drafts moves the
+  anchor by a + 1 tokens, so what comes next depends on k: each k has its own walk.
+
+vLLM counts all drafts of the last step, also those behind the token that ends the
+answer (or behind ``max_tokens``), accepted or not, and only then cuts the text. What
+the target would have said there is not in the text, so the target is asked: it goes on
+greedily for up to k - 1 tokens.
+
+The simulated counts are then those that vLLM counts for the same greedy answers, but
+for this:
+
+* logits of other kernels: tokens that nearly tie can change places, in the drafts and
+  in the target's own continuation;
+* the last steps before ``max_model_len``, which vLLM gives fewer drafts;
+* preemption, after which a request takes one step without drafts;
+* answers that were sampled (temperature above 0): the walk still takes a draft as
+  accepted only where it is the sampled token.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import reduce
+from operator import add
+from typing import Any, Literal
+
+import torch
+from pydantic import JsonValue, TypeAdapter, ValidationError
+from transformers.cache_utils import DynamicCache
+
+from vllm_mtp.block import anchors_of, block_labels
+from vllm_mtp.config import DrafterConfig
+from vllm_mtp.errors import DataError, MTPError
+from vllm_mtp.metrics import AcceptanceCounts, count_accepted
+from vllm_mtp.modeling.drafter import BoundDrafter
+from vllm_mtp.modeling.heads import pick_greedy
+from vllm_mtp.modeling.hf_target import HFTarget, TargetStates
+from vllm_mtp.modeling.texts import TextBlocks, forward_texts
+
+# Blocks per forward. Their logits, 64 * k * vocabulary, are the largest tensor.
+_BLOCKS = 64
+
+DEFINITIONS = {
+    "drafts": "drafting steps, the denominator of the acceptance by place",
+    "draft_tokens": "drafts * k, the denominator of the acceptance rate",
+    "accepted_per_place": "drafts whose first i tokens were all accepted, i = 1 .. k",
+    "acceptance_per_place": "accepted_per_place / drafts (unconditional)",
+    "acceptance_length_by_k": (
+        "1 + accepted tokens / drafts with k' = 1 .. k drafted tokens; the 1 is the "
+        "bonus token, which the target gives in every step"
+    ),
+    "teacher_forced": "a draft behind every token of the answers but the last",
+    "simulated_by_k": (
+        "a draft per step of greedy decoding with k' = 1 .. k drafted tokens, the last "
+        "step counted whole, as vLLM does"
+    ),
+    "tokens": "the target's own tokens in the sequences",
+}
+"""What the numbers in ``evaluation.json`` are."""
+
+
+@dataclass(frozen=True)
+class CategoryResult:
+    """Acceptance in some sequences; results of different sequences add.
+
+    Attributes:
+        sequences: Number of rows.
+        tokens: The target's own tokens in them.
+        teacher_forced: Drafts of k tokens behind every anchor.
+        simulated_by_k: Decoding with 1, 2, .. k drafted tokens per step.
+    """
+
+    sequences: int
+    tokens: int
+    teacher_forced: AcceptanceCounts
+    simulated_by_k: tuple[AcceptanceCounts, ...]
+
+    @classmethod
+    def nothing(cls, k: int) -> "CategoryResult":
+        """No sequence at all, for sums."""
+        return cls(0, 0, _counts((), k), tuple(_counts((), i + 1) for i in range(k)))
+
+    @property
+    def simulated(self) -> AcceptanceCounts:
+        """Decoding with all k drafted tokens."""
+        return self.simulated_by_k[-1]
+
+    @property
+    def teacher_forced_by_k(self) -> tuple[AcceptanceCounts, ...]:
+        """Drafts of 1, 2, .. k tokens; shorter drafts are the longer ones' starts."""
+        drafts = self.teacher_forced.drafts
+        places = self.teacher_forced.accepted_per_place
+        return tuple(
+            AcceptanceCounts(drafts, drafts * k, places[:k])
+            for k in range(1, len(places) + 1)
+        )
+
+    def __add__(self, other: "CategoryResult") -> "CategoryResult":
+        pairs = zip(self.simulated_by_k, other.simulated_by_k, strict=True)
+        return CategoryResult(
+            self.sequences + other.sequences,
+            self.tokens + other.tokens,
+            self.teacher_forced + other.teacher_forced,
+            tuple(a + b for a, b in pairs),
+        )
+
+
+@dataclass(frozen=True)
+class OfflineResult:
+    """Acceptance by category of prompts.
+
+    Attributes:
+        k: Drafted tokens per step.
+        by_category: In the order of their names.
+        settings: What was evaluated, for the reader.
+    """
+
+    k: int
+    by_category: dict[str, CategoryResult]
+    settings: dict[str, JsonValue] = field(default_factory=dict)
+    format: Literal[1] = 1
+
+    @property
+    def total(self) -> CategoryResult:
+        """All categories together."""
+        return reduce(add, self.by_category.values(), CategoryResult.nothing(self.k))
+
+    def to_json(self) -> str:
+        """Counts, what follows from them, and what the names mean."""
+        named = self.by_category.items()
+        content = {
+            "format": self.format,
+            "k": self.k,
+            "settings": self.settings,
+            "definitions": DEFINITIONS,
+            "total": _as_json(self.total),
+            "by_category": {name: _as_json(result) for name, result in named},
+        }
+        return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> "OfflineResult":
+        """Read what `to_json` gave; all that follows from the counts is left out.
+
+        Raises:
+            DataError: The text is something else.
+        """
+        try:
+            return TypeAdapter(cls).validate_json(text)
+        except ValidationError as error:
+            raise DataError(
+                f"not an evaluation that this version of vllm-mtp wrote ({error}); "
+                "run `vllm-mtp eval` again"
+            ) from None
+
+
+def _as_json(result: CategoryResult) -> dict[str, Any]:
+    teacher_forced, simulated = result.teacher_forced_by_k, result.simulated_by_k
+    return asdict(result) | {
+        "derived": {
+            "teacher_forced": _derived(teacher_forced),
+            "simulated": _derived(simulated),
+        }
+    }
+
+
+def _derived(by_k: Sequence[AcceptanceCounts]) -> dict[str, Any]:
+    return {
+        "acceptance_per_place": by_k[-1].acceptance_per_place,
+        "acceptance_rate": by_k[-1].acceptance_rate,
+        "acceptance_length_by_k": [counts.acceptance_length for counts in by_k],
+    }
+
+
+@torch.no_grad()
+def evaluate_texts(
+    bound: BoundDrafter,
+    rows: Iterable[Mapping[str, Any]],
+    k: int,
+    max_anchors_per_span: int | None = None,
+) -> OfflineResult:
+    """Measure acceptance behind known answers.
+
+    Args:
+        bound: A drafter on an `HFTarget`.
+        rows: With the columns ``category``, ``input_ids`` and ``loss_spans`` of
+            `vllm_mtp.data.store`; gone through once.
+        k: Tokens to draft; at most what the drafter was made for.
+        max_anchors_per_span: Look only at this many tokens at the start of each
+            answer. None for all.
+
+    Raises:
+        MTPError: k is not one that the drafter can draft.
+        DataError: There is no row, no row with an anchor, or a row with a span that
+            leaves its tokens.
+    """
+    require_places(bound.drafter.config, k)
+    results: dict[str, CategoryResult] = {}
+    for row in rows:
+        name = row["category"]
+        before = results.get(name, CategoryResult.nothing(k))
+        results[name] = before + _evaluate_row(bound, row, k, max_anchors_per_span)
+    result = OfflineResult(k, dict(sorted(results.items())))
+    _require_drafts(result.total)
+    return result
+
+
+def require_places(config: DrafterConfig, k: int) -> None:
+    """Raise unless the drafter can draft k tokens.
+
+    Raises:
+        MTPError: It cannot.
+    """
+    if not 1 <= k <= config.num_speculative_tokens:
+        raise MTPError(
+            f"num_speculative_tokens: got {k}, expected 1 to "
+            f"{config.num_speculative_tokens}, what this drafter was made for"
+        )
+
+
+def _require_drafts(total: CategoryResult) -> None:
+    if not total.sequences:
+        raise DataError("no sequences to evaluate: got 0 rows, expected at least 1")
+    if not total.teacher_forced.drafts:
+        raise DataError(
+            f"nothing to draft: none of the {total.sequences} sequences has an answer "
+            f"of 2 tokens or more in loss_spans ({total.tokens} tokens in all). Use "
+            "data with longer answers"
+        )
+
+
+def _evaluate_row(
+    bound: BoundDrafter, row: Mapping[str, Any], k: int, most: int | None
+) -> CategoryResult:
+    host = _torch_host(bound)
+    token_ids = torch.tensor(row["input_ids"], device=host.model.device)
+    spans = _spans_of(row)
+    tokens = sum(end - start for start, end in spans)
+    result = replace(CategoryResult.nothing(k), sequences=1, tokens=tokens)
+    if not any(anchors_of(span, most) for span in spans):
+        return result
+    states = host.encode(token_ids)
+    for span in spans:
+        if anchors := anchors_of(span, most):
+            lens = torch.arange(anchors.start, anchors.stop, device=token_ids.device)
+            blocks = TextBlocks(token_ids, states, lens)
+            result += _evaluate_span(bound, blocks, span[1], k)
+    return result
+
+
+def _spans_of(row: Mapping[str, Any]) -> list[tuple[int, int]]:
+    """The row's spans, checked."""
+    spans = [(int(start), int(end)) for start, end in row["loss_spans"]]
+    length = len(row["input_ids"])
+    for start, end in spans:
+        if not 0 <= start <= end <= length:
+            raise DataError(
+                f"row {row.get('prompt_id', '?')!r}: loss_spans has "
+                f"[{start}, {end}), expected a part of its {length} input_ids; "
+                "generate the data again"
+            )
+    return spans
+
+
+def _evaluate_span(
+    bound: BoundDrafter, blocks: TextBlocks, end: int, k: int
+) -> CategoryResult:
+    """One answer, which ends before token ``end``."""
+    drafts = draft_everywhere(bound, blocks, k)
+    truth = _true_tokens(_torch_host(bound), blocks, end, k)
+    lengths = (drafts == truth).long().cumprod(dim=1).sum(dim=1).tolist()
+    return CategoryResult(
+        0,
+        0,
+        count_accepted(drafts, truth),
+        tuple(walk(lengths, places) for places in range(1, k + 1)),
+    )
+
+
+@torch.no_grad()
+def draft_everywhere(
+    bound: BoundDrafter, blocks: TextBlocks, k: int, blocks_per_forward: int = _BLOCKS
+) -> torch.Tensor:
+    """Draft greedily behind many prefixes of one text.
+
+    Args:
+        bound: A drafter on an `HFTarget`.
+        blocks: The text and its B prefix lengths.
+        k: Tokens to draft.
+        blocks_per_forward: Bounds the memory.
+
+    Returns:
+        Token ids ``[B, k]`` int64.
+    """
+    drafts = []
+    for lens in blocks.prefix_lens.split(blocks_per_forward):
+        hidden = forward_texts(bound, [blocks._replace(prefix_lens=lens)], k)
+        drafts.append(bound.draft(hidden, pick_greedy)[0])
+    return torch.cat(drafts)
+
+
+def _true_tokens(host: HFTarget, blocks: TextBlocks, end: int, k: int) -> torch.Tensor:
+    """What the target says at every place. ``[B, k]`` int64."""
+    known = blocks.token_ids[:end]
+    missing = int(blocks.prefix_lens[-1]) + k + 1 - end
+    if missing > 0:
+        rest = greedy_continuation(host, blocks.states, end, missing)
+        known = torch.cat([known, rest])
+    return block_labels(known, blocks.prefix_lens, k)
+
+
+@torch.no_grad()
+def greedy_continuation(
+    host: HFTarget, states: TargetStates, length: int, count: int
+) -> torch.Tensor:
+    """Let the target go on behind a text that it has read.
+
+    Args:
+        host: The target.
+        states: Of the text, or of a longer one.
+        length: Tokens of the text.
+        count: Tokens to say, at least 1.
+
+    Returns:
+        ``[count]`` int64.
+    """
+    cache = DynamicCache()
+    for layer, keys in states.keys.items():
+        values = states.values[layer]
+        cache.update(keys[None, :, :length], values[None, :, :length], layer)
+    said = [host.logits(states.hidden[length - 1, None]).argmax(-1)]
+    while len(said) < count:
+        out = host.decoder(said[-1][None], past_key_values=cache, use_cache=True)
+        said.append(host.logits(out.last_hidden_state[0]).argmax(-1))
+    return torch.cat(said)
+
+
+def walk(lengths: Sequence[int], k: int) -> AcceptanceCounts:
+    """Decode an answer step by step.
+
+    Args:
+        lengths: For every anchor in order the number of leading drafts that are the
+            target's own tokens; more than k count as k.
+        k: Tokens drafted per step.
+    """
+    steps: list[int] = []
+    place = 0
+    while place < len(lengths):
+        steps.append(min(lengths[place], k))
+        place += steps[-1] + 1
+    return _counts(steps, k)
+
+
+def _counts(accepted: Sequence[int], k: int) -> AcceptanceCounts:
+    """Counts of drafts of k tokens, given how many each had accepted."""
+    per_place = tuple(sum(n > place for n in accepted) for place in range(k))
+    return AcceptanceCounts(len(accepted), len(accepted) * k, per_place)
+
+
+def _torch_host(bound: BoundDrafter) -> HFTarget:
+    assert isinstance(bound.target, HFTarget), "known text is run in plain torch"
+    return bound.target

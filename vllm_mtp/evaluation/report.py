@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An offline evaluation as a table, as JSON and as a plot."""
+
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+from vllm_mtp.errors import MTPError
+from vllm_mtp.evaluation.offline import CategoryResult, OfflineResult
+from vllm_mtp.metrics import AcceptanceCounts
+
+JSON_FILE = "evaluation.json"
+TABLE_FILE = "evaluation.md"
+PLOT_FILE = "acceptance.png"
+
+# More lines than colours that can be told apart say nothing.
+_MOST_LINES = 9
+_NOTE = (
+    "Place i: part of the drafts whose first i tokens were all accepted. AL k: "
+    "acceptance length with k drafted tokens per step, bonus token included."
+)
+
+
+def write_report(result: OfflineResult, folder: Path | str) -> list[Path]:
+    """Write ``evaluation.json``, ``evaluation.md`` and ``acceptance.png``.
+
+    Returns:
+        The files; those of an earlier evaluation are replaced.
+
+    Raises:
+        MTPError: matplotlib is missing, or the folder cannot be written.
+    """
+    require_matplotlib()
+    folder = Path(folder)
+    files = [folder / name for name in (JSON_FILE, TABLE_FILE, PLOT_FILE)]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        files[0].write_text(result.to_json(), "utf-8")
+        files[1].write_text(markdown(result) + "\n", "utf-8")
+        plot(result, files[2])
+    except OSError as error:
+        raise MTPError(
+            f"--out {folder}: cannot be written ({error}); name another folder"
+        ) from None
+    return files
+
+
+def require_matplotlib() -> None:
+    """Raise unless a plot can be made.
+
+    Raises:
+        MTPError: matplotlib is not installed.
+    """
+    if find_spec("matplotlib") is None:
+        raise MTPError(
+            f"{PLOT_FILE} needs matplotlib, which is not installed: pip install "
+            "'vllm-mtp[bench]', or leave out --out for the table alone"
+        )
+
+
+def markdown(result: OfflineResult) -> str:
+    """Both measures as markdown tables, a row per category and one for all."""
+    rows = _rows(result)
+    return "\n\n".join(
+        [
+            f"### Simulated greedy decoding, {result.k} drafted tokens per step",
+            _table(result.k, [(name, row, row.simulated_by_k) for name, row in rows]),
+            "### Teacher-forced: a draft behind every token",
+            _table(
+                result.k, [(name, row, row.teacher_forced_by_k) for name, row in rows]
+            ),
+            _NOTE,
+        ]
+    )
+
+
+def compare_served(
+    offline: OfflineResult, served: Mapping[str, AcceptanceCounts]
+) -> tuple[str, float]:
+    """Simulated decoding beside what vLLM counted, and how far they are apart.
+
+    Args:
+        offline: Of the same rows.
+        served: vLLM's counters by category.
+
+    Returns:
+        A markdown table, and the largest difference of any place over all rows, in
+        points (hundredths).
+    """
+    total = sum(served.values(), AcceptanceCounts(0, 0, ()))
+    pairs = [(n, r.simulated, served[n]) for n, r in offline.by_category.items()]
+    pairs.append(("**all**", offline.total.simulated, total))
+    header = " | ".join(f"place {i}" for i in range(1, offline.k + 1))
+    lines = [
+        f"| category | {header} | AL | AL in vLLM |",
+        "|---|" + "---|" * (offline.k + 2),
+    ]
+    for name, ours, its in pairs:
+        places = zip(ours.acceptance_per_place, its.acceptance_per_place, strict=True)
+        cells = [f"{a:.3f} / {b:.3f}" for a, b in places]
+        lengths = f"{ours.acceptance_length:.3f} | {its.acceptance_length:.3f}"
+        lines.append(f"| {name} | {' | '.join(cells)} | {lengths} |")
+    both = zip(
+        offline.total.simulated.acceptance_per_place,
+        total.acceptance_per_place,
+        strict=True,
+    )
+    apart = max(abs(a - b) for a, b in both)
+    return "\n".join(lines), 100 * apart
+
+
+def _rows(result: OfflineResult) -> list[tuple[str, CategoryResult]]:
+    return [*result.by_category.items(), ("**all**", result.total)]
+
+
+def _table(
+    k: int, rows: Sequence[tuple[str, CategoryResult, Sequence[AcceptanceCounts]]]
+) -> str:
+    numbers = range(1, k + 1)
+    header = ["category", "sequences", "tokens", "drafts"]
+    header += [f"place {i}" for i in numbers] + [f"AL k={i}" for i in numbers]
+    cells = [header] + [_cells(name, row, by_k) for name, row, by_k in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ["| " + " | ".join(_padded(row, widths)) + " |" for row in cells]
+    rule = ["-" * widths[0]] + ["-" * (width - 1) + ":" for width in widths[1:]]
+    return "\n".join([lines[0], "| " + " | ".join(rule) + " |", *lines[1:]])
+
+
+def _cells(
+    name: str, row: CategoryResult, by_k: Sequence[AcceptanceCounts]
+) -> list[str]:
+    whole = by_k[-1]
+    return [
+        # A name is data: it must not end a cell or the row.
+        " ".join(name.split()).replace("|", "\\|"),
+        f"{row.sequences:,}",
+        f"{row.tokens:,}",
+        f"{whole.drafts:,}",
+        *(f"{part:.3f}" for part in whole.acceptance_per_place),
+        *(f"{counts.acceptance_length:.3f}" for counts in by_k),
+    ]
+
+
+def _padded(row: Sequence[str], widths: Sequence[int]) -> list[str]:
+    """Names to the left, numbers to the right."""
+    first, *rest = zip(row, widths, strict=True)
+    return [first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in rest)]
+
+
+def plot(result: OfflineResult, path: Path) -> None:
+    """Draw the acceptance by place in simulated decoding, a line per category.
+
+    Args:
+        result: What to draw; of many categories, those with the most drafts.
+        path: A PNG file.
+    """
+    # Not pyplot: it would choose a window system, and keep the figure for ever.
+    from matplotlib.figure import Figure
+
+    places = range(1, result.k + 1)
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for name, row in _largest(result):
+        axes.plot(places, row.simulated.acceptance_per_place, marker="o", label=name)
+    everything = result.total.simulated.acceptance_per_place
+    axes.plot(places, everything, "k-o", linewidth=2.5, label=" all")
+    axes.set(
+        title=f"Simulated greedy decoding, k = {result.k}",
+        xlabel="place",
+        ylabel="drafts accepted up to this place",
+        xticks=list(places),
+        ylim=(0, 1.02),
+    )
+    axes.grid(alpha=0.3)
+    axes.legend(title=_legend_title(result))
+    figure.savefig(path, dpi=150)
+
+
+def _largest(result: OfflineResult) -> list[tuple[str, CategoryResult]]:
+    by_drafts = sorted(
+        result.by_category.items(), key=lambda item: -item[1].simulated.drafts
+    )
+    kept = {name for name, _ in by_drafts[:_MOST_LINES]}
+    # matplotlib leaves names that begin with "_" out of the legend, and reads "$".
+    return [
+        (f" {name}".replace("$", r"\$"), row)
+        for name, row in result.by_category.items()
+        if name in kept
+    ]
+
+
+def _legend_title(result: OfflineResult) -> str | None:
+    count = len(result.by_category)
+    return f"{_MOST_LINES} largest of {count}" if count > _MOST_LINES else None

@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Acceptance of a drafter in vLLM itself, counted by vLLM."""
+
+import gc
+import os
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vllm_mtp.metrics import AcceptanceCounts, read_vllm_counters
+from vllm_mtp.plugin import METHOD
+
+
+@dataclass(frozen=True)
+class ServedResult:
+    """What vLLM counted.
+
+    Attributes:
+        by_category: In the order of their names.
+        same_text: Answers that are, token by token, those of the data.
+        sequences: Number of answers.
+    """
+
+    by_category: dict[str, AcceptanceCounts]
+    same_text: int
+    sequences: int
+
+    @property
+    def total(self) -> AcceptanceCounts:
+        """All categories together."""
+        return sum(self.by_category.values(), AcceptanceCounts(0, 0, ()))
+
+
+def measure_served(
+    drafter: Path | str,
+    target: Path | str,
+    rows: Iterable[Mapping[str, Any]],
+    k: int,
+    dtype: str = "auto",
+) -> ServedResult:
+    """Let vLLM answer the prompts of a data set again, greedily, with the drafter.
+
+    Args:
+        drafter: The drafter's folder.
+        target: The target's folder.
+        rows: With the columns of `vllm_mtp.data.store`; the first loss span is the
+            answer, what stands before it the prompt.
+        k: Tokens to draft per step.
+        dtype: Of the target.
+    """
+    groups: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
+    for row in rows:
+        groups[row["category"]].append(row)
+    longest = max(len(r["input_ids"]) for group in groups.values() for r in group)
+    llm = _start(drafter, target, k, longest + 1, dtype)
+    try:
+        counted = {name: _answer(llm, rows) for name, rows in sorted(groups.items())}
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+    return ServedResult(
+        {name: counts for name, (counts, _) in counted.items()},
+        sum(same for _, same in counted.values()),
+        sum(map(len, groups.values())),
+    )
+
+
+def _start(
+    drafter: Path | str, target: Path | str, k: int, max_model_len: int, dtype: str
+) -> Any:
+    # Only what the user did not set, and before vLLM is imported.
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    from vllm import LLM
+    from vllm.platforms import current_platform
+
+    return LLM(
+        str(target),
+        dtype=dtype,  # type: ignore[arg-type]
+        # Room for the last drafts, so that every step drafts k tokens.
+        max_model_len=max_model_len + k,
+        enforce_eager=current_platform.is_cpu(),
+        disable_log_stats=False,
+        use_tqdm_on_load=False,
+        skip_tokenizer_init=not Path(target, "tokenizer.json").exists(),
+        speculative_config={
+            "method": METHOD,
+            "model": str(drafter),
+            "num_speculative_tokens": k,
+        },
+    )
+
+
+def _answer(llm: Any, rows: list[Mapping[str, Any]]) -> tuple[AcceptanceCounts, int]:
+    """Counts of these rows, and how many answers are the data's."""
+    from vllm import SamplingParams
+
+    spans = [row["loss_spans"][0] for row in rows]
+    prompts = [
+        {"prompt_token_ids": list(row["input_ids"][:start])}
+        for row, (start, _) in zip(rows, spans, strict=True)
+    ]
+    params = [
+        SamplingParams(temperature=0, max_tokens=end - start, detokenize=False)
+        for start, end in spans
+    ]
+    before = read_vllm_counters(llm.get_metrics())
+    outputs = llm.generate(prompts, params, use_tqdm=False)
+    counts = read_vllm_counters(llm.get_metrics()) - before
+    same = sum(
+        list(output.outputs[0].token_ids) == list(row["input_ids"][start:end])
+        for output, row, (start, end) in zip(outputs, rows, spans, strict=True)
+    )
+    return counts, same

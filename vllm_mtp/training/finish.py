@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The end of a run: a folder that can be served, checked and told about."""
+
+import logging
+from contextlib import nullcontext
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+
+from vllm_mtp.block import SERVED_READS
+from vllm_mtp.checkpoint import load_drafter, save_drafter
+from vllm_mtp.evaluation.offline import evaluate_texts
+from vllm_mtp.evaluation.probe import write_probe
+from vllm_mtp.modeling.drafter import BoundDrafter
+from vllm_mtp.publishing.run import RunInfo, publish_run
+from vllm_mtp.training.arguments import DrafterTrainingArguments
+from vllm_mtp.training.learner import Learner
+
+logger = logging.getLogger("vllm.mtp_placeholder.training")
+
+
+def finish(
+    learner: Learner,
+    args: DrafterTrainingArguments,
+    target: Path,
+    held_out: Dataset,
+    *,
+    started: datetime,
+    steps: int,
+    checkpoint: Path | None,
+) -> None:
+    """Write the drafter's folder, ``args.output_dir``.
+
+    It holds config and weights, the probe that `vllm-mtp check` compares with, the
+    evaluation of what was written, and the model card.
+
+    Args:
+        learner: With the trained drafter.
+        args: The run's settings.
+        target: The target's folder.
+        held_out: Texts for the probe and the evaluation.
+        started: When the run began, with a time zone.
+        steps: Optimizer steps in all.
+        checkpoint: What the run went on from.
+    """
+    if args.reads() != SERVED_READS:
+        logger.warning(
+            "%s: no drafter written, since serving reads the prefix and causal blocks "
+            "only; checkpoints and metrics are there",
+            args.output_dir,
+        )
+        return
+    folder = save_drafter(learner.drafter, str(args.output_dir))
+    with _autocast(args):
+        write_probe(folder, learner.bound, held_out)
+    evaluation = evaluate_texts(
+        _as_written(folder, learner), held_out, args.num_speculative_tokens
+    )
+    publish_run(
+        RunInfo(
+            args=args,
+            target=target,
+            started=started,
+            optimizer_steps=steps,
+            resumed_from_step=_step_of(checkpoint),
+        ),
+        evaluation=evaluation,
+    )
+
+
+def _as_written(folder: Path, learner: Learner) -> BoundDrafter:
+    """What was trained in float32 is served in the checkpoint's type."""
+    model = learner.host.model
+    drafter = load_drafter(folder, dtype=model.dtype, device=model.device)
+    return BoundDrafter(drafter, learner.host)
+
+
+def _autocast(args: DrafterTrainingArguments) -> Any:
+    if not args.bf16:
+        return nullcontext()
+    return torch.autocast(args.device.type, torch.bfloat16)
+
+
+def _step_of(checkpoint: Path | None) -> int:
+    """The step in a checkpoint's name, ``checkpoint-STEP``."""
+    step = "" if checkpoint is None else checkpoint.name.rpartition("-")[2]
+    return int(step) if step.isdigit() else 0
