@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from vllm_mtp.metrics import AcceptanceCounts, read_vllm_counters
     from vllm_mtp.modeling.drafter import Drafter
     from vllm_mtp.modeling.init import DrafterOptions, new_drafter
+    from vllm_mtp.publishing.hub import push_to_hub, save_pretrained
 
 _HOME = {
     "AcceptanceCounts": "vllm_mtp.metrics",
@@ -22,9 +23,11 @@ _HOME = {
     "DrafterOptions": "vllm_mtp.modeling.init",
     "load_drafter": "vllm_mtp.checkpoint",
     "new_drafter": "vllm_mtp.modeling.init",
+    "push_to_hub": "vllm_mtp.publishing.hub",
     "read_config": "vllm_mtp.checkpoint",
     "read_vllm_counters": "vllm_mtp.metrics",
     "save_drafter": "vllm_mtp.checkpoint",
+    "save_pretrained": "vllm_mtp.publishing.hub",
 }
 
 __all__ = [
@@ -34,9 +37,11 @@ __all__ = [
     "DrafterOptions",
     "load_drafter",
     "new_drafter",
+    "push_to_hub",
     "read_config",
     "read_vllm_counters",
     "save_drafter",
+    "save_pretrained",
 ]
 
 

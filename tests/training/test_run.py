@@ -160,6 +160,26 @@ class TestStages:
         assert not (Path(str(args.output_dir)) / "config.json").exists()
 
 
+def test_bfloat16_runs_through(arguments: MakeArguments, tiny_llama: Path) -> None:
+    """Training, the evaluation in between, the probe and the last evaluation."""
+    args = arguments(
+        **LORA,
+        layers="shared:0,own:3",
+        boundary_hidden="first",
+        markov_rank=4,
+        kl_weight=1.0,
+        feature_weight=0.1,
+        dtype="bfloat16",
+        bf16=True,
+        eval_strategy="steps",
+        eval_steps=1,
+        max_steps=2,
+    )
+    metrics = train(args, tiny_llama)
+    assert metrics["eval_acceptance_length"] >= 1.0
+    assert load_drafter(str(args.output_dir)).config.dtype == "bfloat16"
+
+
 class TestFaults:
     def test_a_loss_that_is_not_finite_stops_the_run(
         self, arguments: MakeArguments, tiny_llama: Path

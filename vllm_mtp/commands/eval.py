@@ -67,6 +67,7 @@ class Eval:
             require_matplotlib,
             write_report,
         )
+        from vllm_mtp.publishing.folder import refresh_card
 
         if self.out is not None:
             require_matplotlib()  # before the work, not after it
@@ -80,6 +81,8 @@ class Eval:
             )
         if self.out is not None:
             files = write_report(result, self.out)
+            if Path(self.out).resolve() == Path(self.drafter).resolve():
+                refresh_card(self.out)
             print("\nwritten: " + ", ".join(map(str, files)))
         counts, least = result.total.simulated, self.min_acceptance_length
         if self.in_vllm:

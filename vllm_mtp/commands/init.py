@@ -26,9 +26,11 @@ class Init(DrafterDesign):
     seed: int = flag("seed of the random start values", 0)
 
     def run(self) -> int:
-        from vllm_mtp.checkpoint import CONFIG_FILE, save_drafter
+        from vllm_mtp.checkpoint import CONFIG_FILE
         from vllm_mtp.commands.inspect import describe
         from vllm_mtp.modeling.init import new_drafter
+        from vllm_mtp.publishing.folder import write_folder
+        from vllm_mtp.publishing.provenance import untrained
 
         out = Path(self.out)
         if (out / CONFIG_FILE).exists():
@@ -43,7 +45,7 @@ class Init(DrafterDesign):
             self.num_speculative_tokens,
             self.options(self._draft_token_ids(target), self.seed),
         )
-        save_drafter(drafter, out)
+        write_folder(drafter, out, untrained(drafter.config, target, self.target))
         print(describe(drafter.config))
         print(
             f"\nuntrained drafter written to {out}\nserve it: vllm serve {self.target} "

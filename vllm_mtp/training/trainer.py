@@ -162,7 +162,7 @@ class DrafterTrainer(Trainer):
         counts = AcceptanceCounts(0, 0, (0,) * num_places)
         self.learner.eval()
         for texts in batches:
-            with self.compute_loss_context_manager():
+            with self.accelerator.autocast():
                 counts += self._draft([self._spread_blocks(text) for text in texts])
         flat = torch.tensor(
             [counts.drafts, counts.draft_tokens, *counts.accepted_per_place],

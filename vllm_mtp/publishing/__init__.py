@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a drafter's folder says about itself, and how it is shared."""
