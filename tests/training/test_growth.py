@@ -9,9 +9,14 @@ from transformers.models.auto import AutoModelForCausalLM
 
 from checkpoints_spec.goldens import fill_weights, run_blocks
 from tests.tiny_targets import VOCAB_SIZE
+from vllm_mtp.config import LoRAConfig
 from vllm_mtp.modeling.drafter import Drafter
 from vllm_mtp.modeling.init import DrafterOptions, new_drafter
-from vllm_mtp.training.growth import freeze_all_but_new_places, warm_start
+from vllm_mtp.training.growth import (
+    freeze_all_but_new_places,
+    require_same_but_places,
+    warm_start,
+)
 from vllm_mtp.training.states import TrainingInputError
 
 OPTIONS = DrafterOptions(dtype="float32", markov_rank=2)
@@ -80,3 +85,23 @@ def test_a_looped_extension_keeps_the_first_places(
 def test_an_extension_that_adds_nothing_is_refused(trained: Drafter) -> None:
     with pytest.raises(TrainingInputError, match="adds no place"):
         freeze_all_but_new_places(trained, num_old=3)
+
+
+def test_another_lora_scale_is_refused(tiny_llama: Path) -> None:
+    def made(alpha: float) -> Drafter:
+        lora = LoRAConfig(rank=2, alpha=alpha, modules=("q_proj",))
+        return new_drafter(tiny_llama, "shared:0", 2, OPTIONS._replace(lora=lora))
+
+    warm_start(made(4.0), made(4.0))
+    with pytest.raises(TrainingInputError, match="lora_alpha: got 8.0 at rank 2"):
+        warm_start(made(8.0), made(4.0))
+
+
+def test_new_places_keep_the_rest(tiny_llama: Path, trained: Drafter) -> None:
+    same = new_drafter(tiny_llama, "shared:0,own:1,own:2,own:2", 6, OPTIONS)
+    require_same_but_places(same, trained)
+    other = new_drafter(
+        tiny_llama, "shared:0,own:2", 6, OPTIONS._replace(markov_rank=None)
+    )
+    with pytest.raises(TrainingInputError, match="layers, markov differ"):
+        require_same_but_places(other, trained)

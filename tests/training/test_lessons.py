@@ -13,7 +13,7 @@ from transformers.models.auto import AutoModelForCausalLM
 
 from checkpoints_spec.goldens import fill_weights
 from tests.tiny_targets import VOCAB_SIZE
-from vllm_mtp.block import IGNORE_LABEL
+from vllm_mtp.block import IGNORE_LABEL, BlockReads
 from vllm_mtp.config import LoRAConfig
 from vllm_mtp.modeling.hf_target import HFTarget, TargetStates
 from vllm_mtp.modeling.init import DrafterOptions, new_drafter
@@ -64,6 +64,21 @@ class TestAnchors:
             for text in range(10)
         }
         assert len(chosen) == 100
+
+    def test_labels_end_with_the_targets_own_span(
+        self, host: HFTarget, tiny_llama: Path
+    ) -> None:
+        """What another speaker says is nothing to draft."""
+        drafter = new_drafter(tiny_llama, "own:0", 3, DrafterOptions(dtype="float32"))
+        learner = Learner(drafter, host, LessonPlan())
+        text = TEXT | {"loss_spans": [[4, 7], [9, 12]]}
+        blocks = learner.blocks(text, step=0)
+        assert blocks.prefix_lens.tolist() == [4, 5, 9, 10]
+        places = [[5, 6, None], [6, None, None], [10, 11, None], [11, None, None]]
+        assert blocks.labels(3).tolist() == [
+            [IGNORE_LABEL if n is None else TOKENS[n].item() for n in row]
+            for row in places
+        ]
 
 
 class TestCandidates:
@@ -158,6 +173,22 @@ class TestLearner:
         parts = Learner(drafter, host, plan)([TEXT], step=0)
         for name in ("kl", "tv", "feature"):
             assert parts[name].abs() < 1e-4, name
+
+    def test_one_row_is_enough_for_features(
+        self, host: HFTarget, tiny_llama: Path
+    ) -> None:
+        drafter = new_drafter(tiny_llama, "own:0,3", 3, OPTIONS)
+        learner = Learner(drafter, host, LessonPlan(feature_weight=1.0))
+        parts = learner([TEXT | {"loss_spans": [[28, 30]]}], step=0)
+        assert parts["loss"].isfinite()
+
+    def test_an_experiment_teaches_the_first_place_too(
+        self, host: HFTarget, tiny_llama: Path
+    ) -> None:
+        """Rows that read later rows are not the target's own any more."""
+        reads = BlockReads(later_rows=True)
+        learner = self.learner(host, tiny_llama, "shared:all", reads=reads)
+        assert not learner.learns_nothing_at_the_first_place
 
     def test_features_teach_own_layers(self, host: HFTarget, tiny_llama: Path) -> None:
         # Next to no weight on the tokens, so that only the features teach.

@@ -181,6 +181,32 @@ def test_bfloat16_runs_through(arguments: MakeArguments, tiny_llama: Path) -> No
 
 
 class TestFaults:
+    @pytest.mark.parametrize(
+        ("design", "reason"),
+        [
+            ({"layers": "shared:all", "num_speculative_tokens": 1}, "nothing to train"),
+            ({"layers": "own:3", "max_text_tokens": 4}, "none of .* texts"),
+        ],
+    )
+    def test_nothing_to_learn_is_refused(
+        self,
+        arguments: MakeArguments,
+        tiny_llama: Path,
+        design: dict[str, Any],
+        reason: str,
+    ) -> None:
+        with pytest.raises(TrainingInputError, match=reason):
+            train(arguments(**design), tiny_llama)
+
+    def test_a_stage_of_other_settings_is_refused(
+        self, arguments: MakeArguments, tiny_llama: Path
+    ) -> None:
+        design = {"layers": "own:3", "stages": ["own:0,3"], "stage_steps": 1}
+        train(arguments(**design, max_steps=1), tiny_llama)
+        other = arguments(**design, max_steps=1, num_speculative_tokens=2)
+        with pytest.raises(TrainingInputError, match="stage-1: holds a drafter of"):
+            train(other, tiny_llama)
+
     def test_a_loss_that_is_not_finite_stops_the_run(
         self, arguments: MakeArguments, tiny_llama: Path
     ) -> None:

@@ -125,7 +125,7 @@ class Eval:
         from vllm_mtp.checkpoint import load_drafter, read_config
         from vllm_mtp.evaluation.offline import evaluate_texts, require_places
         from vllm_mtp.modeling.drafter import BoundDrafter
-        from vllm_mtp.modeling.hf_target import HFTarget
+        from vllm_mtp.modeling.hf_target import HFTarget, load_frozen
 
         config = read_config(self.drafter)
         k = self.num_speculative_tokens
@@ -134,7 +134,7 @@ class Eval:
         target, device = target_folder(self.target), self._device()
         config.target.require_same(_facts_of(target))
         rows = self._rows(target)
-        model = _load_target(target, self.dtype, device)
+        model = load_frozen(target, self.dtype, device)
         drafter = load_drafter(self.drafter, dtype=model.dtype, device=device)
         bound = BoundDrafter(drafter, HFTarget(model))
         return evaluate_texts(bound, _with_bar(rows), k)
@@ -157,7 +157,7 @@ class Eval:
 
         if self.limit is not None and self.limit < 1:
             raise MTPError(f"--limit: got {self.limit}, expected 1 or more")
-        require_made_by(self.data, _facts_of(target))
+        require_made_by(self.data, _facts_of(target), target=target)
         try:
             rows = read_split(self.data, self.split)
         except ModuleNotFoundError as error:
@@ -204,19 +204,6 @@ def _facts_of(target: Path) -> Any:
     from vllm_mtp.target import TargetFacts
 
     return TargetFacts.from_folder(target)
-
-
-def _load_target(folder: Path, dtype: str, device: "torch.device") -> Any:
-    from transformers import AutoModelForCausalLM
-
-    try:
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    except (OSError, ValueError) as error:
-        raise MTPError(
-            f"--target {folder}: its weights cannot be loaded ({error}); expected a "
-            "Hugging Face folder of a causal language model"
-        ) from None
-    return model.to(device).eval().requires_grad_(False)
 
 
 def _with_bar(rows: "Dataset") -> Iterable[Mapping[str, Any]]:

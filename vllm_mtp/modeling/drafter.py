@@ -94,7 +94,7 @@ class BoundDrafter:
             if isinstance(layer, SharedLayer)
         }
         vocab = drafter.draft_vocab
-        self._small_head = target.logits_of_tokens(vocab.token_ids) if vocab else None
+        self.small_head = target.logits_of_tokens(vocab.token_ids) if vocab else None
 
     def forward(
         self,
@@ -183,7 +183,7 @@ class BoundDrafter:
         Returns:
             ``[B, k, V]``.
         """
-        head = self.target.logits if self._small_head is None else self._small_head
+        head = self.target.logits if self.small_head is None else self.small_head
         return head(hidden.flatten(0, 1)).unflatten(0, hidden.shape[:2])
 
     def draft(

@@ -6,12 +6,14 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.cache_utils import DynamicCache
+from transformers.models.auto import AutoModelForCausalLM
 
 from vllm_mtp.block import SERVED_READS, BlockReads
 from vllm_mtp.errors import UnsupportedTargetError
@@ -36,6 +38,29 @@ class TargetStates:
     @property
     def num_tokens(self) -> int:
         return self.hidden.shape[0]
+
+
+def load_frozen(
+    folder: Path | str, dtype: str, device: torch.device | str
+) -> PreTrainedModel:
+    """A target's model, ready to be read and never to be trained.
+
+    Args:
+        folder: Its Hugging Face folder.
+        dtype: Such as ``"bfloat16"``, or ``"auto"`` for its own.
+        device: Where it goes.
+
+    Raises:
+        UnsupportedTargetError: Its weights cannot be loaded.
+    """
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise UnsupportedTargetError(
+            f"--target {folder}: its weights cannot be loaded ({error}); expected a "
+            "Hugging Face folder of a causal language model"
+        ) from None
+    return model.to(device).eval().requires_grad_(False)
 
 
 class _Read(NamedTuple):
@@ -196,9 +221,9 @@ class HFTarget:
                 "the target's LM head has a bias, which a reduced draft vocabulary "
                 "does not support. Use a drafter with draft_vocab_size null."
             )
-        small = nn.Linear(
-            head.in_features, len(token_ids), bias=False, dtype=head.weight.dtype
-        )
+        # On no device: the weight is replaced, and start values would cost time and
+        # random numbers in every training step.
+        small = nn.Linear(head.in_features, len(token_ids), bias=False, device="meta")
         small.weight = nn.Parameter(
             head.weight.detach()[token_ids], requires_grad=False
         )

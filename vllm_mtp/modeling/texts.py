@@ -11,7 +11,14 @@ from typing import NamedTuple
 
 import torch
 
-from vllm_mtp.block import SERVED_READS, BlockReads, block_labels, block_positions
+from vllm_mtp.block import (
+    IGNORE_LABEL,
+    SERVED_READS,
+    BlockReads,
+    block_labels,
+    block_positions,
+)
+from vllm_mtp.config import DrafterConfig
 from vllm_mtp.modeling.drafter import BoundDrafter
 from vllm_mtp.modeling.hf_target import HFTarget, TargetStates
 
@@ -22,10 +29,20 @@ class TextBlocks(NamedTuple):
     token_ids: torch.Tensor  # [T] int64
     states: TargetStates  # of the whole text, or of its first max(prefix_lens) + 1
     prefix_lens: torch.Tensor  # [B] int64, 1 <= n < T; the anchor is token n
+    ends: torch.Tensor | None = None  # [B] int64; tokens from there on are no labels
 
     def labels(self, num_places: int) -> torch.Tensor:
         """The text's own next tokens. ``[B, k]``, see `block.block_labels`."""
-        return block_labels(self.token_ids, self.prefix_lens, num_places)
+        labels = block_labels(self.token_ids, self.prefix_lens, num_places)
+        if self.ends is None:
+            return labels
+        wanted = block_positions(self.prefix_lens, num_places) + 1
+        return labels.masked_fill(wanted >= self.ends[:, None], IGNORE_LABEL)
+
+
+def anchors_are_exact(config: DrafterConfig, reads: BlockReads) -> bool:
+    """Whether the anchors' rows are the target's own rows."""
+    return config.shares_whole_target and reads == SERVED_READS
 
 
 def forward_texts(
@@ -54,8 +71,7 @@ def forward_texts(
     """
     host = bound.target
     assert isinstance(host, HFTarget), "known text is run in plain torch"
-    shared = bound.drafter.config.shares_whole_target and reads == SERVED_READS
-    if shared and not whole_blocks:
+    if anchors_are_exact(bound.drafter.config, reads) and not whole_blocks:
         anchors = torch.cat([t.states.hidden[t.prefix_lens] for t in texts])[:, None]
         if num_places == 1:
             return anchors

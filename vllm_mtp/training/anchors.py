@@ -24,6 +24,16 @@ def possible_anchors(spans: Sequence[Sequence[int]], num_tokens: int) -> torch.T
     return torch.tensor([n for span in usable for n in span], dtype=torch.int64)
 
 
+def span_ends(
+    anchors: torch.Tensor, spans: Sequence[Sequence[int]], num_tokens: int
+) -> torch.Tensor:
+    """Where the span that each anchor lies in ends. ``[A]`` int64."""
+    ends = torch.zeros_like(anchors)
+    for start, end in spans:
+        ends[(anchors >= start) & (anchors < end)] = min(end, num_tokens)
+    return ends
+
+
 def choose_anchors(
     possible: torch.Tensor, count: int, generator: torch.Generator
 ) -> torch.Tensor:

@@ -1,17 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every setting of a training run, in one dataclass: flags and YAML keys alike."""
 
+import logging
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from transformers import TrainingArguments
+from transformers.integrations import is_tensorboard_available
 
-from vllm_mtp.block import BlockReads
+from vllm_mtp.block import SERVED_READS, BlockReads
 from vllm_mtp.errors import MTPError
 from vllm_mtp.modeling.design import DrafterDesign
 from vllm_mtp.training.learner import LessonPlan
 from vllm_mtp.training.objective import Objective
+
+logger = logging.getLogger("vllm.mtp_placeholder.training")
 
 
 def _flag(help_text: str, default: Any = None) -> Any:
@@ -82,16 +87,45 @@ class DrafterTrainingArguments(DrafterDesign, TrainingArguments):
     save_total_limit: int | None = _flag("checkpoints to keep", 2)
 
     def __post_init__(self) -> None:
-        if not self.target or not self.data:
-            raise MTPError(
-                f"target: got {self.target!r}, data: got {self.data!r}; both are "
-                "needed (the target's folder, and the folder of its own answers)"
-            )
-        if self.train_only == "new_places" and not self.warm_start:
-            raise MTPError("train_only: new_places needs warm_start, a trained drafter")
+        _require_ranges(self)
+        for wrong, message in _contradictions(self):
+            if wrong:
+                raise MTPError(message)
+        if self._keeps_the_best() and self.metric_for_best_model is None:
+            # transformers' own default is a loss, which our evaluation has not.
+            self.metric_for_best_model = _METRICS[0]
         # transformers wants to be told, or it refuses bf16 where there is no GPU.
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
-        super().__post_init__()
+        try:
+            super().__post_init__()
+        except ValueError as error:
+            raise MTPError(
+                f"refused by transformers' TrainingArguments: {error}"
+            ) from (error)
+        self._require_tensorboard()
+        self._stay_on_one_gpu()
+
+    def _keeps_the_best(self) -> bool:
+        return self.load_best_model_at_end or self.save_strategy == "best"
+
+    def _require_tensorboard(self) -> None:
+        # transformers would only say so once the target is loaded.
+        if "tensorboard" in self.report_to and not is_tensorboard_available():
+            raise MTPError(
+                "report_to: got 'tensorboard', which needs the package tensorboard: "
+                "pip install 'vllm-mtp[train]', or write report_to: none"
+            )
+
+    def _stay_on_one_gpu(self) -> None:
+        # Trainer would take nn.DataParallel, which cuts every tensor of a batch
+        # along its first dimension: ours are texts, and it would cut their tokens.
+        if self.n_gpu > 1:
+            logger.warning(
+                "train: using one of %d GPUs; start one process per GPU with "
+                "`accelerate launch -m vllm_mtp.cli train ...` to use them all",
+                self.n_gpu,
+            )
+            self._n_gpu = 1
 
     def plan(self) -> LessonPlan:
         """How texts become lessons."""
@@ -112,3 +146,107 @@ class DrafterTrainingArguments(DrafterDesign, TrainingArguments):
 
     def reads(self) -> BlockReads:
         return BlockReads(prefix=self.read_prefix, later_rows=self.read_later_rows)
+
+
+# Metrics of our evaluation, the one to go by first.
+_METRICS = ("eval_acceptance_length", "eval_acceptance_place_1")
+
+# Names, what holds for their values, and how to say that. NaN fails them all.
+_RANGES: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
+    (
+        (
+            "anchors_per_text", "eval_anchors", "eval_texts", "teacher_tokens",
+            "max_text_tokens",
+        ),
+        lambda value: value >= 1,
+        "1 or more",
+    ),
+    (
+        ("train_texts", "loss_vocab_size", "draft_vocab_size"),
+        lambda value: value is None or value >= 1,
+        "1 or more (leave it out for all)",
+    ),
+    (
+        ("feature_weight", "states_budget_gb"),
+        lambda value: value >= 0,
+        "0 (none) or more",
+    ),
+    (
+        ("placeholder_lr_scale", "markov_lr_scale"),
+        lambda value: value > 0,
+        "a number above 0 (1 for learning_rate itself)",
+    ),
+)  # fmt: skip
+
+
+def _require_ranges(args: DrafterTrainingArguments) -> None:
+    for names, holds, expected in _RANGES:
+        for name in names:
+            if not holds(value := getattr(args, name)):
+                raise MTPError(f"{name}: got {value!r}, expected {expected}")
+
+
+def _contradictions(args: DrafterTrainingArguments) -> Iterator[tuple[bool, str]]:
+    """Whether settings do not go together, and what to say then."""
+    yield (
+        not args.target or not args.data,
+        f"target: got {args.target!r}, data: got {args.data!r}; both are needed (the "
+        "target's folder, and the folder of its own answers)",
+    )
+    yield from _wrong_stages(args)
+    yield from _wrong_losses(args)
+    yield from _wrong_best(args)
+
+
+def _wrong_stages(args: DrafterTrainingArguments) -> Iterator[tuple[bool, str]]:
+    staged, new_places = bool(args.stages), args.train_only == "new_places"
+    yield (
+        new_places and staged,
+        f"train_only: new_places does not go with stages (got {args.stages}), which "
+        "train every layer; leave one of them out",
+    )
+    yield (
+        new_places and not args.warm_start,
+        "train_only: new_places needs warm_start, a trained drafter",
+    )
+    yield (
+        staged and args.stage_steps < 1,
+        f"stage_steps: got {args.stage_steps}, expected 1 or more where there are "
+        "stages: the optimizer steps of each",
+    )
+    yield (
+        staged and args.reads() != SERVED_READS,
+        f"stages: each has to give a drafter, but read_prefix: {args.read_prefix} or "
+        f"read_later_rows: {args.read_later_rows} gives none that can be served; "
+        "leave out the stages, or these settings",
+    )
+
+
+def _wrong_losses(args: DrafterTrainingArguments) -> Iterator[tuple[bool, str]]:
+    for layers in [*args.stages, args.layers]:
+        yield (
+            args.feature_weight > 0 and "own" not in layers,
+            f"feature_weight: got {args.feature_weight}, but the feature loss needs an "
+            f"own layer, and the layers are {layers!r}; write 0, or add own layers",
+        )
+    for name in ("draft_vocab_size", "loss_vocab_size"):
+        size = getattr(args, name)
+        used = args.kl_weight > 0 or args.tv_weight > 0
+        yield (
+            used and size is not None and args.teacher_tokens > size,
+            f"teacher_tokens: got {args.teacher_tokens}, but only {name} ({size}) "
+            f"tokens are scored; write {size} or less, or raise {name}",
+        )
+
+
+def _wrong_best(args: DrafterTrainingArguments) -> Iterator[tuple[bool, str]]:
+    yield (
+        args.metric_for_best_model in ("loss", "eval_loss"),
+        f"metric_for_best_model: got {args.metric_for_best_model!r}, but evaluations "
+        f"measure no loss; expected one of {', '.join(_METRICS)}",
+    )
+    yield (
+        args.save_strategy == "best" and args.eval_strategy == "no",
+        "save_strategy: best needs evaluations while training, but eval_strategy is "
+        "'no'; write eval_strategy: steps (with eval_steps) or epoch",
+    )

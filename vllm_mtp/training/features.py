@@ -60,15 +60,16 @@ class FeatureLoss:
             channel measured in its standard deviation.
         """
         valid = labels != IGNORE_LABEL
-        # [B, k, hidden_size] each
-        seen = {i: s.view_as(hidden) for i, s in self._seen.items()}
-        self._seen = {}
-        wanted = _at_places([text.states.hidden for text in texts], texts, hidden)
-        losses = [_relative_error(hidden[valid], wanted[valid])]
-        for index, stream in seen.items():
+        compared = [(hidden, [text.states.hidden for text in texts])]
+        for index, stream in self._seen.items():
             layer = self._target_of[index]
-            wanted = _at_places([t.states.streams[layer] for t in texts], texts, hidden)
-            losses.append(_relative_error(stream[valid], wanted[valid]))
+            rows = [text.states.streams[layer] for text in texts]
+            compared.append((stream.view_as(hidden), rows))
+        self._seen = {}
+        losses = [
+            _relative_error(got[valid], _at_places(rows, texts, got)[valid], rows)
+            for got, rows in compared
+        ]
         return torch.stack(losses).mean()
 
 
@@ -83,9 +84,11 @@ def _at_places(
     return torch.cat(parts)
 
 
-def _relative_error(got: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+def _relative_error(
+    got: torch.Tensor, wanted: torch.Tensor, of_texts: Sequence[torch.Tensor]
+) -> torch.Tensor:
     # Some channels of a residual stream are hundreds of times larger than the rest
-    # in every token; unscaled, an error would see nothing else.
-    wanted = wanted.float()
-    scale = wanted.std(0).clamp(min=1e-3)
-    return F.smooth_l1_loss(got.float() / scale, wanted / scale)
+    # in every token; unscaled, an error would see nothing else. The whole texts say
+    # how large: a batch may have one row.
+    scale = torch.cat(list(of_texts)).float().std(0, correction=0).clamp(min=1e-3)
+    return F.smooth_l1_loss(got.float() / scale, wanted.float() / scale)

@@ -28,6 +28,7 @@ def warm_start(drafter: Drafter, source: Drafter) -> list[str]:
         TrainingInputError: Nothing fits.
     """
     source.config.target.require_same(drafter.config.target)
+    _require_same_lora_scale(drafter, source)
     taken = _layers_taken(drafter, source)
     weights = source.state_dict()
     left: list[str] = []
@@ -47,6 +48,35 @@ def warm_start(drafter: Drafter, source: Drafter) -> list[str]:
             "layers. Use another drafter, or none"
         )
     return left
+
+
+def _require_same_lora_scale(drafter: Drafter, source: Drafter) -> None:
+    """The scale is no weight: taken over pairs would mean something else."""
+    for index, origin in _layers_taken(drafter, source).items():
+        ours, theirs = (
+            getattr(d.config.layers[i], "lora", None)
+            for d, i in ((drafter, index), (source, origin))
+        )
+        if ours and theirs and ours.alpha / ours.rank != theirs.alpha / theirs.rank:
+            raise TrainingInputError(
+                f"lora_alpha: got {ours.alpha} at rank {ours.rank}, but warm_start has "
+                f"{theirs.alpha} at rank {theirs.rank}; keep alpha / rank as it is"
+            )
+
+
+def require_same_but_places(drafter: Drafter, source: Drafter) -> None:
+    """Raise unless the drafters differ in the number of places alone.
+
+    Raises:
+        TrainingInputError: Names the settings that differ.
+    """
+    ours, theirs = (d.config.model_dump(mode="json") for d in (drafter, source))
+    free = ("num_speculative_tokens", "dtype", "target")
+    if wrong := [k for k in ours if k not in free and ours[k] != theirs[k]]:
+        raise TrainingInputError(
+            f"train_only: new_places keeps everything but the new places, yet "
+            f"{', '.join(wrong)} differ from warm_start; describe the drafter as it is"
+        )
 
 
 def _layers_taken(drafter: Drafter, source: Drafter) -> dict[int, int]:

@@ -11,8 +11,13 @@ from torch import nn
 from vllm_mtp.block import IGNORE_LABEL, SERVED_READS, BlockReads, block_positions
 from vllm_mtp.modeling.drafter import BoundDrafter, Drafter
 from vllm_mtp.modeling.hf_target import HFTarget
-from vllm_mtp.modeling.texts import TextBlocks, forward_texts
-from vllm_mtp.training.anchors import choose_anchors, generator_for, possible_anchors
+from vllm_mtp.modeling.texts import TextBlocks, anchors_are_exact, forward_texts
+from vllm_mtp.training.anchors import (
+    choose_anchors,
+    generator_for,
+    possible_anchors,
+    span_ends,
+)
 from vllm_mtp.training.candidates import Candidates
 from vllm_mtp.training.features import FeatureLoss
 from vllm_mtp.training.objective import Objective, Teacher, objective_loss
@@ -98,14 +103,21 @@ class Learner(nn.Module):
 
     def blocks(self, text: Mapping[str, Any], step: int) -> TextBlocks:
         """The blocks behind one text in one step."""
-        token_ids = text["input_ids"]
         anchors = choose_anchors(
-            possible_anchors(text["loss_spans"], len(token_ids)),
+            possible_anchors(text["loss_spans"], len(text["input_ids"])),
             self.plan.anchors_per_text,
             generator_for(self.plan.seed, step, text["index"]),
         )
+        return self.blocks_at(text, anchors)
+
+    def blocks_at(self, text: Mapping[str, Any], anchors: torch.Tensor) -> TextBlocks:
+        """Blocks at given anchors ``[A]`` of a text, whose labels end with their
+        span."""
+        token_ids = text["input_ids"]
+        ends = span_ends(anchors, text["loss_spans"], len(token_ids))
         states = self.states.get(text["index"], token_ids)
-        return TextBlocks(token_ids, states, anchors.to(token_ids.device))
+        device = token_ids.device
+        return TextBlocks(token_ids, states, anchors.to(device), ends.to(device))
 
     def teach(self, texts: Sequence[TextBlocks]) -> dict[str, torch.Tensor]:
         """The loss of given blocks; as `forward`."""
@@ -123,8 +135,10 @@ class Learner(nn.Module):
 
     @property
     def learns_nothing_at_the_first_place(self) -> bool:
-        config = self.drafter.config
-        return config.shares_whole_target and config.num_speculative_tokens > 1
+        return (
+            anchors_are_exact(self.drafter.config, self.plan.reads)
+            and self.drafter.config.num_speculative_tokens > 1
+        )
 
     def _objective(
         self,
@@ -150,6 +164,8 @@ class Learner(nn.Module):
     def _head(self, candidates: Candidates | None) -> nn.Module:
         if candidates is None:
             return self.host.model.get_output_embeddings()
+        if self.bound.small_head is not None:
+            return self.bound.small_head
         return self.host.logits_of_tokens(candidates.token_ids)
 
     def _markov(
@@ -191,9 +207,9 @@ class Learner(nn.Module):
             places = block_positions(text.prefix_lens, num_places)[:, first:]
             places = places.clamp(max=hidden.shape[0] - 1)  # beyond: no label there
             distinct, where = places.unique(return_inverse=True)
-            scores, best = head(hidden[distinct]).topk(
-                self.plan.objective.teacher_tokens
-            )
+            scores = head(hidden[distinct])
+            count = min(self.plan.objective.teacher_tokens, scores.shape[-1])
+            scores, best = scores.topk(count)
             columns.append(best[where])
             probs.append(scores.float().softmax(-1)[where])
         return Teacher(torch.cat(columns), torch.cat(probs))

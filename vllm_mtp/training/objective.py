@@ -100,7 +100,9 @@ def objective_loss(
     loss = torch.zeros((), device=logits.device)
     for name, values in parts.items():
         loss = loss + getattr(objective, name) * _mean(values, valid, weights)
-    return loss, {name: values[valid].mean().detach() for name, values in parts.items()}
+    count = valid.sum().clamp(min=1)
+    means = {name: values[valid].sum() / count for name, values in parts.items()}
+    return loss, {name: value.detach() for name, value in means.items()}
 
 
 def _distances(

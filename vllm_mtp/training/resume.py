@@ -6,17 +6,25 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from torch import nn
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.utils import SAFE_WEIGHTS_NAME
 
+from vllm_mtp.config import DrafterConfig
+from vllm_mtp.training.learner import Learner
 from vllm_mtp.training.states import TrainingInputError
 
 LAST = "last"
+_CONFIG = "drafter.json"
+_NEEDED = (_CONFIG, SAFE_WEIGHTS_NAME, OPTIMIZER_NAME, SCHEDULER_NAME)
+
+
+def write_checkpoint_config(checkpoint: Path | str, config: DrafterConfig) -> None:
+    """Keep beside a checkpoint's weights what they are."""
+    Path(checkpoint, _CONFIG).write_text(config.model_dump_json(indent=2), "utf-8")
 
 
 def checkpoint_to_resume(
-    wanted: str | None, output_dir: Path, learner: nn.Module
+    wanted: str | None, output_dir: Path, learner: Learner
 ) -> Path | None:
     """Find the checkpoint and make sure that it is this run's.
 
@@ -35,16 +43,15 @@ def checkpoint_to_resume(
     checkpoint = newest_whole(output_dir) if wanted == LAST else Path(wanted)
     if checkpoint is None:
         return None
-    weights = checkpoint / SAFE_WEIGHTS_NAME
-    if not _is_whole(checkpoint) or not weights.is_file():
+    if not _is_whole(checkpoint):
         raise TrainingInputError(
             f"resume_from_checkpoint {checkpoint}: no whole checkpoint there; name a "
             f"checkpoint-STEP folder, or {LAST!r} for the newest in output_dir"
         )
-    if problems := _differences(weights, learner.state_dict()):
+    if problem := _difference(checkpoint, learner):
         raise TrainingInputError(
-            f"{weights}: not of a drafter with these settings ({problems[0]}, "
-            f"{len(problems)} differing tensors); resume with the run's own settings"
+            f"{checkpoint}: not of a drafter with these settings ({problem}); resume "
+            "with the run's own settings"
         )
     return checkpoint
 
@@ -61,6 +68,8 @@ def newest_whole(output_dir: Path) -> Path | None:
 
 def _is_whole(checkpoint: Path) -> bool:
     # Written last, and not at once.
+    if not all((checkpoint / name).is_file() for name in _NEEDED):
+        return False
     try:
         json.loads((checkpoint / TRAINER_STATE_NAME).read_text("utf-8"))
     except (OSError, ValueError):
@@ -68,13 +77,26 @@ def _is_whole(checkpoint: Path) -> bool:
     return True
 
 
-def _differences(weights: Path, expected: dict[str, torch.Tensor]) -> list[str]:
-    with safe_open(weights, framework="pt") as file:
-        found = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
-    wanted = {name: list(tensor.shape) for name, tensor in expected.items()}
-    return [
-        f"tensor {name!r}: the checkpoint has {found.get(name)}, expected "
-        f"{wanted.get(name)}"
-        for name in sorted(found.keys() | wanted.keys())
-        if found.get(name) != wanted.get(name)
-    ]
+def _difference(checkpoint: Path, learner: Learner) -> str | None:
+    """The first thing that the checkpoint has otherwise."""
+    found = json.loads((checkpoint / _CONFIG).read_text("utf-8"))
+    wanted = json.loads(learner.drafter.config.model_dump_json())
+    for key, value in wanted.items():
+        if found.get(key) != value and key != "target":
+            return f"{key}: the checkpoint has {found.get(key)}, this run {value}"
+    for key, value in wanted["target"].items():
+        if found["target"].get(key) != value and key != "name":
+            return f"target.{key}: the checkpoint has {found['target'].get(key)}"
+    return _differing_vocabulary(checkpoint, learner)
+
+
+def _differing_vocabulary(checkpoint: Path, learner: Learner) -> str | None:
+    # Heads were cut to the vocabulary before the checkpoint is loaded.
+    vocab = learner.drafter.draft_vocab
+    if vocab is None:
+        return None
+    with safe_open(checkpoint / SAFE_WEIGHTS_NAME, framework="pt") as file:
+        found = file.get_tensor("drafter.draft_vocab.token_ids")
+    if torch.equal(found, vocab.token_ids.cpu()):
+        return None
+    return "draft_vocab: other tokens; the training data changed"

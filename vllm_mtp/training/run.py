@@ -8,23 +8,27 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
-from transformers import AutoTokenizer, PreTrainedModel
-from transformers.models.auto import AutoModelForCausalLM
+from transformers import AutoTokenizer
 
-from vllm_mtp.checkpoint import CONFIG_FILE, load_drafter
+from vllm_mtp.checkpoint import CONFIG_FILE, load_drafter, read_config
 from vllm_mtp.data.store import read_split, require_made_by
 from vllm_mtp.errors import MTPError
 from vllm_mtp.modeling.cost import draft_cost
 from vllm_mtp.modeling.drafter import Drafter
-from vllm_mtp.modeling.hf_target import HFTarget
+from vllm_mtp.modeling.hf_target import HFTarget, load_frozen
 from vllm_mtp.modeling.init import new_drafter
 from vllm_mtp.target import TargetFacts
 from vllm_mtp.training.arguments import DrafterTrainingArguments
 from vllm_mtp.training.candidates import Candidates, frequent_tokens, own_token_counts
 from vllm_mtp.training.finish import finish
-from vllm_mtp.training.growth import freeze_all_but_new_places, warm_start
+from vllm_mtp.training.growth import (
+    freeze_all_but_new_places,
+    require_same_but_places,
+    warm_start,
+)
 from vllm_mtp.training.learner import Learner
 from vllm_mtp.training.resume import checkpoint_to_resume
+from vllm_mtp.training.states import TrainingInputError
 from vllm_mtp.training.trainer import DrafterTrainer, Texts
 
 logger = logging.getLogger("vllm.mtp_placeholder.training")
@@ -42,18 +46,12 @@ class TrainingRun:
         self.args = args
         self.target = target
         self.facts = TargetFacts.from_folder(target)
-        require_made_by(Path(args.data), self.facts)
+        require_made_by(Path(args.data), self.facts, target=target)
         self.train_rows = read_split(Path(args.data), "train")
         self.held_out_rows = read_split(Path(args.data), "held_out")
-        self.model = self._load_target()
-        self.host = HFTarget(self.model)
+        dtype = "bfloat16" if args.bf16 else "float32"
+        self.host = HFTarget(load_frozen(target, dtype, args.device))
         self._counts = own_token_counts(self.train_rows)
-
-    def _load_target(self) -> PreTrainedModel:
-        dtype = torch.bfloat16 if self.args.bf16 else torch.float32
-        model = AutoModelForCausalLM.from_pretrained(self.target, dtype=dtype)
-        model = model.to(self.args.device)  # type: ignore[arg-type]
-        return model.eval().requires_grad_(False)
 
     def frequent(self, size: int) -> tuple[int, ...]:
         """The target's most frequent tokens in the training texts."""
@@ -87,6 +85,7 @@ class TrainingRun:
             tokens = torch.tensor(self.frequent(size), device=args.device)
             candidates = Candidates(tokens, self.facts.vocab_size)
         learner = Learner(drafter, self.host, args.plan(), candidates)
+        require_trainable(drafter)
         texts = _first(self.train_rows, args.train_texts or len(self.train_rows))
         train = Texts(texts, args.max_text_tokens)
         held_out = _first(self.held_out_rows, args.eval_texts)
@@ -96,6 +95,22 @@ class TrainingRun:
             train_dataset=train,
             eval_dataset=Texts(held_out, args.max_text_tokens, first=len(train)),
         )
+
+    def is_finished(self, stage: DrafterTrainingArguments) -> bool:
+        """Whether a stage's folder holds its drafter already.
+
+        Raises:
+            TrainingInputError: It holds another one.
+        """
+        folder = Path(str(stage.output_dir))
+        if not (folder / CONFIG_FILE).exists():
+            return False
+        if read_config(folder) != self.new_drafter(stage).config:
+            raise TrainingInputError(
+                f"{folder}: holds a drafter of other settings than this stage; use "
+                "the settings that it was trained with, or another output_dir"
+            )
+        return True
 
 
 def _special_tokens(target: Path) -> list[int]:
@@ -134,7 +149,7 @@ def train(args: DrafterTrainingArguments, target: Path) -> dict[str, float]:
             max_steps=args.stage_steps,
             output_dir=str(Path(str(args.output_dir), f"stage-{number}")),
         )
-        if not Path(str(stage.output_dir), CONFIG_FILE).exists():
+        if not run.is_finished(stage):
             _train_stage(run, stage)
         start = stage.output_dir
     return _train_stage(run, replace(args, warm_start=start) if args.stages else args)
@@ -163,7 +178,25 @@ def _train_stage(run: TrainingRun, args: DrafterTrainingArguments) -> dict[str, 
             steps=trainer.state.global_step,
             checkpoint=checkpoint,
         )
+    # The next stage reads what the first process has written.
+    trainer.accelerator.wait_for_everyone()
     return metrics
+
+
+def require_trainable(drafter: Drafter) -> None:
+    """Refuse a drafter without a weight to train.
+
+    Raises:
+        TrainingInputError: With what to add.
+    """
+    config = drafter.config
+    exact_alone = config.shares_whole_target and config.num_speculative_tokens == 1
+    if exact_alone or not any(p.requires_grad for p in drafter.parameters()):
+        raise TrainingInputError(
+            "layers: nothing to train; shared layers without LoRA have no weights, and "
+            "the first place of a wholly shared target is exact. Ask for more "
+            "num_speculative_tokens, own layers, lora_rank or markov_rank"
+        )
 
 
 def _costs(drafter: Drafter) -> dict[str, float]:
@@ -181,4 +214,5 @@ def _warm_start(drafter: Drafter, args: DrafterTrainingArguments) -> None:
     left = warm_start(drafter, source)
     logger.info("warm start from %s; new: %s", args.warm_start, left or "nothing")
     if args.train_only == "new_places":
+        require_same_but_places(drafter, source)
         freeze_all_but_new_places(drafter, source.config.num_speculative_tokens)

@@ -15,9 +15,10 @@ from transformers.trainer_utils import EvalLoopOutput
 from vllm_mtp.metrics import AcceptanceCounts, count_accepted
 from vllm_mtp.modeling.heads import pick_greedy
 from vllm_mtp.modeling.texts import TextBlocks, forward_texts
-from vllm_mtp.training.anchors import possible_anchors
+from vllm_mtp.training.anchors import possible_anchors, span_ends
 from vllm_mtp.training.arguments import DrafterTrainingArguments
 from vllm_mtp.training.learner import Learner
+from vllm_mtp.training.resume import write_checkpoint_config
 from vllm_mtp.training.states import TrainingInputError
 
 
@@ -39,6 +40,12 @@ class Texts(torch.utils.data.Dataset[dict[str, Any]]):
             for index, row in enumerate(rows)
             if len(self._anchors(row["loss_spans"], len(row["input_ids"])))
         ]
+        if not self._usable:
+            raise TrainingInputError(
+                f"data: none of {len(rows)} texts has two of the target's own tokens "
+                f"among its first {max_tokens}; raise max_text_tokens, or generate "
+                "longer answers"
+            )
 
     def _anchors(self, spans: Sequence[Sequence[int]], size: int) -> torch.Tensor:
         return possible_anchors(spans, min(size, self._max_tokens))
@@ -135,6 +142,11 @@ class DrafterTrainer(Trainer):
             self._parts = {}
         super().log(logs, *args, **kwargs)
 
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict)
+        # Weights of the same shapes may belong to other layers: resuming compares.
+        write_checkpoint_config(str(output_dir), self.learner.drafter.config)
+
     def evaluation_loop(
         self,
         dataloader: DataLoader[Any],
@@ -173,12 +185,15 @@ class DrafterTrainer(Trainer):
 
     def _spread_blocks(self, text: Mapping[str, Any]) -> TextBlocks:
         """Evenly spread blocks, the same in every evaluation."""
-        token_ids = text["input_ids"]
-        anchors = possible_anchors(text["loss_spans"], len(token_ids))
+        size, spans = len(text["input_ids"]), text["loss_spans"]
+        anchors = possible_anchors(spans, size)
+        # What comes behind the end is not known, so it would count as rejected.
+        room = span_ends(anchors, spans, size) - anchors
+        whole = anchors[room > self.learner.drafter.config.num_speculative_tokens]
+        anchors = whole if len(whole) else anchors
         count = min(self.args.eval_anchors, len(anchors))
         chosen = torch.linspace(0, len(anchors) - 1, count).round().long()
-        states = self.learner.states.get(text["index"], token_ids)
-        return TextBlocks(token_ids, states, anchors[chosen].to(token_ids.device))
+        return self.learner.blocks_at(text, anchors[chosen])
 
     def _draft(self, texts: list[TextBlocks]) -> AcceptanceCounts:
         learner = self.learner
