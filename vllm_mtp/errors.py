@@ -29,3 +29,7 @@ class DrafterNotFoundError(MTPError):
 
 class MethodConfigError(MTPError):
     """The user's ``speculative_config`` for our method is wrong."""
+
+
+class DataError(MTPError):
+    """Prompts cannot be read, or a folder of answers is not what was asked for."""

@@ -1,11 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Settings from flags and YAML."""
 
+import logging
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+from transformers import TrainingArguments
 
-from vllm_mtp.cli import _load
+from tests.tiny_answers import MakeArguments
+from vllm_mtp.cli import _load, main
+from vllm_mtp.commands.train import Train
 from vllm_mtp.errors import MTPError
 
 EXAMPLES = sorted(
@@ -66,3 +72,279 @@ def test_target_and_data_are_needed() -> None:
 def test_new_places_need_a_start() -> None:
     with pytest.raises(MTPError, match="needs warm_start"):
         load("--train_only", "new_places")
+
+
+def load_yaml(folder: Path, text: str, *flags: str):  # type: ignore[no-untyped-def]
+    file = folder / "run.yaml"
+    file.write_text(text)
+    return load(str(file), *flags)
+
+
+class TestNothing:
+    """argparse cannot say it, so YAML must not seem to."""
+
+    @pytest.mark.parametrize("value", ["[]", "null", "none", "[none]"])
+    def test_no_report_is_none(self, tmp_path: Path, value: str) -> None:
+        assert load_yaml(tmp_path, f"report_to: {value}").report_to == []
+
+    @pytest.mark.parametrize(
+        "line", ["lora_rank: null", "train_texts:", "stages: []", "stages: null"]
+    )
+    def test_where_it_is_the_default(self, tmp_path: Path, line: str) -> None:
+        assert not getattr(load_yaml(tmp_path, line), line.partition(":")[0])
+
+    @pytest.mark.parametrize(
+        ("line", "default"),
+        [
+            ("save_total_limit: null", "2"),
+            ("lora_modules: []", "'q_proj', 'v_proj', 'o_proj'"),
+            ("states_budget_gb: null", "4.0"),
+        ],
+    )
+    def test_elsewhere_it_is_refused(
+        self, tmp_path: Path, line: str, default: str
+    ) -> None:
+        with pytest.raises(
+            MTPError, match=f"run.yaml: {line.partition(':')[0]}: got"
+        ) as e:
+            load_yaml(tmp_path, line)
+        assert default in str(e.value)
+        assert "a large number for a limit" in str(e.value)
+
+
+def test_a_mapping_is_handed_on(tmp_path: Path) -> None:
+    text = "lr_scheduler_type: cosine\nlr_scheduler_kwargs: {num_cycles: 2}"
+    assert load_yaml(tmp_path, text).lr_scheduler_kwargs == {"num_cycles": 2}
+
+
+def test_a_bare_no_is_no_strategy(tmp_path: Path) -> None:
+    args = load_yaml(tmp_path, "save_strategy: no\nbf16: no")
+    assert (args.save_strategy, args.bf16) == ("no", False)
+
+
+def test_keys_that_are_no_text(tmp_path: Path) -> None:
+    with pytest.raises(MTPError, match="unknown key 1"):
+        load_yaml(tmp_path, "1: 2\nwings: 2\nno: 3")
+
+
+class TestTheBest:
+    @pytest.mark.parametrize(
+        "flags",
+        [
+            ["--load_best_model_at_end", "true", "--save_strategy", "steps"],
+            ["--save_strategy", "best"],
+        ],
+    )
+    def test_is_the_longest_acceptance(self, flags: list[str]) -> None:
+        args = load(*flags, "--eval_strategy", "steps", "--eval_steps", "500")
+        assert args.metric_for_best_model == "eval_acceptance_length"
+        assert args.greater_is_better is True
+
+    def test_is_not_asked_for_by_itself(self) -> None:
+        assert load().metric_for_best_model is None
+
+    def test_another_metric_is_kept(self, arguments: MakeArguments) -> None:
+        name = "eval_acceptance_place_1"
+        args = arguments(
+            save_strategy="best", eval_strategy="epoch", metric_for_best_model=name
+        )
+        assert args.metric_for_best_model == name
+        # Stages are made of the whole run's arguments.
+        assert replace(args, layers="own:0").metric_for_best_model == name
+
+    @pytest.mark.parametrize("name", ["loss", "eval_loss"])
+    def test_no_loss_is_measured(self, name: str) -> None:
+        reason = f"got '{name}'.*eval_acceptance_length, eval_acceptance_place_1"
+        with pytest.raises(MTPError, match=reason):
+            load("--metric_for_best_model", name)
+
+    def test_needs_evaluations(self) -> None:
+        with pytest.raises(MTPError, match="eval_strategy is 'no'"):
+            load("--save_strategy", "best")
+
+    def test_a_refusal_by_transformers_is_one_of_ours(self) -> None:
+        with pytest.raises(MTPError, match="refused by transformers: .*load_best"):
+            load("--load_best_model_at_end", "true")
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"anchors_per_text": 0}, "anchors_per_text: got 0, expected 1 or more"),
+        ({"eval_anchors": 0}, "eval_anchors: got 0"),
+        ({"eval_texts": -1}, "eval_texts: got -1"),
+        ({"teacher_tokens": 0}, "teacher_tokens: got 0"),
+        ({"max_text_tokens": 0}, "max_text_tokens: got 0"),
+        ({"train_texts": 0}, "train_texts: got 0, .*leave it out for all"),
+        ({"loss_vocab_size": 0}, "loss_vocab_size: got 0"),
+        ({"draft_vocab_size": -4}, "draft_vocab_size: got -4"),
+        ({"feature_weight": -0.5}, "feature_weight: got -0.5, expected 0"),
+        ({"states_budget_gb": float("nan")}, "states_budget_gb: got nan"),
+        ({"placeholder_lr_scale": 0.0}, "placeholder_lr_scale: got 0.0, .*above 0"),
+        ({"markov_lr_scale": -1.0}, "markov_lr_scale: got -1.0"),
+        ({"stages": ["own:0"]}, "stage_steps: got 0"),
+        (
+            {"stages": ["own:0"], "stage_steps": 1, "read_prefix": False},
+            "stages: each has to give a drafter",
+        ),
+        (
+            {"stages": ["own:0"], "stage_steps": 1, "read_later_rows": True},
+            "stages: each has to give a drafter",
+        ),
+        (
+            {
+                "stages": ["own:0"],
+                "stage_steps": 1,
+                "train_only": "new_places",
+                "warm_start": "d",
+            },
+            "does not go with stages",
+        ),
+        ({"feature_weight": 1.0}, "needs an own layer, .*'shared:all'"),
+        (
+            {
+                "feature_weight": 1.0,
+                "layers": "own:0",
+                "stages": ["shared:0"],
+                "stage_steps": 1,
+            },
+            "needs an own layer, .*'shared:0'",
+        ),
+        (
+            {"kl_weight": 1.0, "draft_vocab_size": 8},
+            "teacher_tokens: got 64, but draft_vocab_size .*write 8 or less",
+        ),
+        (
+            {"tv_weight": 1.0, "loss_vocab_size": 63},
+            "teacher_tokens: got 64, but loss_vocab_size",
+        ),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_wrong_settings_are_refused(
+    arguments: MakeArguments, settings: dict[str, Any], reason: str
+) -> None:
+    with pytest.raises(MTPError, match=reason):
+        arguments(**settings)
+
+
+def test_edges_are_accepted(arguments: MakeArguments) -> None:
+    arguments(
+        anchors_per_text=1,
+        train_texts=1,
+        states_budget_gb=0.0,
+        loss_vocab_size=8,  # fewer than teacher_tokens, but there is no teacher
+        layers="shared:0,own:3",
+        feature_weight=0.5,
+    )
+
+
+class TestMachine:
+    def test_several_gpus_are_not_for_data_parallel(
+        self,
+        arguments: MakeArguments,
+        monkeypatch: pytest.MonkeyPatch,
+        caplog: pytest.LogCaptureFixture,
+    ) -> None:
+        real = TrainingArguments.__post_init__
+
+        def with_two_gpus(self: TrainingArguments) -> None:
+            real(self)
+            self._n_gpu = 2
+
+        monkeypatch.setattr(TrainingArguments, "__post_init__", with_two_gpus)
+        handler = caplog.handler
+        logger = logging.getLogger("vllm.mtp_placeholder.training")
+        logger.addHandler(handler)  # vLLM's own loggers may not propagate
+        try:
+            args = arguments(per_device_train_batch_size=2)
+        finally:
+            logger.removeHandler(handler)
+        assert args.n_gpu == 1
+        assert args.train_batch_size == 2
+        assert "one of 2 GPUs" in caplog.text
+        assert "accelerate launch -m vllm_mtp.cli train" in caplog.text
+
+    def test_no_tensorboard(
+        self, arguments: MakeArguments, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        name = "vllm_mtp.training.arguments.is_tensorboard_available"
+        monkeypatch.setattr(name, lambda: False)
+        arguments(report_to="none")
+        with pytest.raises(MTPError, match=r"vllm-mtp\[train\].*report_to: none"):
+            arguments(report_to=["tensorboard"])
+
+
+class TestFlags:
+    def test_dashes_and_underscores(self) -> None:
+        assert load("--learning-rate", "0.5").learning_rate == 0.5
+        assert load("--learning_rate", "0.5").learning_rate == 0.5
+        assert load("--no-read-prefix").read_prefix is False
+
+    @pytest.mark.parametrize(
+        ("flags", "named"),
+        [
+            # Misspelt: an unknown flag is to blame, not what it left unset.
+            (["--targe", "t", "--wings", "2"], "--targe t --wings 2"),
+            (["--learning_rat", "1"], "--learning_rat 1"),  # an abbreviation
+            (["stray"], "stray"),
+        ],
+    )
+    def test_unknown_ones_are_wrong_usage(
+        self, flags: list[str], named: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        with pytest.raises(SystemExit) as stop:
+            main(["train", *flags])
+        assert stop.value.code == 2
+        assert f"unrecognized arguments: {named}\n" in capsys.readouterr().err
+
+    @pytest.mark.parametrize(
+        "flags",
+        [
+            ["--learning_rate", "1", "run.yaml"],
+            ["--lora_modules", "q_proj", "run.yml"],
+            ["a.yaml", "run.yaml"],
+        ],
+    )
+    def test_a_file_comes_first(
+        self, flags: list[str], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        with pytest.raises(SystemExit) as stop:
+            main(["train", *flags])
+        assert stop.value.code == 2
+        assert f"{flags[-1]}: expected one YAML file" in capsys.readouterr().err
+
+
+class TestMissingPackages:
+    def fail(self, monkeypatch: pytest.MonkeyPatch, error: ImportError) -> int:
+        def run(self: Train) -> int:
+            raise error
+
+        monkeypatch.setattr(Train, "run", run)
+        return main(["train", *NEEDED])
+
+    @pytest.mark.parametrize(
+        "error",
+        [
+            ModuleNotFoundError("No module named 'datasets'", name="datasets"),
+            ModuleNotFoundError("No module named 'x'", name="datasets.arrow"),
+            ImportError("the `Trainer` requires `accelerate>=1.1.0`: Please run `pip`"),
+        ],
+    )
+    def test_the_extra_is_named(
+        self,
+        error: ImportError,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        assert self.fail(monkeypatch, error) == 1
+        package = "datasets" if error.name else "accelerate"
+        said = capsys.readouterr().err
+        assert f"needs the package {package}: pip install 'vllm-mtp[train]'" in said
+
+    @pytest.mark.parametrize("name", ["vllm_mtp.datasets", "vllm"])
+    def test_other_imports_are_shown_as_they_are(
+        self, name: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        with pytest.raises(ModuleNotFoundError):
+            self.fail(monkeypatch, ModuleNotFoundError("no", name=name))

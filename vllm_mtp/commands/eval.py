@@ -177,10 +177,13 @@ class Eval:
         from importlib.metadata import version
 
         from vllm_mtp.data.store import read_provenance
+        from vllm_mtp.publishing.names import public_value
 
         generated = read_provenance(self.data).settings
         flags = ("drafter", "target", "data", "split", "limit", "dtype")
-        return {name: getattr(self, name) for name in flags} | {
+        # Names without this machine's paths: the report may go with the drafter.
+        told = public_value({name: getattr(self, name) for name in flags})
+        return told | {
             "device": str(self._device()),
             "answers_temperature": generated.sampling.temperature,
             "answers_max_tokens": generated.sampling.max_tokens,

@@ -18,6 +18,8 @@ class Train(DrafterTrainingArguments):
     SETTINGS.yaml`."""
 
     takes_yaml: ClassVar[bool] = True
+    # argparse's own names 150 flags above the one line that says what is wrong.
+    usage: ClassVar[str] = "%(prog)s [SETTINGS.yaml] [--flags ...]  (--help: which)"
 
     def run(self) -> int:
         from vllm_mtp.training.run import train

@@ -2,7 +2,7 @@
 """Every setting of a training run, in one dataclass: flags and YAML keys alike."""
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -87,10 +87,8 @@ class DrafterTrainingArguments(DrafterDesign, TrainingArguments):
     save_total_limit: int | None = _flag("checkpoints to keep", 2)
 
     def __post_init__(self) -> None:
-        _require_ranges(self)
-        for wrong, message in _contradictions(self):
-            if wrong:
-                raise MTPError(message)
+        for require in _REQUIREMENTS:
+            require(self)
         if self._keeps_the_best() and self.metric_for_best_model is None:
             # transformers' own default is a loss, which our evaluation has not.
             self.metric_for_best_model = _METRICS[0]
@@ -99,9 +97,7 @@ class DrafterTrainingArguments(DrafterDesign, TrainingArguments):
         try:
             super().__post_init__()
         except ValueError as error:
-            raise MTPError(
-                f"refused by transformers' TrainingArguments: {error}"
-            ) from (error)
+            raise MTPError(f"refused by transformers: {error}") from error
         self._require_tensorboard()
         self._stay_on_one_gpu()
 
@@ -154,10 +150,12 @@ _METRICS = ("eval_acceptance_length", "eval_acceptance_place_1")
 # Names, what holds for their values, and how to say that. NaN fails them all.
 _RANGES: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
     (
-        (
-            "anchors_per_text", "eval_anchors", "eval_texts", "teacher_tokens",
-            "max_text_tokens",
-        ),
+        ("anchors_per_text", "teacher_tokens", "max_text_tokens"),
+        lambda value: value >= 1,
+        "1 or more",
+    ),
+    (
+        ("eval_texts", "eval_anchors"),
         lambda value: value >= 1,
         "1 or more",
     ),
@@ -176,7 +174,7 @@ _RANGES: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
         lambda value: value > 0,
         "a number above 0 (1 for learning_rate itself)",
     ),
-)  # fmt: skip
+)
 
 
 def _require_ranges(args: DrafterTrainingArguments) -> None:
@@ -186,67 +184,81 @@ def _require_ranges(args: DrafterTrainingArguments) -> None:
                 raise MTPError(f"{name}: got {value!r}, expected {expected}")
 
 
-def _contradictions(args: DrafterTrainingArguments) -> Iterator[tuple[bool, str]]:
-    """Whether settings do not go together, and what to say then."""
-    yield (
-        not args.target or not args.data,
-        f"target: got {args.target!r}, data: got {args.data!r}; both are needed (the "
-        "target's folder, and the folder of its own answers)",
-    )
-    yield from _wrong_stages(args)
-    yield from _wrong_losses(args)
-    yield from _wrong_best(args)
-
-
-def _wrong_stages(args: DrafterTrainingArguments) -> Iterator[tuple[bool, str]]:
-    staged, new_places = bool(args.stages), args.train_only == "new_places"
-    yield (
-        new_places and staged,
-        f"train_only: new_places does not go with stages (got {args.stages}), which "
-        "train every layer; leave one of them out",
-    )
-    yield (
-        new_places and not args.warm_start,
-        "train_only: new_places needs warm_start, a trained drafter",
-    )
-    yield (
-        staged and args.stage_steps < 1,
-        f"stage_steps: got {args.stage_steps}, expected 1 or more where there are "
-        "stages: the optimizer steps of each",
-    )
-    yield (
-        staged and args.reads() != SERVED_READS,
-        f"stages: each has to give a drafter, but read_prefix: {args.read_prefix} or "
-        f"read_later_rows: {args.read_later_rows} gives none that can be served; "
-        "leave out the stages, or these settings",
-    )
-
-
-def _wrong_losses(args: DrafterTrainingArguments) -> Iterator[tuple[bool, str]]:
-    for layers in [*args.stages, args.layers]:
-        yield (
-            args.feature_weight > 0 and "own" not in layers,
-            f"feature_weight: got {args.feature_weight}, but the feature loss needs an "
-            f"own layer, and the layers are {layers!r}; write 0, or add own layers",
+def _require_names(args: DrafterTrainingArguments) -> None:
+    if not args.target or not args.data:
+        raise MTPError(
+            f"target: got {args.target!r}, data: got {args.data!r}; both are "
+            "needed (the target's folder, and the folder of its own answers)"
         )
+
+
+def _require_stages(args: DrafterTrainingArguments) -> None:
+    if args.stages and args.stage_steps < 1:
+        raise MTPError(
+            f"stage_steps: got {args.stage_steps}, expected 1 or more where there are "
+            "stages: the optimizer steps of each"
+        )
+    if args.stages and args.reads() != SERVED_READS:
+        raise MTPError(
+            "stages: each has to give a drafter, but read_prefix: false and "
+            "read_later_rows: true give none that can be served; leave out the stages, "
+            "or these settings"
+        )
+
+
+def _require_start(args: DrafterTrainingArguments) -> None:
+    if args.train_only != "new_places":
+        return
+    if args.stages:
+        raise MTPError(
+            f"train_only: new_places does not go with stages (got {args.stages}), "
+            "which train every layer; leave one of them out"
+        )
+    if not args.warm_start:
+        raise MTPError("train_only: new_places needs warm_start, a trained drafter")
+
+
+def _require_own_layers(args: DrafterTrainingArguments) -> None:
+    for layers in [*args.stages, args.layers]:
+        if args.feature_weight > 0 and "own" not in layers:
+            raise MTPError(
+                f"feature_weight: got {args.feature_weight}, but the feature loss "
+                f"needs an own layer, and the layers are {layers!r}; write 0, or add "
+                "own layers"
+            )
+
+
+def _require_few_teacher_tokens(args: DrafterTrainingArguments) -> None:
+    if not (args.kl_weight > 0 or args.tv_weight > 0):
+        return  # the default may be more than a small vocabulary has
     for name in ("draft_vocab_size", "loss_vocab_size"):
         size = getattr(args, name)
-        used = args.kl_weight > 0 or args.tv_weight > 0
-        yield (
-            used and size is not None and args.teacher_tokens > size,
-            f"teacher_tokens: got {args.teacher_tokens}, but only {name} ({size}) "
-            f"tokens are scored; write {size} or less, or raise {name}",
+        if size is not None and args.teacher_tokens > size:
+            raise MTPError(
+                f"teacher_tokens: got {args.teacher_tokens}, but {name} has {size} "
+                f"tokens scored; write {size} or less, or raise {name}"
+            )
+
+
+def _require_best(args: DrafterTrainingArguments) -> None:
+    if args.metric_for_best_model in ("loss", "eval_loss"):
+        raise MTPError(
+            f"metric_for_best_model: got {args.metric_for_best_model!r}, but "
+            f"evaluations measure no loss; expected one of {', '.join(_METRICS)}"
+        )
+    if args.save_strategy == "best" and args.eval_strategy == "no":
+        raise MTPError(
+            "save_strategy: best needs evaluations while training, but eval_strategy "
+            "is 'no'; write eval_strategy: steps (with eval_steps) or epoch"
         )
 
 
-def _wrong_best(args: DrafterTrainingArguments) -> Iterator[tuple[bool, str]]:
-    yield (
-        args.metric_for_best_model in ("loss", "eval_loss"),
-        f"metric_for_best_model: got {args.metric_for_best_model!r}, but evaluations "
-        f"measure no loss; expected one of {', '.join(_METRICS)}",
-    )
-    yield (
-        args.save_strategy == "best" and args.eval_strategy == "no",
-        "save_strategy: best needs evaluations while training, but eval_strategy is "
-        "'no'; write eval_strategy: steps (with eval_steps) or epoch",
-    )
+_REQUIREMENTS = (
+    _require_names,
+    _require_ranges,
+    _require_stages,
+    _require_start,
+    _require_own_layers,
+    _require_few_teacher_tokens,
+    _require_best,
+)

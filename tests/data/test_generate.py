@@ -1,0 +1,429 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``vllm-mtp generate`` from its flags to its files, with an engine that only copies.
+
+The real one is in `test_resume`.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.data.conftest import ASSISTANT, BEGIN, USER, WriteJsonl, make_tokenizer
+from tests.tiny_targets import make_tiny_llama
+from vllm_mtp.cli import main
+from vllm_mtp.data.generation import Answer
+from vllm_mtp.data.progress import Progress, time_text
+from vllm_mtp.data.render import Request
+from vllm_mtp.data.settings import EngineSettings, PromptCounts, SamplingSettings
+from vllm_mtp.data.store import SPLITS, read_provenance, read_split
+
+datasets = pytest.importorskip("datasets")
+
+END_ID = 300  # of the fake engine's answers
+
+
+class FakeEngine:
+    """Repeats each prompt and stops; raises what it is told to."""
+
+    calls: list[list[str]]
+    before_call: Callable[[], None]
+
+    def __init__(
+        self, target: Path, settings: EngineSettings, sampling: SamplingSettings
+    ) -> None:
+        self._longest = sampling.max_tokens
+
+    def __enter__(self) -> "FakeEngine":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def answer(
+        self, requests: Sequence[Request], on_answer: Callable[[int], None]
+    ) -> list[Answer]:
+        type(self).before_call()
+        self.calls.append([request.prompt_id for request in requests])
+        answers = [self._answer(request.token_ids) for request in requests]
+        for answer in answers:
+            on_answer(len(answer.token_ids))
+        return answers
+
+    def _answer(self, prompt: list[int]) -> Answer:
+        if len(prompt) >= self._longest:
+            return Answer(prompt[: self._longest], "length")
+        return Answer([*prompt, END_ID], "stop")
+
+
+@pytest.fixture
+def engine(monkeypatch: pytest.MonkeyPatch) -> type[FakeEngine]:
+    """What was asked of the engine."""
+    FakeEngine.calls, FakeEngine.before_call = [], lambda: None
+    monkeypatch.setattr("vllm_mtp.serving.generate.Engine", FakeEngine)
+    monkeypatch.setattr("vllm_mtp.serving.generate.vllm_version", lambda: "1.2")
+    return FakeEngine
+
+
+Run = Callable[..., int]
+
+
+@pytest.fixture
+def run(
+    engine: type[FakeEngine],
+    chat_target: Path,
+    write_jsonl: WriteJsonl,
+    tmp_path: Path,
+) -> Run:
+    """The command on ten prompts in parts of four, unless told otherwise."""
+    prompts = write_jsonl([{"prompt": f"number {n}"} for n in range(10)])
+    defaults = {
+        "target": chat_target,
+        "prompts": prompts,
+        "out": tmp_path / "out",
+        "max-prompt-tokens": 64,
+        "max-tokens": 32,
+        "max-num-seqs": 4,
+        "held-out": 0.5,
+    }
+
+    def run(*switches: str, **flags: object) -> int:
+        given = {name.replace("_", "-"): value for name, value in flags.items()}
+        values = [[f"--{k}", str(v)] for k, v in (defaults | given).items()]
+        return main(["generate", *sum(values, []), *switches])
+
+    return run
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    counts = read_provenance(folder).splits
+    return [
+        dict(found)
+        for split in SPLITS
+        if counts[split].rows
+        for found in read_split(folder, split)
+    ]
+
+
+def test_the_files_and_the_report(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run() == 0
+    found = rows(tmp_path / "out")
+    assert len(found) == 10
+    tokenizer = make_tokenizer()
+    for row in found:
+        ((start, end),) = row["loss_spans"]
+        prompt, answer = row["input_ids"][:start], row["input_ids"][start:]
+        assert end == len(row["input_ids"])
+        assert answer == [*prompt, END_ID]
+        text = tokenizer.decode(prompt)
+        assert text.startswith(f"{BEGIN}{USER}number ")
+        assert text.endswith(ASSISTANT)
+        assert (row["category"], row["finish_reason"]) == ("prompts", "stop")
+    provenance = read_provenance(tmp_path / "out")
+    assert provenance.settings.part_prompts == 4
+    assert provenance.settings.weights_sample_sha256 is not None
+    assert provenance.versions["vllm"] == "1.2"
+    out = capsys.readouterr().out
+    assert "10 prompts in 3 parts, 3 of them to do" in out
+    assert f"written to {tmp_path / 'out'}" in out
+
+
+def test_a_long_answer_is_cut_and_has_no_end(run: Run, tmp_path: Path) -> None:
+    assert run(max_tokens=5) == 0
+    for row in rows(tmp_path / "out"):
+        ((start, end),) = row["loss_spans"]
+        assert (end - start, row["finish_reason"]) == (5, "length")
+
+
+def test_raw_texts(run: Run, tmp_path: Path) -> None:
+    assert run("--no-chat-template") == 0
+    row = rows(tmp_path / "out")[0]
+    prompt = row["input_ids"][: row["loss_spans"][0][0]]
+    assert make_tokenizer().decode(prompt).startswith(f"{BEGIN}number ")
+    assert read_provenance(tmp_path / "out").settings.chat_template is False
+
+
+def test_a_dataset_as_the_source(run: Run, tmp_path: Path) -> None:
+    source = datasets.Dataset.from_dict({"text": ["a", "b", "c"], "kind": [1, 2, 3]})
+    source.save_to_disk(str(tmp_path / "source"))
+    flags = {"prompts": f"hf:{tmp_path / 'source'}", "limit": 2}
+    flags |= {"prompts_column": "text", "prompts_category_column": "kind"}
+    assert run(**flags) == 0
+    assert sorted(row["category"] for row in rows(tmp_path / "out")) == ["1", "2"]
+
+
+def test_what_is_dropped_is_counted(
+    run: Run,
+    engine: type[FakeEngine],
+    write_jsonl: WriteJsonl,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    texts = ["a", "b", "a", "x" * 100, "a", "c", "empty", "cut"]
+    write_jsonl([{"prompt": text} for text in texts])
+    special = {
+        len("empty"): Answer([END_ID], "stop"),
+        len("cut"): Answer([], "length"),
+    }
+    extra = 4  # the template's tokens
+    original = engine._answer
+    monkeypatch.setattr(
+        engine,
+        "_answer",
+        lambda self, ids: special.get(len(ids) - extra) or original(self, ids),
+    )
+    assert run() == 0
+    provenance = read_provenance(tmp_path / "out")
+    counts = provenance.prompts
+    assert counts == PromptCounts(read=8, duplicates_dropped=2, too_long_dropped=1)
+    assert provenance.empty_answers_dropped == 2
+    assert len(rows(tmp_path / "out")) == 3
+    out = capsys.readouterr().out.split("\n")
+    for name, number in [
+        ("prompts read", 8),
+        ("duplicates dropped", 2),
+        ("too long, dropped", 1),
+        ("empty answers dropped", 2),
+    ]:
+        assert f"  {name:<21} {number}" in out
+
+
+def test_nothing_to_answer(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(max_prompt_tokens=3) == 1
+    assert "10 prompts read, 10 of them longer than" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_stopped_run_goes_on_where_it_was(
+    run: Run,
+    engine: type[FakeEngine],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run(out=tmp_path / "whole") == 0
+    whole, engine.calls = engine.calls, []
+
+    def interrupt() -> None:
+        if engine.calls:
+            raise KeyboardInterrupt
+
+    engine.before_call = interrupt
+    assert run() == 130
+    error = capsys.readouterr().err
+    assert f"the same command goes on with what is in {tmp_path / 'out'}" in error
+    assert "Traceback" not in error
+    engine.before_call = lambda: None
+    assert run() == 0
+    assert engine.calls == whole
+    assert "3 parts, 2 of them to do" in capsys.readouterr().out
+    assert rows(tmp_path / "out") == rows(tmp_path / "whole")
+
+
+def test_a_finished_folder_does_nothing(
+    run: Run,
+    engine: type[FakeEngine],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run() == 0
+    files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    before = {path: path.stat().st_mtime_ns for path in files}
+    engine.calls.clear()
+    assert run() == 0
+    assert "finished already; nothing to do" in capsys.readouterr().out
+    assert not engine.calls
+    assert {path: path.stat().st_mtime_ns for path in files} == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "keys"),
+    [
+        ({"max_tokens": 16}, ["sampling.max_tokens", "engine.max_model_len"]),
+        ({"temperature": 0.5, "seed": 2}, ["sampling.temperature", "sampling.seed"]),
+        ({"max_num_seqs": 8}, ["engine.max_num_seqs"]),
+        ({"held_out": 0.25}, ["held_out"]),
+        ({"dtype": "float32"}, ["engine.dtype"]),
+    ],
+)
+def test_other_flags_on_the_same_folder_are_refused(
+    run: Run,
+    flags: dict[str, object],
+    keys: list[str],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run() == 0
+    capsys.readouterr()
+    assert run(**flags) == 1
+    lines = capsys.readouterr().err.splitlines()[1:-1]
+    assert sorted(line.split(":")[0].strip() for line in lines) == sorted(keys)
+
+
+def test_another_target_or_template_on_the_same_folder_is_refused(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run() == 0
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{{ messages[0].content }}"
+    make_tiny_llama(tmp_path / "other", num_hidden_layers=3)
+    tokenizer.save_pretrained(tmp_path / "other")
+    assert run(target=tmp_path / "other") == 1
+    error = capsys.readouterr().err
+    assert "target.num_hidden_layers: the folder has 4, this run has 3" in error
+    assert "chat_template_sha256" in error
+    assert "target.name" not in error
+
+
+def test_changed_prompts_are_refused(
+    run: Run,
+    engine: type[FakeEngine],
+    write_jsonl: WriteJsonl,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    engine.before_call = interrupt
+    assert run() == 130
+    write_jsonl([{"prompt": "another one"}])
+    assert run() == 1
+    assert "the source's contents changed" in capsys.readouterr().err
+
+
+def test_a_folder_of_the_first_version_keeps_its_part_size(
+    run: Run, engine: type[FakeEngine], tmp_path: Path
+) -> None:
+    assert run(out=tmp_path / "new") == 0
+    settings = json.loads((tmp_path / "new" / "run.json").read_text())
+    del settings["settings"]["part_prompts"]
+    del settings["settings"]["weights_sample_sha256"]
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "run.json").write_text(json.dumps(settings))
+    engine.calls.clear()
+    assert run() == 0
+    assert [len(call) for call in engine.calls] == [10]  # of 16
+    assert read_provenance(tmp_path / "out").settings.part_prompts is None
+    assert rows(tmp_path / "out") == rows(tmp_path / "new")
+
+
+def test_an_estimate_before_the_bulk(
+    run: Run, engine: type[FakeEngine], capsys: pytest.CaptureFixture[str]
+) -> None:
+    printed: list[str] = []
+    engine.before_call = lambda: printed.append(capsys.readouterr().out)
+    assert run() == 0
+    assert "estimating from the first 4 answers" in printed[0]
+    assert "estimate: 4 answers took" not in printed[0]
+    assert "estimate: 4 answers took" in printed[1]
+    assert "the other 6 will take about" in printed[1]
+    # Once is enough.
+    assert "estimate:" not in printed[2] + capsys.readouterr().out
+
+
+def test_no_estimate_where_there_is_one_part(
+    run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(max_num_seqs=16) == 0
+    out = capsys.readouterr().out
+    assert "estimating from" not in out
+    assert "estimate:" not in out
+
+
+def test_the_estimate_follows_from_the_first_part(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with Progress(1000, [100, 100, 300], prompt_tokens=50_000) as progress:
+        for _ in range(100):
+            progress.answered(250)
+        progress.part_done(100, seconds=50.0)
+    assert capsys.readouterr().out.splitlines()[1] == (
+        "estimate: 100 answers took 50 s (500 tokens/s, 250 tokens per answer); the "
+        "other 400 will take about 3 min, and all about 3 MB of disk"
+    )
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(3.4, "3 s"), (600, "10 min"), (9000, "2.5 h")]
+)
+def test_times_for_people(seconds: float, text: str) -> None:
+    assert time_text(seconds) == text
+
+
+def test_a_tokenizer_without_a_template_is_refused(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_tiny_llama(tmp_path / "base")
+    make_tokenizer().save_pretrained(tmp_path / "base")
+    assert run(target=tmp_path / "base") == 1
+    assert "no chat template (a base model?)" in capsys.readouterr().err
+    assert run("--no-chat-template", target=tmp_path / "base") == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"target": "/nonexistent/target"}, ["--target '/nonexistent/target'"]),
+        ({"prompts": "nothing.jsonl"}, ["nothing.jsonl: no such file"]),
+        ({"max_num_seqs": 0}, ["--max-num-seqs: got 0"]),
+        ({"held_out": 1.0}, ["--held-out: got 1.0", "less than 1"]),
+        ({"top_p": 0.0, "seed": 1}, ["--top-p: got 0.0", "greater than 0"]),
+        ({"temperature": "nan"}, ["--temperature: got nan"]),
+        ({"limit": -1}, ["--limit: got -1"]),
+        ({"max_tokens": 600}, ["context of 664", "own limit is 512", "Lower"]),
+        ({"max_model_len": 64}, ["--max-model-len is 64"]),
+    ],
+)
+def test_what_is_wrong_is_said_before_any_work(
+    run: Run,
+    engine: type[FakeEngine],
+    flags: dict[str, object],
+    words: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run(**flags) == 1
+    error = capsys.readouterr().err
+    for word in words:
+        assert word in error
+    assert error.count("--max-num-seqs") <= 1
+    assert not engine.calls
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_target_without_a_tokenizer(
+    run: Run, tiny_llama: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(target=tiny_llama) == 1
+    assert "its tokenizer cannot be loaded" in capsys.readouterr().err
+
+
+def test_the_package_is_missed_first(
+    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("vllm_mtp.commands.generate.find_spec", lambda _: None)
+    assert run(target="/nonexistent") == 1
+    assert "pip install 'vllm-mtp[train]'" in capsys.readouterr().err
+
+
+def test_a_foreign_folder_is_left_alone(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("x")
+    assert run(out=tmp_path / "mine") == 1
+    assert "name another" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+
+
+def test_the_help_reads_well(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["generate", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for words in ["--no-chat-template", "A run that was stopped", "hf:NAME_OR_PATH"]:
+        assert words in text

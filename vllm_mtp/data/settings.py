@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run of ``vllm-mtp generate`` was asked for, and what it gave, as JSON."""
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from vllm_mtp.target import TargetFacts
+
+# A copy of the target in another folder is the same target, and the size of parts is
+# no flag: a folder keeps its own.
+_NOT_COMPARED = ("target.name", "part_prompts")
+# Compared only where both are known; the first folders have none.
+_SAMPLE = "weights_sample_sha256"
+
+
+class _Model(BaseModel):
+    # allow_inf_nan: JSON has neither, so such a file could not be read again.
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False
+    )
+
+
+class SourceSettings(_Model):
+    """Where the prompts come from."""
+
+    prompts: str = Field(description="`sharegpt`, a JSONL file or `hf:NAME_OR_PATH`.")
+    split: str = Field(default="train", description="Split of a dataset.")
+    column: str = Field(default="prompt", description="Column of a dataset.")
+    category_column: str | None = Field(default=None, description="Likewise.")
+    skip: int = Field(default=0, ge=0, description="Prompts to pass over first.")
+    limit: int | None = Field(default=None, ge=0, description="Most prompts to read.")
+
+
+class SamplingSettings(_Model):
+    """How the target answers."""
+
+    max_tokens: int = Field(default=512, ge=1, description="Longest answer, in tokens.")
+    temperature: float = Field(default=0.0, ge=0, description="0 is greedy.")
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    top_k: int = Field(default=0, ge=0, description="0 is all tokens.")
+    seed: int = Field(default=0, description="With each prompt's hash: its own seed.")
+
+
+class EngineSettings(_Model):
+    """The engine, so far as it can change an answer."""
+
+    dtype: str = "auto"
+    max_model_len: int = Field(ge=2, description="Prompt and answer, in tokens.")
+    max_num_seqs: int = Field(default=256, ge=1, description="Decoded at once.")
+
+
+class RunSettings(_Model):
+    """Everything that decides which rows a run gives; a resumed run has the same."""
+
+    target: TargetFacts
+    source: SourceSettings
+    sampling: SamplingSettings
+    engine: EngineSettings
+    chat_template: bool = Field(description="False: prompts as raw text.")
+    chat_template_sha256: str | None = None
+    max_prompt_tokens: int = Field(ge=1, description="Longer prompts are dropped.")
+    held_out: float = Field(ge=0, lt=1, description="Part of prompts in `held_out`.")
+    vllm: str = Field(description="Version of vLLM.")
+    part_prompts: int | None = Field(
+        default=None,
+        ge=1,
+        description="Prompts answered together and written as one part; null in "
+        "folders of the first version: four times `max_num_seqs`.",
+    )
+    weights_sample_sha256: str | None = Field(
+        default=None, description="See `target.weights_sample_sha256`; null: unknown."
+    )
+
+    @property
+    def chunk_prompts(self) -> int:
+        """Prompts answered together and written as one part."""
+        return self.part_prompts or 4 * self.engine.max_num_seqs
+
+    def differences(self, other: "RunSettings") -> list[str]:
+        """Name the keys in which ``other`` is not the same, with both values."""
+        here, there = _flat(self.model_dump()), _flat(other.model_dump())
+        for flat in (here, there):
+            for key in _NOT_COMPARED:
+                del flat[key]
+        if None in (here[_SAMPLE], there[_SAMPLE]):
+            del here[_SAMPLE], there[_SAMPLE]
+        return [
+            f"{key}: the folder has {here.get(key)!r}, this run has {there.get(key)!r}"
+            for key in here | there
+            if here.get(key) != there.get(key)
+        ]
+
+
+class RunFile(_Model):
+    """``run.json``, written when a run starts."""
+
+    format: int = 1
+    settings: RunSettings
+    prompts_sha256: str = Field(description="Of the list of prompts, in order.")
+
+
+class PromptCounts(_Model):
+    """What became of the prompts before the target saw them."""
+
+    read: int
+    duplicates_dropped: int
+    too_long_dropped: int = Field(description="Or without any token.")
+
+    @property
+    def kept(self) -> int:
+        return self.read - self.duplicates_dropped - self.too_long_dropped
+
+
+class SplitCounts(_Model):
+    """Size of one split."""
+
+    rows: int
+    tokens: int = Field(description="Of prompts and answers.")
+    answer_tokens: int = Field(description="Inside the loss spans.")
+
+
+class Provenance(_Model):
+    """``generation.json``, written last: a folder with it is finished."""
+
+    format: int = 1
+    settings: RunSettings
+    prompts_sha256: str
+    versions: dict[str, str] = Field(description="vllm, transformers, vllm_mtp.")
+    prompts: PromptCounts
+    empty_answers_dropped: int
+    splits: dict[str, SplitCounts]
+
+
+def _flat(values: dict, prefix: str = "") -> dict[str, object]:
+    """``{"a": {"b": 1}}`` as ``{"a.b": 1}``."""
+    flat: dict[str, object] = {}
+    for key, value in values.items():
+        if isinstance(value, dict) and key != "rope_parameters":
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat

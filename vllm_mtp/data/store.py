@@ -1,0 +1,352 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The folder that ``vllm-mtp generate`` writes.
+
+While a run goes on::
+
+    run.json            what was asked for (`settings.RunFile`)
+    parts/000000.jsonl  one chunk of prompts with their answers, in order
+
+Finished::
+
+    dataset_dict.json, train/, held_out/   for ``datasets.load_from_disk``
+    generation.json                        `settings.Provenance`; written last
+    run.json
+
+Every file is written under another name first and renamed, so it is whole or it is
+not there. The columns of a row:
+
+    prompt_id      32 hex digits, see `split.prompt_id`
+    category       kind of prompt
+    input_ids      the prompt's tokens, then the answer's, with the token that ended it
+    loss_spans     list of [start, end): the tokens of ``input_ids`` that are the
+                   target's own
+    finish_reason  "stop", or "length" where ``max_tokens`` cut the answer off
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from vllm_mtp.data.settings import (
+    PromptCounts,
+    Provenance,
+    RunFile,
+    RunSettings,
+    SplitCounts,
+)
+from vllm_mtp.data.split import is_held_out
+from vllm_mtp.errors import DataError
+from vllm_mtp.target import TargetFacts, weights_sample_sha256
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+TRAIN, HELD_OUT = SPLITS = ("train", "held_out")
+GENERATION_FILE = "generation.json"
+RUN_FILE = "run.json"
+_PARTS = "parts"
+_CACHE = ".cache-"
+
+_M = TypeVar("_M", bound=BaseModel)
+
+
+class Row(TypedDict):
+    """One row, see above; an empty answer has no loss span."""
+
+    prompt_id: str
+    category: str
+    input_ids: list[int]
+    loss_spans: list[list[int]]
+    finish_reason: str
+
+
+def read_split(folder: str | os.PathLike[str], split: str = TRAIN) -> "Dataset":
+    """Read one split of a finished folder.
+
+    Args:
+        folder: What ``vllm-mtp generate --out`` wrote.
+        split: ``"train"`` or ``"held_out"``.
+
+    Raises:
+        DataError: The folder is not ours or not finished, has no such split, or the
+            split has no rows.
+    """
+    import datasets
+
+    counts = read_provenance(folder).splits
+    if split not in counts:
+        raise DataError(f"{folder}: no split {split!r}; it has {', '.join(counts)}")
+    if not counts[split].rows:
+        raise DataError(
+            f"{folder}: the split {split!r} has no rows; generate with more prompts, "
+            "or with another --held-out"
+        )
+    try:
+        return datasets.load_from_disk(str(Path(folder, split)))
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"{folder}/{split}: cannot be read ({error}); generate it again"
+        ) from None
+
+
+def read_provenance(folder: str | os.PathLike[str]) -> Provenance:
+    """Read how a finished folder was made.
+
+    Raises:
+        DataError: The folder is not ours or not finished.
+    """
+    path = Path(folder, GENERATION_FILE)
+    if path.is_file():
+        return _read(path, Provenance)
+    if Path(folder, RUN_FILE).is_file():
+        raise DataError(
+            f"{folder}: not finished (it has {RUN_FILE} and no {GENERATION_FILE}); run "
+            "the same `vllm-mtp generate` command again to continue"
+        )
+    raise DataError(
+        f"{folder}: no {GENERATION_FILE}; expected a folder that `vllm-mtp generate "
+        "--out` wrote"
+    )
+
+
+def require_made_by(
+    folder: str | os.PathLike[str], facts: TargetFacts, target: Path | None = None
+) -> None:
+    """Raise unless the answers are those of this target.
+
+    Args:
+        folder: What ``vllm-mtp generate --out`` wrote.
+        facts: The target's.
+        target: The target's folder; with it, two fine-tunes of one model are told
+            apart too, if the answers are new enough to say which it was.
+
+    Raises:
+        DataError: Another target made them, or the folder is not ours.
+    """
+    settings = read_provenance(folder).settings
+    made_by = settings.target
+    differing = [
+        key
+        for key, value in made_by
+        if key not in ("name", "weights_fingerprint") and value != getattr(facts, key)
+    ]
+    if _differ(made_by.weights_fingerprint, facts.weights_fingerprint):
+        differing.append("weights_fingerprint")
+    sample = weights_sample_sha256(target) if target else None
+    if _differ(settings.weights_sample_sha256, sample):
+        differing.append("weights_sample_sha256 (the weights' contents)")
+    if differing:
+        raise DataError(
+            f"{folder}: the answers are those of the target {made_by.name!r}, got the "
+            f"target {facts.name!r}; they differ in {', '.join(differing)}. Use that "
+            "target, or generate answers with this one"
+        )
+
+
+def _differ(theirs: str | None, ours: str | None) -> bool:
+    """Whether both are known and not the same."""
+    return theirs != ours and None not in (theirs, ours)
+
+
+class Store:
+    """A folder that a run writes into.
+
+    Args:
+        folder: Made by `start`.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._parts = folder / _PARTS
+
+    @property
+    def is_finished(self) -> bool:
+        return (self.folder / GENERATION_FILE).is_file()
+
+    def check(self, settings: RunSettings) -> RunSettings:
+        """Refuse settings that are not those of the run in this folder.
+
+        Returns:
+            Those to go on with: a folder keeps its own size of parts.
+
+        Raises:
+            DataError: Names each differing key; or the folder holds something else.
+        """
+        path = self.folder / RUN_FILE
+        if path.is_file():
+            found = _read(path, RunFile).settings
+            self._refuse(found.differences(settings))
+            return found
+        if self.folder.exists() and not self._is_blank():
+            raise DataError(
+                f"--out {self.folder}: exists and is not a folder of `vllm-mtp "
+                "generate`; name another"
+            )
+        return settings
+
+    def _is_blank(self) -> bool:
+        # A run that was killed at its very start leaves a file not yet renamed.
+        unfinished = _unfinished(self.folder / RUN_FILE).name
+        return self.folder.is_dir() and all(
+            path.name == unfinished for path in self.folder.iterdir()
+        )
+
+    def start(self, run: RunFile) -> None:
+        """Begin a run, or go on with it.
+
+        Raises:
+            DataError: The folder holds a run of other settings or prompts.
+        """
+        self.check(run.settings)
+        path = self.folder / RUN_FILE
+        if not path.is_file():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            _write(path, run.model_dump_json(indent=2) + "\n")
+            return
+        found = _read(path, RunFile).prompts_sha256
+        if found != run.prompts_sha256:
+            self._refuse(
+                [
+                    (
+                        f"prompts_sha256: the folder has {found!r}, this run has "
+                        f"{run.prompts_sha256!r} (the source's contents changed)"
+                    )
+                ]
+            )
+
+    def _refuse(self, differences: list[str]) -> None:
+        if differences:
+            raise DataError(
+                f"--out {self.folder}: holds a run with other settings:\n  "
+                + "\n  ".join(differences)
+                + "\nUse the settings that it has, or name another folder"
+            )
+
+    def has_part(self, number: int) -> bool:
+        return self._part(number).is_file()
+
+    def write_part(self, number: int, rows: Sequence[Row]) -> None:
+        """Store one chunk's rows, all of them or, if killed, none."""
+        self._parts.mkdir(exist_ok=True)
+        lines = (json.dumps(row, separators=(",", ":")) for row in rows)
+        _write(self._part(number), "".join(f"{line}\n" for line in lines))
+
+    def rows(self, num_parts: int) -> Iterator[Row]:
+        """Yield the rows of all parts in order, empty answers included."""
+        for number in range(num_parts):
+            with self._part(number).open(encoding="utf-8") as lines:
+                yield from map(json.loads, lines)
+
+    def finish(
+        self,
+        num_parts: int,
+        run: RunFile,
+        prompts: PromptCounts,
+        versions: dict[str, str],
+    ) -> Provenance:
+        """Make the dataset of all parts, and remove them."""
+        counts = self._write_dataset(num_parts, run.settings.held_out)
+        provenance = Provenance(
+            settings=run.settings,
+            prompts_sha256=run.prompts_sha256,
+            versions=versions,
+            prompts=prompts,
+            empty_answers_dropped=prompts.kept - sum(c.rows for c in counts.values()),
+            splits=counts,
+        )
+        text = provenance.model_dump_json(indent=2) + "\n"
+        _write(self.folder / GENERATION_FILE, text)
+        shutil.rmtree(self._parts)
+        return provenance
+
+    def _write_dataset(self, num_parts: int, held_out: float) -> dict[str, SplitCounts]:
+        from datasets import DatasetDict
+
+        for pattern in (*SPLITS, f"{_CACHE}*"):  # of a run that was killed here
+            for folder in self.folder.glob(pattern):
+                shutil.rmtree(folder)
+        # Not the user's cache: that one is looked up by the generator's arguments and
+        # would give an older run's rows.
+        with tempfile.TemporaryDirectory(dir=self.folder, prefix=_CACHE) as cache:
+            splits = {
+                split: self._dataset(num_parts, held_out, split, cache)
+                for split in SPLITS
+            }
+            # Without a number, an empty split gets no file and cannot be loaded.
+            shards = {name: None if rows else 1 for name, rows in splits.items()}
+            DatasetDict(splits).save_to_disk(str(self.folder), num_shards=shards)
+            return {split: _count(rows) for split, rows in splits.items()}
+
+    def _dataset(
+        self, num_parts: int, held_out: float, split: str, cache: str
+    ) -> "Dataset":
+        from datasets import Dataset
+
+        def rows() -> Iterator[Row]:
+            for row in self.rows(num_parts):
+                side = HELD_OUT if is_held_out(row["prompt_id"], held_out) else TRAIN
+                if row["loss_spans"] and side == split:
+                    yield row
+
+        if next(rows(), None) is None:  # which `from_generator` refuses
+            columns: dict[str, list[Any]] = {name: [] for name in _features()}
+            return Dataset.from_dict(columns, features=_features())
+        return Dataset.from_generator(
+            rows, features=_features(), cache_dir=cache, fingerprint=split
+        )
+
+    def _part(self, number: int) -> Path:
+        return self._parts / f"{number:06d}.jsonl"
+
+
+def _features() -> Any:
+    from datasets import Features, List, Value
+
+    return Features(
+        {
+            "prompt_id": Value("string"),
+            "category": Value("string"),
+            "input_ids": List(Value("int32")),
+            "loss_spans": List(List(Value("int32"))),
+            "finish_reason": Value("string"),
+        }
+    )
+
+
+def _count(rows: "Dataset") -> SplitCounts:
+    tokens = answer_tokens = 0
+    for row in rows.select_columns(["input_ids", "loss_spans"]):
+        tokens += len(row["input_ids"])
+        answer_tokens += sum(end - start for start, end in row["loss_spans"])
+    return SplitCounts(rows=len(rows), tokens=tokens, answer_tokens=answer_tokens)
+
+
+def _read(path: Path, model: type[_M]) -> _M:
+    try:
+        return model.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        raise DataError(
+            f"{path}: not a file that this version of vllm-mtp wrote ({error}); use "
+            "the version that wrote it, or generate into another folder"
+        ) from None
+
+
+def _unfinished(path: Path) -> Path:
+    """The name of a file until it is whole."""
+    return path.with_name(f".{path.name}.tmp")
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a file that is whole whenever it is there, power cuts included."""
+    temporary = _unfinished(path)
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
