@@ -9,6 +9,7 @@ Dimensions: B blocks, k places per block, T prefix tokens; the rows of several
 blocks are flattened block by block, so row ``b * k + i`` is place i of block b.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -127,6 +128,32 @@ def anchors_of(span: tuple[int, int], most: int | None = None) -> range:
     """
     start, stop = max(span[0], 1), span[1] - 1
     return range(start, stop if most is None else min(stop, start + most))
+
+
+def possible_anchors(spans: Sequence[Sequence[int]], num_tokens: int) -> torch.Tensor:
+    """Every place of a text where a block has something to learn.
+
+    The anchor is one of the target's own tokens, and so is the token behind it.
+
+    Args:
+        spans: ``[start, end)`` of the target's own tokens.
+        num_tokens: T; what lies behind is cut off.
+
+    Returns:
+        ``[A]`` int64, ascending; a block needs a prefix of at least one token.
+    """
+    usable = (anchors_of((start, min(end, num_tokens))) for start, end in spans)
+    return torch.tensor([n for span in usable for n in span], dtype=torch.int64)
+
+
+def span_ends(
+    anchors: torch.Tensor, spans: Sequence[Sequence[int]], num_tokens: int
+) -> torch.Tensor:
+    """Where the span that each anchor lies in ends. ``[A]`` int64."""
+    ends = torch.zeros_like(anchors)
+    for start, end in spans:
+        ends[(anchors >= start) & (anchors < end)] = min(end, num_tokens)
+    return ends
 
 
 def block_labels(

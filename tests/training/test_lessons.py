@@ -13,12 +13,13 @@ from transformers.models.auto import AutoModelForCausalLM
 
 from checkpoints_spec.goldens import fill_weights
 from tests.tiny_targets import VOCAB_SIZE
-from vllm_mtp.block import IGNORE_LABEL, BlockReads
+from vllm_mtp.block import IGNORE_LABEL, BlockReads, possible_anchors
 from vllm_mtp.config import LoRAConfig
 from vllm_mtp.modeling.hf_target import HFTarget, TargetStates
 from vllm_mtp.modeling.init import DrafterOptions, new_drafter
-from vllm_mtp.training.anchors import choose_anchors, generator_for, possible_anchors
-from vllm_mtp.training.candidates import Candidates, frequent_tokens, own_token_counts
+from vllm_mtp.modeling.vocabulary import frequent_tokens
+from vllm_mtp.training.anchors import choose_anchors, generator_for
+from vllm_mtp.training.candidates import Candidates, own_token_counts
 from vllm_mtp.training.learner import Learner, LessonPlan
 from vllm_mtp.training.objective import Objective
 from vllm_mtp.training.states import StatesSource, TrainingInputError, require_sane

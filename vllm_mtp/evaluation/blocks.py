@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from vllm_mtp.block import possible_anchors
 from vllm_mtp.config import DrafterConfig
 from vllm_mtp.errors import MTPError
 from vllm_mtp.evaluation.sketch import sketch
@@ -18,7 +19,6 @@ from vllm_mtp.modeling.drafter import BoundDrafter, Traced
 from vllm_mtp.modeling.heads import pick_greedy
 from vllm_mtp.modeling.hf_target import HFTarget, TargetStates
 from vllm_mtp.modeling.texts import TextBlocks, forward_texts
-from vllm_mtp.training.anchors import possible_anchors
 
 MAX_TEXT_TOKENS = 512
 _MAX_TEXTS = 4

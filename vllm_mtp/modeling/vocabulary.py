@@ -9,11 +9,7 @@ from typing import Any
 def most_frequent_tokens(
     tokenizer: Any, texts: Iterable[str], size: int, vocab_size: int
 ) -> tuple[int, ...]:
-    """The tokens that a target uses most.
-
-    Special tokens come first: a drafter that cannot end a turn wastes the last
-    draft of every answer. Tokens that the text never shows follow by id, since
-    byte-pair vocabularies number common pieces first.
+    """The tokens that a target uses most, see `frequent_tokens`.
 
     Args:
         tokenizer: The target's tokenizer (transformers).
@@ -27,7 +23,28 @@ def most_frequent_tokens(
     counts: Counter[int] = Counter()
     for text in texts:
         counts.update(tokenizer(text, add_special_tokens=False)["input_ids"])
-    special = [i for i in sorted(tokenizer.all_special_ids) if i < vocab_size]
+    return frequent_tokens(counts, tokenizer.all_special_ids, size, vocab_size)
+
+
+def frequent_tokens(
+    counts: Counter[int], special: Iterable[int], size: int, vocab_size: int
+) -> tuple[int, ...]:
+    """The most frequent tokens of a count.
+
+    Special tokens come first: a drafter that cannot end a turn wastes the last
+    draft of every answer. Tokens that were never seen follow by id, since byte-pair
+    vocabularies number common pieces first.
+
+    Args:
+        counts: How often each token was seen.
+        special: Ids of special tokens; those beyond the vocabulary are left out.
+        size: How many tokens to choose.
+        vocab_size: Size of the target's vocabulary.
+
+    Returns:
+        ``size`` ascending token ids.
+    """
+    special = [i for i in sorted(special) if i < vocab_size]
     ranked = [token for token, _ in counts.most_common()]
     order = dict.fromkeys([*special, *ranked, *range(vocab_size)])
     return tuple(sorted(list(order)[:size]))

@@ -1,37 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where blocks stand in a training text."""
-
-from collections.abc import Sequence
+"""Which of the possible blocks a training step takes."""
 
 import torch
-
-from vllm_mtp.block import anchors_of
-
-
-def possible_anchors(spans: Sequence[Sequence[int]], num_tokens: int) -> torch.Tensor:
-    """Every place of a text where a block has something to learn.
-
-    The anchor is one of the target's own tokens, and so is the token behind it.
-
-    Args:
-        spans: ``[start, end)`` of the target's own tokens.
-        num_tokens: T; what lies behind is cut off.
-
-    Returns:
-        ``[A]`` int64, ascending; a block needs a prefix of at least one token.
-    """
-    usable = (anchors_of((start, min(end, num_tokens))) for start, end in spans)
-    return torch.tensor([n for span in usable for n in span], dtype=torch.int64)
-
-
-def span_ends(
-    anchors: torch.Tensor, spans: Sequence[Sequence[int]], num_tokens: int
-) -> torch.Tensor:
-    """Where the span that each anchor lies in ends. ``[A]`` int64."""
-    ends = torch.zeros_like(anchors)
-    for start, end in spans:
-        ends[(anchors >= start) & (anchors < end)] = min(end, num_tokens)
-    return ends
 
 
 def choose_anchors(

@@ -7,7 +7,7 @@ all labels of its batch instead; serving still drafts over everything.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -52,17 +52,3 @@ def own_token_counts(rows: Iterable[Mapping[str, Any]]) -> Counter[int]:
         for start, end in row["loss_spans"]:
             counts.update(row["input_ids"][start:end])
     return counts
-
-
-def frequent_tokens(
-    counts: Counter[int], special: Sequence[int], size: int, vocab_size: int
-) -> tuple[int, ...]:
-    """The ``size`` most frequent tokens, ascending.
-
-    Special tokens come first: a drafter that cannot end a turn wastes the last
-    draft of every answer. Tokens never seen follow by id, since byte-pair
-    vocabularies number common pieces first.
-    """
-    ranked = [token for token, _ in counts.most_common()]
-    order = dict.fromkeys([*special, *ranked, *range(vocab_size)])
-    return tuple(sorted(list(order)[:size]))

@@ -8,16 +8,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from vllm_mtp.block import IGNORE_LABEL, SERVED_READS, BlockReads, block_positions
-from vllm_mtp.modeling.drafter import BoundDrafter, Drafter
-from vllm_mtp.modeling.hf_target import HFTarget
-from vllm_mtp.modeling.texts import TextBlocks, anchors_are_exact, forward_texts
-from vllm_mtp.training.anchors import (
-    choose_anchors,
-    generator_for,
+from vllm_mtp.block import (
+    SERVED_READS,
+    BlockReads,
+    block_positions,
     possible_anchors,
     span_ends,
 )
+from vllm_mtp.modeling.drafter import BoundDrafter, Drafter
+from vllm_mtp.modeling.hf_target import HFTarget
+from vllm_mtp.modeling.texts import TextBlocks, anchors_are_exact, forward_texts
+from vllm_mtp.training.anchors import choose_anchors, generator_for
 from vllm_mtp.training.candidates import Candidates
 from vllm_mtp.training.features import FeatureLoss
 from vllm_mtp.training.objective import Objective, Teacher, objective_loss
@@ -213,8 +214,3 @@ class Learner(nn.Module):
             columns.append(best[where])
             probs.append(scores.float().softmax(-1)[where])
         return Teacher(torch.cat(columns), torch.cat(probs))
-
-
-def count_labels(labels: torch.Tensor) -> int:
-    """Places that have a true token."""
-    return int((labels != IGNORE_LABEL).sum())

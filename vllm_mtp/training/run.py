@@ -2,8 +2,10 @@
 """One training run, from its arguments to a drafter's folder."""
 
 import logging
+from collections import Counter
 from dataclasses import replace
 from datetime import datetime, timezone
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -17,9 +19,10 @@ from vllm_mtp.modeling.cost import draft_cost
 from vllm_mtp.modeling.drafter import Drafter
 from vllm_mtp.modeling.hf_target import HFTarget, load_frozen
 from vllm_mtp.modeling.init import new_drafter
+from vllm_mtp.modeling.vocabulary import frequent_tokens
 from vllm_mtp.target import TargetFacts
 from vllm_mtp.training.arguments import DrafterTrainingArguments
-from vllm_mtp.training.candidates import Candidates, frequent_tokens, own_token_counts
+from vllm_mtp.training.candidates import Candidates, own_token_counts
 from vllm_mtp.training.finish import finish
 from vllm_mtp.training.growth import (
     freeze_all_but_new_places,
@@ -38,12 +41,11 @@ class TrainingRun:
     """Everything that all stages of a run share.
 
     Args:
-        args: The settings.
+        args: What does not differ between them: data, types, device.
         target: The target's folder.
     """
 
     def __init__(self, args: DrafterTrainingArguments, target: Path) -> None:
-        self.args = args
         self.target = target
         self.facts = TargetFacts.from_folder(target)
         require_made_by(Path(args.data), self.facts, target=target)
@@ -51,7 +53,11 @@ class TrainingRun:
         self.held_out_rows = read_split(Path(args.data), "held_out")
         dtype = "bfloat16" if args.bf16 else "float32"
         self.host = HFTarget(load_frozen(target, dtype, args.device))
-        self._counts = own_token_counts(self.train_rows)
+
+    @cached_property
+    def _counts(self) -> Counter[int]:
+        # Goes through all texts, and only small vocabularies ask for it.
+        return own_token_counts(self.train_rows)
 
     def frequent(self, size: int) -> tuple[int, ...]:
         """The target's most frequent tokens in the training texts."""
@@ -61,7 +67,7 @@ class TrainingRun:
                 f"draft_vocab_size or loss_vocab_size: got {size}, expected 1 to "
                 f"{vocab_size}, the size of the target's vocabulary"
             )
-        special = [t for t in _special_tokens(self.target) if t < vocab_size]
+        special = _special_tokens(self.target)
         return frequent_tokens(self._counts, special, size, vocab_size)
 
     def new_drafter(self, args: DrafterTrainingArguments) -> Drafter:
@@ -116,7 +122,7 @@ class TrainingRun:
 def _special_tokens(target: Path) -> list[int]:
     if not (target / "tokenizer.json").exists():
         return []  # a target made in code
-    return sorted(AutoTokenizer.from_pretrained(target).all_special_ids)
+    return AutoTokenizer.from_pretrained(target).all_special_ids
 
 
 def _first(rows: Dataset, count: int) -> Dataset:

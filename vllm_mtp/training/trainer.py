@@ -12,10 +12,10 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
+from vllm_mtp.block import possible_anchors, span_ends
 from vllm_mtp.metrics import AcceptanceCounts, count_accepted
 from vllm_mtp.modeling.heads import pick_greedy
 from vllm_mtp.modeling.texts import TextBlocks, forward_texts
-from vllm_mtp.training.anchors import possible_anchors, span_ends
 from vllm_mtp.training.arguments import DrafterTrainingArguments
 from vllm_mtp.training.learner import Learner
 from vllm_mtp.training.resume import write_checkpoint_config
