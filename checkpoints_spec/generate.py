@@ -50,6 +50,7 @@ DIMENSIONS = {
 _OWN = "own layer"
 _NORM = "own layer with `qk_norm`"
 _BIAS = "own layer with `qkv_bias`"
+_BRIDGE = "own layer with `bridge`"
 TENSORS = (
     TensorRow(
         "placeholders",
@@ -69,6 +70,13 @@ TENSORS = (
         "with `.a`",
         "Second factor; 0 in an untrained drafter.",
     ),
+    TensorRow(
+        "layers.{i}.bridge.weight",
+        ("hidden", "hidden"),
+        _BRIDGE,
+        "Maps the stream to the layer's input; the identity in an untrained drafter.",
+    ),
+    TensorRow("layers.{i}.bridge.bias", ("hidden",), _BRIDGE, "Bias of the bridge."),
     TensorRow(
         "layers.{i}.boundary_proj.weight",
         ("hidden", "hidden"),

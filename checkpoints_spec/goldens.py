@@ -65,8 +65,27 @@ GOLDENS: dict[str, dict[str, Any]] = {
         "draft_vocab_size": 40,
         "dtype": "float32",
     },
+    "bridged": {
+        "num_speculative_tokens": 3,
+        "layers": [
+            {"kind": "shared", "target_layer": 0},
+            {
+                "kind": "own",
+                "target_layer": 2,
+                "intermediate_size": 20,
+                "rms_norm_eps": 1e-5,
+                "boundary_hidden": True,
+                "bridge": True,
+            },
+        ],
+        "dtype": "float32",
+    },
 }
-_CONFIG_OF_TARGET = {"shared-lora": LlamaConfig, "mixed": Qwen3Config}
+_CONFIG_OF_TARGET = {
+    "shared-lora": LlamaConfig,
+    "mixed": Qwen3Config,
+    "bridged": LlamaConfig,
+}
 
 # All sizes differ (queries 24, keys 8), so that a transposed or swapped tensor
 # cannot fit by chance.

@@ -88,6 +88,11 @@ class OwnLayerConfig(_Strict):
         description="Whether a projection of the target's last hidden state at "
         "the last position of the prefix is added to the layer's input.",
     )
+    bridge: bool = Field(
+        default=False,
+        description="Whether the stream passes a linear map before the layer, in "
+        "place of the target layers that are left out there.",
+    )
 
 
 LayerConfig = Annotated[SharedLayerConfig | OwnLayerConfig, Field(discriminator="kind")]

@@ -18,6 +18,7 @@ FAMILIES = {"llama": make_tiny_llama, "qwen3": make_tiny_qwen3}
 ALL_OPTIONS = DrafterOptions(
     dtype="float32",
     boundary_hidden="all",
+    bridges=True,
     markov_rank=8,
     draft_token_ids=tuple(range(0, 512, 2)),
     lora=LoRAConfig(rank=4, alpha=8.0, modules=("q_proj", "o_proj", "gate_proj")),
@@ -65,8 +66,9 @@ def tiny_drafter(
 
 def stir(drafter: Drafter) -> None:
     """Give the parts that start at zero some weight, so that they do something."""
+    starts_at_zero = (".b", "unembed.weight", "boundary_proj.weight", "bridge.bias")
     for name, weight in drafter.named_parameters():
-        if name.endswith((".b", "unembed.weight", "boundary_proj.weight")):
+        if name.endswith(starts_at_zero):
             weight.data.normal_(std=0.05)
 
 

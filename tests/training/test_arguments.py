@@ -210,6 +210,9 @@ class TestTheBest:
             },
             "needs an own layer, .*'shared:0'",
         ),
+        ({"train_places": 4}, "train_places: got 4, but the drafter has 3"),
+        ({"train_places": 0}, "train_places: got 0, expected 1 or more"),
+        ({"own_optimizer": "muon"}, "no own layer to train; leave it out"),
         (
             {"kl_weight": 1.0, "draft_vocab_size": 8},
             "teacher_tokens: got 64, but draft_vocab_size .*write 8 or less",

@@ -17,6 +17,7 @@ from vllm_mtp.block import IGNORE_LABEL, BlockReads, possible_anchors
 from vllm_mtp.config import LoRAConfig
 from vllm_mtp.modeling.hf_target import HFTarget, TargetStates
 from vllm_mtp.modeling.init import DrafterOptions, new_drafter
+from vllm_mtp.modeling.texts import forward_texts
 from vllm_mtp.modeling.vocabulary import frequent_tokens
 from vllm_mtp.training.anchors import choose_anchors, generator_for
 from vllm_mtp.training.candidates import Candidates, own_token_counts
@@ -134,6 +135,21 @@ class TestLearner:
         # Two blocks of 6 run to the end of a text; the places' means differ by that.
         expected = (one["ce"] + two["ce"]) / 2
         torch.testing.assert_close(both["ce"], expected, atol=0.5, rtol=0)
+
+    def test_places_that_are_not_taught_do_not_count(
+        self, host: HFTarget, tiny_llama: Path
+    ) -> None:
+        """The first places of a causal block do not depend on the later ones."""
+        learner = self.learner(host, tiny_llama, "shared:0,own:2")
+        one = self.learner(host, tiny_llama, "shared:0,own:2", num_places=1)
+        hidden = forward_texts(learner.bound, [learner.blocks(TEXT, 0)], 3)
+        first = forward_texts(one.bound, [one.blocks(TEXT, 0)], one.num_places)
+        torch.testing.assert_close(first, hidden[:, :1])
+        one([TEXT], step=0)["loss"].backward()
+        assert one.drafter.placeholders is not None
+        assert one.drafter.placeholders.grad is None
+        moved = [p.grad for n, p in one.drafter.named_parameters() if "q_proj" in n]
+        assert all(gradient.abs().max() > 0 for gradient in moved)
 
     def test_the_first_place_of_a_shared_target_is_not_taught(
         self, host: HFTarget, tiny_llama: Path

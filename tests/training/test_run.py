@@ -32,9 +32,10 @@ class TestLearning:
         [
             {"layers": "shared:all", **LORA, "markov_rank": 16},
             {"layers": "own:0,3", "boundary_hidden": "first"},
+            {"layers": "own:0,3", "own_optimizer": "muon"},
             {"layers": "shared:0,own:3", "draft_vocab_size": 256, "markov_rank": 4},
         ],
-        ids=["shared", "own", "mixed"],
+        ids=["shared", "own", "muon", "mixed"],
     )
     def test_the_loss_falls_and_the_drafter_loads(
         self, arguments: MakeArguments, tiny_llama: Path, design: dict[str, Any]
@@ -64,6 +65,7 @@ class TestResume:
         "layers": "shared:0,own:3",
         "markov_rank": 4,
         **LORA,
+        "own_optimizer": "muon",
         "save_strategy": "steps",
         "save_steps": 3,
         "max_steps": 8,
@@ -185,6 +187,7 @@ class TestFaults:
         ("design", "reason"),
         [
             ({"layers": "shared:all", "num_speculative_tokens": 1}, "nothing to train"),
+            ({"layers": "shared:all", "train_places": 1}, "nothing to train"),
             ({"layers": "own:3", "max_text_tokens": 4}, "none of .* texts"),
         ],
     )

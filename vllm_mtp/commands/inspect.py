@@ -60,7 +60,8 @@ def _layer_lines(config: DrafterConfig) -> list[str]:
                 f", LoRA rank {lora.rank} on {', '.join(lora.modules)}" if lora else ""
             )
         else:
-            extra = ", boundary hidden" if layer.boundary_hidden else ""
+            extra = ", bridge" if layer.bridge else ""
+            extra += ", boundary hidden" if layer.boundary_hidden else ""
         lines.append(
             f"layer {index:<10} {layer.kind}, reads target layer "
             f"{layer.target_layer}{extra}"

@@ -39,6 +39,13 @@ class DrafterDesign:
     boundary_start: Literal["zero", "identity"] = field(
         default="zero", metadata=_say("start of that projection")
     )
+    bridges: bool = field(
+        default=False,
+        metadata=_say(
+            "own layers get a linear map in front, in place of the target layers that "
+            "are left out there"
+        ),
+    )
     lora_rank: int | None = field(
         default=None, metadata=_say("LoRA of this rank on shared layers (0: none)")
     )
@@ -66,6 +73,7 @@ class DrafterDesign:
             own_start=self.own_start,
             boundary_hidden=self.boundary_hidden,
             boundary_start=self.boundary_start,
+            bridges=self.bridges,
             lora=self.lora_config(),
             markov_rank=self.markov_rank,
             draft_token_ids=draft_token_ids,

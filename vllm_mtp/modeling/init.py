@@ -37,6 +37,7 @@ class DrafterOptions(NamedTuple):
     own_start: Literal["copy", "random"] = "copy"
     boundary_hidden: Literal["none", "first", "all"] = "none"
     boundary_start: Literal["zero", "identity"] = "zero"
+    bridges: bool = False
     lora: LoRAConfig | None = None
     markov_rank: int | None = None
     draft_token_ids: tuple[int, ...] | None = None
@@ -204,6 +205,7 @@ def _own_layer_config(
         qkv_bias=copy and "self_attn.q_proj.bias" in layer,
         qk_norm=copy and "self_attn.q_norm.weight" in layer,
         boundary_hidden=boundary_hidden,
+        bridge=options.bridges,
     )
 
 
@@ -244,7 +246,7 @@ def _copy_layer(layer: OwnLayer, weights: TargetWeights) -> None:
     renamed = {
         f"{_COPIED[name.partition('.')[0]]}.{name.partition('.')[2]}": weight
         for name, weight in layer.named_parameters()
-        if not name.startswith("boundary_proj")
+        if not name.startswith(("boundary_proj", "bridge"))
     }
     if set(renamed) != set(source):
         odd = sorted(set(renamed) ^ set(source))

@@ -84,6 +84,7 @@ class OwnLayer(nn.Module):
         self.boundary_proj = (
             nn.Linear(hidden, hidden, bias=False) if config.boundary_hidden else None
         )
+        self.bridge = nn.Linear(hidden, hidden) if config.bridge else None
         self.input_norm = RMSNorm(hidden, eps)
         self.q_proj = nn.Linear(hidden, queries, bias=config.qkv_bias)
         self.k_proj = nn.Linear(hidden, keys, bias=config.qkv_bias)
@@ -112,6 +113,8 @@ class OwnLayer(nn.Module):
             boundary: ``[rows, hidden_size]``, the boundary hidden state of each
                 row's block; needed only where the layer reads it.
         """
+        if self.bridge is not None:
+            stream = Stream(self.bridge(stream.summed()))
         if self.boundary_proj is not None:
             assert boundary is not None, "the caller gives what the config asks for"
             added = stream.hidden + self.boundary_proj(boundary)
@@ -143,6 +146,8 @@ class OwnLayer(nn.Module):
         for name, weight in self.named_parameters():
             if "norm" in name:
                 nn.init.ones_(weight)
+            elif name == "bridge.weight":
+                nn.init.eye_(weight)
             elif name.startswith(("o_proj", "down_proj", "boundary_proj")) or (
                 name.endswith("bias")
             ):

@@ -3,6 +3,7 @@
 
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -41,6 +42,10 @@ class DrafterTrainingArguments(DrafterDesign, TrainingArguments):
         [],
     )
     stage_steps: int = _flag("optimizer steps of each of these stages", 0)
+    bridge_texts: int = _flag(
+        "fit new bridges to this many texts before training (0: they start as nothing)",
+        128,
+    )
     train_only: Literal["all", "new_places"] = _flag(
         "new_places: keep what came with warm_start as it is, and train the added "
         "placeholders alone (looped extension)",
@@ -54,6 +59,10 @@ class DrafterTrainingArguments(DrafterDesign, TrainingArguments):
     teacher_tokens: int = _flag("how many likeliest tokens", 64)
     place_decay: float | None = _flag("gamma of place weights exp(-(i-1)/gamma)")
 
+    train_places: int | None = _flag(
+        "teach only the first so many places (default: all); shorter blocks leave "
+        "time for more of them"
+    )
     anchors_per_text: int = _flag("most blocks behind one text in one step", 64)
     train_texts: int | None = _flag("train on this many texts (default: all)")
     max_text_tokens: int = _flag("longer texts are cut here", 2048)
@@ -71,6 +80,10 @@ class DrafterTrainingArguments(DrafterDesign, TrainingArguments):
         True,
     )
 
+    own_optimizer: Literal["as_optim", "muon"] = _flag(
+        "muon: train the matrices of own layers with Muon, and all else with `optim`",
+        "as_optim",
+    )
     placeholder_lr_scale: float = _flag("learning rate of placeholders, relative", 10.0)
     markov_lr_scale: float = _flag("learning rate of the correction, relative", 1.0)
     eval_texts: int = _flag("held-out texts that are evaluated while training", 32)
@@ -138,10 +151,17 @@ class DrafterTrainingArguments(DrafterDesign, TrainingArguments):
             reads=self.reads(),
             states_budget=self.states_budget_gb * 2**30,
             seed=self.seed,
+            num_places=self.train_places,
         )
 
     def reads(self) -> BlockReads:
         return BlockReads(prefix=self.read_prefix, later_rows=self.read_later_rows)
+
+    def autocast(self) -> Any:
+        """What a forward outside of Trainer's own loop has to run in."""
+        if not self.bf16:
+            return nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16)
 
 
 # Metrics of our evaluation, the one to go by first.
@@ -160,12 +180,12 @@ _RANGES: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
         "1 or more",
     ),
     (
-        ("train_texts", "loss_vocab_size", "draft_vocab_size"),
+        ("train_texts", "train_places", "loss_vocab_size", "draft_vocab_size"),
         lambda value: value is None or value >= 1,
         "1 or more (leave it out for all)",
     ),
     (
-        ("feature_weight", "states_budget_gb"),
+        ("feature_weight", "states_budget_gb", "bridge_texts"),
         lambda value: value >= 0,
         "0 (none) or more",
     ),
@@ -218,14 +238,30 @@ def _require_start(args: DrafterTrainingArguments) -> None:
         raise MTPError("train_only: new_places needs warm_start, a trained drafter")
 
 
+def _require_places(args: DrafterTrainingArguments) -> None:
+    if (args.train_places or 0) > args.num_speculative_tokens:
+        raise MTPError(
+            f"train_places: got {args.train_places}, but the drafter has "
+            f"{args.num_speculative_tokens} (num_speculative_tokens); write that or"
+            " less"
+        )
+
+
 def _require_own_layers(args: DrafterTrainingArguments) -> None:
-    for layers in [*args.stages, args.layers]:
-        if args.feature_weight > 0 and "own" not in layers:
-            raise MTPError(
-                f"feature_weight: got {args.feature_weight}, but the feature loss "
-                f"needs an own layer, and the layers are {layers!r}; write 0, or add "
-                "own layers"
-            )
+    if all("own" in layers for layers in [*args.stages, args.layers]):
+        return
+    if args.feature_weight > 0:
+        raise MTPError(
+            f"feature_weight: got {args.feature_weight}, but the feature loss needs an "
+            f"own layer, and the layers are {args.layers!r} (stages: {args.stages}); "
+            "write 0, or add own layers"
+        )
+    if args.own_optimizer != "as_optim":
+        raise MTPError(
+            f"own_optimizer: got {args.own_optimizer!r}, but the layers are "
+            f"{args.layers!r} (stages: {args.stages}), so there is no own layer to "
+            "train; leave it out, or add own layers"
+        )
 
 
 def _require_few_teacher_tokens(args: DrafterTrainingArguments) -> None:
@@ -258,6 +294,7 @@ _REQUIREMENTS = (
     _require_ranges,
     _require_stages,
     _require_start,
+    _require_places,
     _require_own_layers,
     _require_few_teacher_tokens,
     _require_best,

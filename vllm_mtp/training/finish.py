@@ -2,12 +2,9 @@
 """The end of a run: a folder that can be served, checked and told about."""
 
 import logging
-from contextlib import nullcontext
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
-import torch
 from datasets import Dataset
 
 from vllm_mtp.block import SERVED_READS
@@ -54,7 +51,7 @@ def finish(
         )
         return
     folder = save_drafter(learner.drafter, str(args.output_dir))
-    with _autocast(args):
+    with args.autocast():
         write_probe(folder, learner.bound, held_out)
     evaluation = evaluate_texts(
         _as_written(folder, learner), held_out, args.num_speculative_tokens
@@ -76,12 +73,6 @@ def _as_written(folder: Path, learner: Learner) -> BoundDrafter:
     model = learner.host.model
     drafter = load_drafter(folder, dtype=model.dtype, device=model.device)
     return BoundDrafter(drafter, learner.host)
-
-
-def _autocast(args: DrafterTrainingArguments) -> Any:
-    if not args.bf16:
-        return nullcontext()
-    return torch.autocast(args.device.type, torch.bfloat16)
 
 
 def _step_of(checkpoint: Path | None) -> int:

@@ -36,6 +36,7 @@ class LessonPlan:
         reads: What a row reads.
         states_budget: Bytes for keeping the target's states.
         seed: Seed of the anchors.
+        num_places: Teach only the first so many places; None for all.
     """
 
     objective: Objective = Objective()
@@ -44,6 +45,7 @@ class LessonPlan:
     reads: BlockReads = SERVED_READS
     states_budget: float = 0.0
     seed: int = 0
+    num_places: int | None = None
 
 
 class Learner(nn.Module):
@@ -122,7 +124,7 @@ class Learner(nn.Module):
 
     def teach(self, texts: Sequence[TextBlocks]) -> dict[str, torch.Tensor]:
         """The loss of given blocks; as `forward`."""
-        num_places = self.drafter.config.num_speculative_tokens
+        num_places = self.num_places
         hidden = forward_texts(self.bound, texts, num_places, self.plan.reads)
         labels = torch.cat([text.labels(num_places) for text in texts])
         # Where the first place is the target's own, there is nothing to teach.
@@ -135,11 +137,14 @@ class Learner(nn.Module):
         return {"loss": loss, **parts}
 
     @property
+    def num_places(self) -> int:
+        """Places that are taught."""
+        return self.plan.num_places or self.drafter.config.num_speculative_tokens
+
+    @property
     def learns_nothing_at_the_first_place(self) -> bool:
-        return (
-            anchors_are_exact(self.drafter.config, self.plan.reads)
-            and self.drafter.config.num_speculative_tokens > 1
-        )
+        exact = anchors_are_exact(self.drafter.config, self.plan.reads)
+        return exact and self.num_places > 1
 
     def _objective(
         self,

@@ -7,6 +7,7 @@ from dataclasses import replace
 from datetime import datetime, timezone
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from datasets import Dataset
@@ -22,6 +23,7 @@ from vllm_mtp.modeling.init import new_drafter
 from vllm_mtp.modeling.vocabulary import frequent_tokens
 from vllm_mtp.target import TargetFacts
 from vllm_mtp.training.arguments import DrafterTrainingArguments
+from vllm_mtp.training.bridges import bridged_layers, fit_bridges
 from vllm_mtp.training.candidates import Candidates, own_token_counts
 from vllm_mtp.training.finish import finish
 from vllm_mtp.training.growth import (
@@ -91,7 +93,7 @@ class TrainingRun:
             tokens = torch.tensor(self.frequent(size), device=args.device)
             candidates = Candidates(tokens, self.facts.vocab_size)
         learner = Learner(drafter, self.host, args.plan(), candidates)
-        require_trainable(drafter)
+        require_trainable(learner)
         texts = _first(self.train_rows, args.train_texts or len(self.train_rows))
         train = Texts(texts, args.max_text_tokens)
         held_out = _first(self.held_out_rows, args.eval_texts)
@@ -163,17 +165,8 @@ def train(args: DrafterTrainingArguments, target: Path) -> dict[str, float]:
 
 def _train_stage(run: TrainingRun, args: DrafterTrainingArguments) -> dict[str, float]:
     started = datetime.now(timezone.utc)
-    drafter = run.new_drafter(args)
-    if args.warm_start:
-        _warm_start(drafter, args)
-    trainer = run.trainer(drafter, args)
-    checkpoint = checkpoint_to_resume(
-        args.resume_from_checkpoint, Path(str(args.output_dir)), trainer.learner
-    )
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    metrics = trainer.evaluate()
-    trainer.log(_costs(drafter))
-    trainer.save_state()
+    fitted = fit(run, args)
+    trainer = fitted.trainer
     if trainer.is_world_process_zero():
         finish(
             trainer.learner,
@@ -182,21 +175,56 @@ def _train_stage(run: TrainingRun, args: DrafterTrainingArguments) -> dict[str, 
             _first(run.held_out_rows, args.eval_texts),
             started=started,
             steps=trainer.state.global_step,
-            checkpoint=checkpoint,
+            checkpoint=fitted.checkpoint,
         )
     # The next stage reads what the first process has written.
     trainer.accelerator.wait_for_everyone()
-    return metrics
+    return fitted.metrics
 
 
-def require_trainable(drafter: Drafter) -> None:
+def _fit_bridges(trainer: DrafterTrainer, args: DrafterTrainingArguments) -> None:
+    bound = trainer.learner.bound
+    if bridged_layers(bound.drafter):
+        texts = trainer.train_dataset
+        count = min(args.bridge_texts, len(texts))  # type: ignore[arg-type]
+        with args.autocast():
+            fit_bridges(bound, [texts[i] for i in range(count)])  # type: ignore[index]
+
+
+class Fitted(NamedTuple):
+    """A trained drafter that is not written yet."""
+
+    trainer: DrafterTrainer
+    metrics: dict[str, float]  # of the last evaluation
+    checkpoint: Path | None  # what the run went on from
+
+
+def fit(run: TrainingRun, args: DrafterTrainingArguments) -> Fitted:
+    """Train one stage, measure it on held-out text and log what it costs."""
+    drafter = run.new_drafter(args)
+    if args.warm_start:
+        _warm_start(drafter, args)
+    trainer = run.trainer(drafter, args)
+    checkpoint = checkpoint_to_resume(
+        args.resume_from_checkpoint, Path(str(args.output_dir)), trainer.learner
+    )
+    if args.bridge_texts and not (args.warm_start or checkpoint):
+        _fit_bridges(trainer, args)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    metrics = trainer.evaluate()
+    trainer.log(_costs(drafter))
+    trainer.save_state()
+    return Fitted(trainer, metrics, checkpoint)
+
+
+def require_trainable(learner: Learner) -> None:
     """Refuse a drafter without a weight to train.
 
     Raises:
         TrainingInputError: With what to add.
     """
-    config = drafter.config
-    exact_alone = config.shares_whole_target and config.num_speculative_tokens == 1
+    drafter = learner.drafter
+    exact_alone = drafter.config.shares_whole_target and learner.num_places == 1
     if exact_alone or not any(p.requires_grad for p in drafter.parameters()):
         raise TrainingInputError(
             "layers: nothing to train; shared layers without LoRA have no weights, and "

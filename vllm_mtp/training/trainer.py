@@ -18,6 +18,7 @@ from vllm_mtp.modeling.heads import pick_greedy
 from vllm_mtp.modeling.texts import TextBlocks, forward_texts
 from vllm_mtp.training.arguments import DrafterTrainingArguments
 from vllm_mtp.training.learner import Learner
+from vllm_mtp.training.optimizer import Group, JointOptimizer, muon, own_matrices
 from vllm_mtp.training.resume import write_checkpoint_config
 from vllm_mtp.training.states import TrainingInputError
 
@@ -87,24 +88,33 @@ class DrafterTrainer(Trainer):
         """Parameter groups with learning rates of their own."""
         if self.optimizer is None:
             kind, settings = self.get_optimizer_cls_and_kwargs(self.args)
-            self.optimizer = kind(self._groups(self.learner), **settings)
+            weights = [
+                (name.removeprefix("drafter."), weight)
+                for name, weight in self.learner.named_parameters()
+                if weight.requires_grad
+            ]
+            matrices = (
+                own_matrices(self.learner) if self.args.own_optimizer == "muon" else ()
+            )
+            rest = self._groups((n, w) for n, w in weights if w not in matrices)
+            self.optimizer = kind(rest, **settings)
+            if matrices:
+                chosen = self._groups((n, w) for n, w in weights if w in matrices)
+                self.optimizer = JointOptimizer([muon(chosen), self.optimizer])
         return self.optimizer
 
-    def _groups(self, model: nn.Module) -> list[dict[str, Any]]:
+    def _groups(self, weights: Iterable[tuple[str, nn.Parameter]]) -> list[Group]:
         scales = {
             "placeholders": self.args.placeholder_lr_scale,
             "markov": self.args.markov_lr_scale,
         }
         groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-        for name, parameter in model.named_parameters():
-            if not parameter.requires_grad:
-                continue
-            part = name.removeprefix("drafter.")
-            scale = scales.get(part.partition(".")[0], 1.0)
+        for name, weight in weights:
+            scale = scales.get(name.partition(".")[0], 1.0)
             # Vectors and placeholders are not matrices to keep small.
-            matrix = parameter.ndim > 1 and not part.startswith("placeholders")
+            matrix = weight.ndim > 1 and not name.startswith("placeholders")
             decay = self.args.weight_decay if matrix else 0.0
-            groups.setdefault((scale, decay), []).append(parameter)
+            groups.setdefault((scale, decay), []).append(weight)
         return [
             {"params": p, "lr": self.args.learning_rate * scale, "weight_decay": decay}
             for (scale, decay), p in groups.items()
