@@ -55,8 +55,7 @@ def engine(
     llm = LLM(
         str(target), speculative_config=spec and dict(spec), **SETTINGS | settings
     )
-    if ON_V2:
-        assert hasattr(runner_of(llm), "speculator"), "not the V2 runner"
+    assert hasattr(runner_of(llm), "speculator") == ON_V2, "not the runner asked for"
     try:
         yield llm
     finally:
