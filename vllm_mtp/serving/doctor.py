@@ -124,7 +124,7 @@ def _runner() -> Finding:
 
 def _release() -> versions.Release | None:
     found = versions.installed()
-    return found and found.release
+    return None if found is None else found.release
 
 
 def _hook(patch: ledger.Patch) -> Finding:
