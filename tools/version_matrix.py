@@ -71,7 +71,10 @@ def claimed(release: Release) -> list[str]:
 def run(release: Release, runner: str, cache: Path) -> Result:
     """The tests of one release on one runner; their output goes to a log."""
     start = time.monotonic()
-    folders = [] if is_installed(release) else [ensure(release, cache)]
+    try:
+        folders = [] if is_installed(release) else [ensure(release, cache)]
+    except subprocess.CalledProcessError:  # pip has said why
+        return Result(release.version, runner, False, "not downloaded", 0.0)
     cache.mkdir(parents=True, exist_ok=True)
     selection = f"{SOURCES} or {DRAFTERS[runner]}"
     log = cache / f"{release.version}-{runner}.log"

@@ -25,8 +25,8 @@ from vllm_mtp.serving.versions import Release
 
 PACKAGE = Path(ledger.__file__).parents[1]
 USERS = (*sorted((PACKAGE / "serving").glob("*.py")), PACKAGE / "demo" / "run.py")
-# Modules that are imported only where a ledger entry applies.
-NEEDED_BY = {"v1.py": "v1-proposer", "v2.py": "v2-speculator"}
+# Modules (v2.py, v2_*.py) that are imported only where a ledger entry applies.
+NEEDED_BY = {"v1": "v1-proposer", "v2": "v2-speculator"}
 
 
 def constant(file: str, name: str) -> tuple[str, ...]:
@@ -150,7 +150,7 @@ def problems(tree: SourceTree, release: Release) -> list[str]:
         if patch.name in release.hooks:
             found += _patch_problems(tree, patch)
     for user in USERS:
-        needed_by = NEEDED_BY.get(user.name)
+        needed_by = NEEDED_BY.get(user.stem.partition("_")[0])
         if needed_by is None or needed_by in release.hooks:
             found += OurModule(user, tree).problems()
     found += _attribute_problems(tree, release)

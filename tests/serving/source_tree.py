@@ -148,7 +148,11 @@ class SourceTree:
     def _imported(self, module: str, node: ast.ImportFrom, name: str) -> Found | None:
         source = self._absolute(module, node)
         for alias in node.names:
-            if name == (alias.asname or alias.name) and source != module:
+            if source == module:
+                continue
+            if alias.name == "*":
+                return self._in_module(source, name)
+            if name == (alias.asname or alias.name):
                 return self._in_module(source, alias.name)
         return None
 
@@ -188,6 +192,8 @@ class SourceTree:
             for node in _statements(owner.node.body):
                 names |= _bound_names(node)
             names |= _assigned_to_self(owner.node)
+            if any(ast.unparse(base).endswith("Enum") for base in owner.node.bases):
+                names |= {"name", "value"}
         return names
 
     def constructor(self, found: Found) -> Signature | None:

@@ -77,9 +77,9 @@ def test_a_release_is_downloaded_once(
     assert vllm_sources.ensure(CPU, cache) == folder
 
 
-def test_a_release_that_cannot_be_had_leaves_nothing(cache: Path) -> None:
-    with pytest.raises(subprocess.CalledProcessError):
-        vllm_sources.ensure(replace(CPU, version="7.7.7"), cache)
+def test_a_release_that_cannot_be_had_is_a_failure(cache: Path) -> None:
+    result = version_matrix.run(replace(CPU, version="7.7.7"), "V1", cache)
+    assert (result.passed, result.summary) == (False, "not downloaded")
     assert os.listdir(cache) == []
 
 
