@@ -109,7 +109,6 @@ _NO_SAMPLER = Runner(
 )
 TABLE = (
     Release("0.28.0", _WORKS, _ONLY_V1, Files.CPU_WHEEL, _V1_HOOKS),
-    Release("0.29.0", _WORKS, _ONLY_V1, Files.CPU_WHEEL, _V1_HOOKS),
     Release("0.30.0", _NO_SAMPLER, _ONLY_V1, Files.CPU_WHEEL, _V1_HOOKS),
     Release("0.31.0", _WORKS, _WORKS, Files.CPU_WHEEL, _ALL_HOOKS),
     Release("0.32.0", _WORKS, _WORKS, Files.CPU_WHEEL, _ALL_HOOKS),
