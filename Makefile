@@ -2,7 +2,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo train-demo test lint format clean
+.PHONY: help setup demo train-demo test test-versions lint format clean
 
 PYTHON ?= python3
 METADATA := requirements/vllm-metadata
@@ -31,6 +31,9 @@ train-demo: $(READY) ## Generate, train, check and measure a drafter in .train-d
 test: lint ## Run the lint, then the tests
 	@$(BIN)/python -m pytest -q
 
+test-versions: $(READY) ## Test with every vLLM that is said to work (downloads them once)
+	@$(BIN)/python -m tools.version_matrix --cache .vllm-versions
+
 lint: $(READY) ## Check style, format and types
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/ruff format --check --quiet . || \
@@ -42,7 +45,7 @@ format: $(READY) ## Fix what the linter can fix, and format
 	@$(BIN)/ruff format --quiet .
 
 clean: ## Remove .venv, caches and build outputs
-	@rm -rf $(VENV) .train-demo build dist *.egg-info $(METADATA)/build \
+	@rm -rf $(VENV) .train-demo .vllm-versions build dist *.egg-info $(METADATA)/build \
 		$(METADATA)/*.egg-info .mypy_cache .pytest_cache .ruff_cache \
 		.hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -31,5 +31,9 @@ class MethodConfigError(MTPError):
     """The user's ``speculative_config`` for our method is wrong."""
 
 
+class UnsupportedVLLMError(MTPError):
+    """The vLLM that is installed is too old, or known not to run the method."""
+
+
 class DataError(MTPError):
     """Prompts cannot be read, or a folder of answers is not what was asked for."""

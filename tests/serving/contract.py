@@ -1,0 +1,386 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What our code needs of vLLM, checked against vLLM's sources without running them.
+
+Most of it is read from our own modules: what they import, which attributes and methods
+of vLLM's classes they use, how they call and override. The rest cannot be seen there,
+and is listed below.
+"""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+from packaging.version import Version
+
+from tests.serving.source_tree import (
+    Calls,
+    Found,
+    Function,
+    Signature,
+    SourceTree,
+    signature,
+)
+from vllm_mtp.serving import ledger
+from vllm_mtp.serving.versions import Release
+
+PACKAGE = Path(ledger.__file__).parents[1]
+USERS = (*sorted((PACKAGE / "serving").glob("*.py")), PACKAGE / "demo" / "run.py")
+# Modules (v2.py, v2_*.py) that are imported only where a ledger entry applies.
+NEEDED_BY = {"v1": "v1-proposer", "v2": "v2-speculator"}
+
+
+def constant(file: str, name: str) -> tuple[str, ...]:
+    """A constant of a serving module, read without importing vLLM."""
+    for node in ast.parse((PACKAGE / "serving" / file).read_text("utf-8")).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == name:
+            return tuple(ast.literal_eval(node.value))
+    raise LookupError(f"{file} has no constant {name}")
+
+
+# Attributes that our code reads where no annotation tells the class.
+ATTRIBUTES: dict[str, tuple[str, ...]] = {
+    "vllm.config:ModelConfig": (
+        *("dtype", "hf_config", "max_model_len", "model", "uses_mrope"),
+    ),
+    "vllm.config:ParallelConfig": constant("config.py", "_PARALLEL_SIZES"),
+    "vllm.config:SpeculativeConfig": constant("config.py", "ALLOWED_KEYS"),
+    "vllm.engine.arg_utils:EngineArgs": (
+        *constant("config.py", "_REFUSED_SETTINGS"),
+        *("speculative_config", "spec_method", "spec_model", "spec_tokens"),
+    ),
+    "vllm.model_executor.layers.attention:Attention": (
+        *("layer_name", "num_heads", "num_kv_heads", "head_size"),
+        "kv_sharing_target_layer_name",
+    ),
+    "vllm.model_executor.layers.logits_processor:LogitsProcessor": (
+        *("scale", "soft_cap", "head_dtype"),
+    ),
+    # Set by us and read by the base class.
+    "vllm.v1.spec_decode.draft_model:DraftModelProposer": (
+        *("_draft_attn_layer_names", "_last_draft_probs"),
+    ),
+    "vllm.v1.kv_cache_interface:KVCacheGroupSpec": ("layer_names", "kv_cache_spec"),
+    "vllm.v1.kv_cache_interface:KVCacheSpec": ("block_size",),
+}
+V2_ATTRIBUTES: dict[str, tuple[str, ...]] = {
+    "vllm.v1.worker.gpu.input_batch:InputBuffers": (
+        *("positions", "query_start_loc", "seq_lens", "max_num_tokens"),
+    ),
+}
+# Settings that older releases do not know: there is nothing to refuse.
+SINCE = {"watermark_config": Version("0.31.0")}
+# Calls through objects whose class no annotation tells, and the runner's call of the
+# constructor that we inherit: (symbol, positional arguments, keywords).
+CALLS: tuple[tuple[str, int, tuple[str, ...]], ...] = (
+    ("vllm.model_executor.layers.attention:Attention.forward", 3, ()),
+    ("vllm.model_executor.models.llama:LlamaForCausalLM.embed_input_ids", 1, ()),
+    ("vllm.model_executor.models.llama:LlamaForCausalLM.compute_logits", 1, ()),
+    (
+        "vllm.model_executor.models.llama:LlamaDecoderLayer.forward",
+        0,
+        ("positions", "hidden_states", "residual"),
+    ),
+    (
+        "vllm.model_executor.models.qwen3:Qwen3DecoderLayer.forward",
+        0,
+        ("positions", "hidden_states", "residual"),
+    ),
+    (
+        "vllm.v1.spec_decode.draft_model:DraftModelProposer.__init__",
+        0,
+        ("vllm_config", "device", "runner"),
+    ),
+)
+V2_CALLS = (
+    (
+        "vllm.v1.worker.gpu.block_table:BlockTables.compute_slot_mappings",
+        4,
+        ("out",),
+    ),
+)
+# (function, call, call): the second comes after the first; or one call, named twice.
+ORDER: tuple[tuple[str, str, str], ...] = (
+    # The plugin is there before the user's settings are read.
+    (
+        "vllm.engine.arg_utils:EngineArgs.__post_init__",
+        *("load_general_plugins", "load_general_plugins"),
+    ),
+    (
+        "vllm.engine.arg_utils:EngineArgs.create_engine_config",
+        *("create_speculative_config", "create_speculative_config"),
+    ),
+    # The runner asks the config before it builds a drafter: then we patch.
+    (
+        "vllm.v1.worker.gpu_model_runner:GPUModelRunner.__init__",
+        *("uses_draft_model", "DraftModelProposer"),
+    ),
+    # Scratch slots are reserved for this family of methods.
+    (
+        "vllm.config:VllmConfig.num_lookahead_tokens",
+        *("uses_draft_model", "uses_draft_model"),
+    ),
+)
+V2_ORDER = (
+    (
+        "vllm.v1.worker.gpu.model_runner:GPUModelRunner.__init__",
+        *("use_dspark", "init_speculator"),
+    ),
+)
+# (function, what it must say, the ledger entry that is about it).
+TEXTS: tuple[tuple[str, str, str], ...] = (
+    # The family "ngram" takes the target's configs for the draft's.
+    (
+        "vllm.config:SpeculativeConfig.__post_init__",
+        "self.draft_model_config = self.target_model_config",
+        "config",
+    ),
+    # The fault that is repaired: without it, the entry does not apply any more.
+    (
+        "vllm.utils.cpu_triton_utils:_expand_kernel_impl",
+        "_ensure_int64(output)",
+        "cpu-expand",
+    ),
+)
+
+
+def problems(tree: SourceTree, release: Release) -> list[str]:
+    """Everything that our code needs and this vLLM does not have."""
+    found: list[str] = []
+    for patch in ledger.PATCHES:
+        if patch.name in release.hooks:
+            found += _patch_problems(tree, patch)
+    for user in USERS:
+        needed_by = NEEDED_BY.get(user.stem.partition("_")[0])
+        if needed_by is None or needed_by in release.hooks:
+            found += OurModule(user, tree).problems()
+    found += _attribute_problems(tree, release)
+    found += _call_and_order_problems(tree, _has_v2(release))
+    found += _text_problems(tree, release)
+    found += _v2_problems(tree, release)
+    return sorted(set(found))
+
+
+def _has_v2(release: Release) -> bool:
+    return "v2-speculator" in release.hooks
+
+
+def _patch_problems(tree: SourceTree, patch: ledger.Patch) -> Iterator[str]:
+    if patch.symbol.endswith(".__new__"):  # inherited from object
+        owner = tree.find(patch.symbol.removesuffix(".__new__"))
+        if owner is None or tree.member(owner, "__new__"):
+            yield f"{patch.symbol}: the class is gone, or has a __new__ of its own"
+        return
+    found = tree.find(patch.symbol)
+    if found is None or not isinstance(found.node, Function):
+        yield f"{patch.symbol}: no such function"
+        return
+    if gone := set(patch.parameters) - set(signature(found.node).names):
+        yield f"{patch.symbol}: takes no {', '.join(sorted(gone))}"
+    for alias in patch.aliases:
+        attribute = patch.symbol.rpartition(":")[2]
+        if tree.find(f"{alias}:{attribute}") != found:
+            yield f"{alias}: does not import {attribute}"
+
+
+def _attribute_problems(tree: SourceTree, release: Release) -> Iterator[str]:
+    number = Version(release.version)
+    expected = ATTRIBUTES | (V2_ATTRIBUTES if _has_v2(release) else {})
+    for symbol, names in expected.items():
+        owner = tree.find(symbol)
+        there = set() if owner is None else tree.attributes(owner)
+        for name in names:
+            if name not in there and number >= SINCE.get(name, number):
+                yield f"{symbol}: has no {name}"
+
+
+def _call_and_order_problems(tree: SourceTree, has_v2: bool) -> Iterator[str]:
+    for symbol, count, keywords in CALLS + (V2_CALLS if has_v2 else ()):
+        call = ast.Call(
+            func=ast.Name(symbol),
+            args=[ast.Name("x")] * count,
+            keywords=[ast.keyword(name, ast.Name("x")) for name in keywords],
+        )
+        yield from _call_problems(tree, symbol, call)
+    for symbol, first, second in ORDER + (V2_ORDER if has_v2 else ()):
+        found = tree.find(symbol)
+        if found is None or not Calls(found.node).in_order(first, second):
+            yield f"{symbol}: does not call {first}, then {second}"
+
+
+def _text_problems(tree: SourceTree, release: Release) -> Iterator[str]:
+    for symbol, text, hook in TEXTS:
+        found = tree.find(symbol)
+        says = found is not None and text in ast.unparse(found.node)
+        if hook in release.hooks and not says:
+            yield f"{symbol}: does not say {text!r} (see the hook {hook})"
+
+
+def _v2_problems(tree: SourceTree, release: Release) -> Iterator[str]:
+    """Whether V2 takes methods of our family in just the releases of the table."""
+    symbol = ledger.V2_SPECULATOR.symbol
+    found = tree.find(symbol)
+    takes = found is not None and "uses_draft_model" in Calls(found.node).lines
+    if takes != _has_v2(release):
+        yield f"{symbol}: takes draft models: {takes}; the table says otherwise"
+
+
+def _call_problems(tree: SourceTree, symbol: str, call: ast.Call) -> Iterator[str]:
+    found = tree.find(symbol)
+    if found is None:
+        yield f"{symbol}: not there"
+        return
+    takes = _signature_of(tree, found, bound="." in symbol.partition(":")[2])
+    if takes and (problem := takes.problem_with_call(call)):
+        yield f"{symbol}: {problem}"
+
+
+def _signature_of(tree: SourceTree, found: Found, *, bound: bool) -> Signature | None:
+    if isinstance(found.node, ast.ClassDef):
+        return tree.constructor(found)
+    if isinstance(found.node, Function):
+        static = any(
+            "staticmethod" in ast.unparse(d) for d in found.node.decorator_list
+        )
+        return signature(found.node, bound=bound and not static)
+    return None
+
+
+class OurModule:
+    """One of our modules, and vLLM as it sees it."""
+
+    def __init__(self, path: Path, tree: SourceTree) -> None:
+        self._name = path.name
+        self._code = ast.parse(path.read_text("utf-8"))
+        self._tree = tree
+        # Local name: vLLM's symbol.
+        self.imports = {
+            alias.asname or alias.name: f"{node.module}:{alias.name}"
+            for node in ast.walk(self._code)
+            if isinstance(node, ast.ImportFrom)
+            and (node.module or "").partition(".")[0] == "vllm"
+            for alias in node.names
+        }
+
+    def problems(self) -> list[str]:
+        """What the module needs and this vLLM does not have."""
+        found = [
+            f"{symbol}: not there"
+            for symbol in self.imports.values()
+            if self._tree.find(symbol) is None
+        ]
+        for node in ast.walk(self._code):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+                found += self._call(node.func.id, node)
+            elif isinstance(node, Function):
+                found += self._annotated(node)
+            elif isinstance(node, ast.ClassDef):
+                found += self._derived(node)
+        return [f"{self._name}: {problem}" for problem in found]
+
+    def _call(self, name: str, call: ast.Call) -> Iterator[str]:
+        if symbol := self.imports.get(name):
+            yield from _call_problems(self._tree, symbol, call)
+
+    def _annotated(self, function: Function) -> Iterator[str]:
+        """Attributes of parameters whose class is named."""
+        for argument in (*function.args.args, *function.args.kwonlyargs):
+            name = argument.annotation and ast.unparse(argument.annotation)
+            symbol = self.imports.get(name or "")
+            owner = symbol and self._tree.find(symbol)
+            if not owner or not isinstance(owner.node, ast.ClassDef):
+                continue
+            there = self._tree.attributes(owner)
+            used = _uses_of(argument.arg, function) - {"replace"}
+            for name in sorted((used | _replaced(argument.arg, function)) - there):
+                yield f"{symbol}: has no {name}"
+
+    def _derived(self, ours: ast.ClassDef) -> Iterator[str]:
+        """A class of ours that derives from one of vLLM's."""
+        for base in ours.bases:
+            symbol = self.imports.get(ast.unparse(base))
+            owner = symbol and self._tree.find(symbol)
+            if owner:
+                yield from self._inherited(ours, symbol or "", owner)
+                yield from self._overridden(ours, symbol or "", owner)
+
+    def _inherited(self, ours: ast.ClassDef, symbol: str, base: Found) -> Iterator[str]:
+        """What we use of the base class, and do not define ourselves."""
+        there = self._tree.attributes(base)
+        own = _defined(ours)
+        for name in sorted(_uses_of("self", ours) - own - there):
+            yield f"{symbol}: has no {name}"
+        for node in ast.walk(ours):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+                receiver, method = ast.unparse(node.func.value), node.func.attr
+                inherited = receiver == "self" and method in there - own
+                if inherited or receiver == "super()":
+                    yield from _call_problems(self._tree, f"{symbol}.{method}", node)
+
+    def _overridden(
+        self, ours: ast.ClassDef, symbol: str, base: Found
+    ) -> Iterator[str]:
+        for node in ours.body:
+            if not isinstance(node, Function) or node.name == "__init__":
+                continue
+            name = f"{symbol}.{node.name}"
+            theirs = self._tree.member(base, node.name)
+            if theirs is not None and isinstance(theirs.node, Function):
+                yield from _override_problems(name, node, theirs.node)
+            elif theirs is None and not node.name.startswith("_"):
+                yield f"{symbol}: has no {node.name} to override"
+
+
+def _defined(ours: ast.ClassDef) -> set[str]:
+    """Methods, annotated names, and private attributes that the class sets.
+
+    A public attribute that it sets is one of the base class, which reads it.
+    """
+    names = {node.name for node in ours.body if isinstance(node, Function)}
+    for node in ours.body:
+        if isinstance(node, ast.AnnAssign):
+            names.add(ast.unparse(node.target))
+    return names | {name for name in _stored(ours) if name.startswith("_")}
+
+
+def _override_problems(symbol: str, ours: Function, theirs: Function) -> Iterator[str]:
+    """Whether our method takes what vLLM gives to its own."""
+    mine, base = signature(ours, bound=True), signature(theirs, bound=True)
+    common = min(len(mine.positional), len(base.positional))
+    if mine.positional[:common] != base.positional[:common]:
+        yield f"{symbol}: its parameters are {', '.join(base.positional)}"
+    if not mine.takes_more_keywords and (new := set(base.names) - set(mine.names)):
+        yield f"{symbol}: is called with {', '.join(sorted(new))}"
+    if gone := mine.required - set(base.names):
+        yield f"{symbol}: is not called with {', '.join(sorted(gone))}"
+
+
+def _uses_of(name: str, node: ast.AST) -> set[str]:
+    """Attributes read from a name."""
+    return {
+        part.attr
+        for part in ast.walk(node)
+        if isinstance(part, ast.Attribute)
+        and isinstance(part.value, ast.Name)
+        and part.value.id == name
+    }
+
+
+def _replaced(name: str, node: ast.AST) -> set[str]:
+    """Fields that ``name.replace(field=...)`` sets."""
+    return {
+        keyword.arg
+        for part in ast.walk(node)
+        if isinstance(part, ast.Call) and ast.unparse(part.func) == f"{name}.replace"
+        for keyword in part.keywords
+        if keyword.arg
+    }
+
+
+def _stored(node: ast.ClassDef) -> set[str]:
+    return {
+        part.attr
+        for part in ast.walk(node)
+        if isinstance(part, ast.Attribute)
+        and isinstance(part.ctx, ast.Store)
+        and ast.unparse(part.value) == "self"
+    }

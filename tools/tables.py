@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Write the tables that pages make from the package's data.
+
+The patches in docs/patches.md come from the ledger, the vLLM releases in README.md
+from `vllm_mtp.serving.versions`.
+
+python tools/tables.py            write them
+python tools/tables.py --check    only say whether they are up to date
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from vllm_mtp.serving.ledger import PATCHES, Patch
+from vllm_mtp.serving.versions import TABLE, Release, Runner, Status
+
+ROOT = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A table of a page, between ``<!-- generated: NAME -->`` and its end."""
+
+    name: str
+    page: Path
+    make: Callable[[], str]
+
+    def renewed(self, text: str) -> str:
+        """``text`` with the table made anew."""
+        start, end = f"<!-- generated: {self.name} -->\n", f"<!-- end: {self.name} -->"
+        before, found_start, rest = text.partition(start)
+        _, found_end, after = rest.partition(end)
+        if not (found_start and found_end):
+            raise SystemExit(f"{self.page}: no markers {start.strip()} and {end}")
+        return f"{before}{start}\n{self.make()}\n\n{end}{after}"
+
+
+def main() -> int:
+    """Run from the command line; returns the exit code."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    check, stale = parser.parse_args().check, 0
+    for part in PARTS:
+        text = part.page.read_text("utf-8")
+        wanted = part.renewed(text)
+        if check and text != wanted:
+            print(f"stale: {part.page}; run python {__file__}", file=sys.stderr)
+            stale = 1
+        elif not check:
+            part.page.write_text(wanted, "utf-8")
+    return stale
+
+
+def patches() -> str:
+    """One row per patch, in the ledger's order."""
+    head = ("Patch", "Symbol", "What", "Why", "In vLLM", "Goes when")
+    return _table(head, map(_patch_row, PATCHES))
+
+
+def _patch_row(patch: Patch) -> tuple[str, ...]:
+    symbol = f"`{patch.symbol}`"
+    if patch.aliases:
+        symbol += f", also as imported by {', '.join(f'`{a}`' for a in patch.aliases)}"
+    name = f"{patch.name} (CPU only)" if patch.cpu_only else patch.name
+    return (name, symbol, patch.what, patch.why, patch.seen, patch.remove_when)
+
+
+def releases() -> str:
+    """One row per release of vLLM, the newest first."""
+    head = ("vLLM", "V1 runner", "V2 runner", "Tested with")
+    return _table(head, map(_release_row, reversed(TABLE)))
+
+
+def _release_row(release: Release) -> tuple[str, ...]:
+    files = release.files.value if release.is_tested else "-"
+    return (release.version, _claim(release.v1), _claim(release.v2), files)
+
+
+def _claim(runner: Runner) -> str:
+    if runner.status is Status.TESTED:
+        return "works"
+    return f"{runner.status.value}: {runner.reason}"
+
+
+def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+    lines = [head, ("---",) * len(head), *rows]
+    cells = ([cell.replace("|", "\\|") for cell in line] for line in lines)
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
+
+
+PARTS = (
+    Part("patches", ROOT / "docs" / "patches.md", patches),
+    Part("releases", ROOT / "README.md", releases),
+)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
