@@ -5,18 +5,23 @@ from pathlib import Path
 
 import torch
 from vllm.config import VllmConfig
+from vllm.distributed import (
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+)
 from vllm.v1.kv_cache_interface import KVCacheConfig
 
 from vllm_mtp.checkpoint import load_drafter
 from vllm_mtp.errors import UnsupportedTargetError
 from vllm_mtp.modeling.drafter import BoundDrafter
+from vllm_mtp.modeling.sharding import Rank, part_of
 from vllm_mtp.serving.host import VllmTarget
 
 
 def load_bound_drafter(
     target_model: torch.nn.Module, vllm_config: VllmConfig, device: torch.device
 ) -> tuple[BoundDrafter, VllmTarget]:
-    """The drafter that the config names, on the target.
+    """This rank's part of the drafter that the config names, on the target.
 
     Args:
         target_model: vLLM's loaded target.
@@ -31,7 +36,12 @@ def load_bound_drafter(
     assert spec_config.model is not None
     dtype = vllm_config.model_config.dtype
     assert isinstance(dtype, torch.dtype), "vLLM resolved it before"
-    drafter = load_drafter(Path(spec_config.model), dtype=dtype, device=device)
+    rank = Rank(
+        get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
+    )
+    # Cut before it is moved: the device never holds more than the rank's part.
+    whole = load_drafter(Path(spec_config.model), dtype=dtype)
+    drafter = part_of(whole, rank).to(device)
     config = drafter.config
     host = VllmTarget(target_model, vllm_config, config.target, config.bound_layers)
     return BoundDrafter(drafter, host), host
