@@ -17,7 +17,9 @@ from vllm_mtp.modeling.init import new_drafter
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(1500)]
 
-PROMPTS = [[(37 * i + 11 * n) % 512 for i in range(n)] for n in (70, 33, 5, 48)]
+# None leaves a single token behind a prefix-cache hit: vLLM pads such a request with
+# drafts that nobody made, and counts them.
+PROMPTS = [[(37 * i + 11 * n) % 512 for i in range(n)] for n in (70, 40, 5, 48)]
 # Ranks wait for each other some twenty times per token, each time for the slowest.
 MAX_TOKENS = 12
 
@@ -55,14 +57,20 @@ def part_of_rank(runner: Any) -> Part:
     )
 
 
+class Runs(NamedTuple):
+    """The same requests twice."""
+
+    greedy: Run
+    sampled: Run
+
+
 class Sides(NamedTuple):
     """The same requests with one drafter, in one process and in two ranks."""
 
     case: str
     plain: Run  # two ranks, without the method
-    one: Run
-    two: Run
-    sampled: Run  # two ranks
+    one: Runs
+    two: Runs
     parts: list[Part]
 
 
@@ -73,6 +81,15 @@ def one_kv_head(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     target = make_tiny_llama(root / "target", num_key_value_heads=1)
     return target, save_drafter(
         new_drafter(target, "own:all", 1, PLAIN), root / "drafter"
+    )
+
+
+def answer(llm: LLM) -> Runs:
+    # Triton's interpreter cannot sample (v2_cases.py).
+    temperature = 0.0 if ON_V2 else 1.0
+    return Runs(
+        generate(llm, PROMPTS, MAX_TOKENS),
+        generate(llm, PROMPTS, MAX_TOKENS, temperature=temperature),
     )
 
 
@@ -92,39 +109,37 @@ def sides(
     else:
         target, folder = tiny_targets["llama"], tiny_drafter("llama", case)
     spec = {"method": "mtp_placeholder", "model": str(folder)}
-    if not ON_V2:  # Triton's interpreter cannot sample drafts (v2_cases.py)
+    if not ON_V2:
         spec["draft_sample_method"] = "probabilistic"
     if target not in plain_runs:
         with two_ranks(target, None) as llm:
             plain_runs[target] = generate(llm, PROMPTS, MAX_TOKENS)
     with engine(target, spec) as llm:
-        one = generate(llm, PROMPTS, MAX_TOKENS)
+        one = answer(llm)
     with two_ranks(target, spec) as llm:
-        two = generate(llm, PROMPTS, MAX_TOKENS)
-        sampled = generate(llm, PROMPTS, MAX_TOKENS, temperature=1.0)
+        two = answer(llm)
         parts = of_each_runner(llm, part_of_rank)
-    return Sides(case, plain_runs[target], one, two, sampled, parts)
+    return Sides(case, plain_runs[target], one, two, parts)
 
 
 def test_outputs_are_those_of_two_ranks_without_the_method(sides: Sides) -> None:
-    assert sides.two.token_ids == sides.plain.token_ids
+    assert sides.two.greedy.token_ids == sides.plain.token_ids
 
 
 def test_two_ranks_draft_and_accept_what_one_process_does(sides: Sides) -> None:
-    assert sides.two.counts == sides.one.counts
-    assert sides.two.counts.accepted_tokens > 0
-    if sides.case in EXACT:
-        assert sides.two.counts.acceptance_rate == 1.0
+    for one, two in zip(sides.one, sides.two, strict=True):
+        assert two.token_ids == one.token_ids
+        assert two.counts == one.counts
+        assert two.counts.drafts > 0
+        if sides.case in EXACT:
+            assert two.counts.acceptance_rate == 1.0
+    assert sides.two.greedy.counts.accepted_tokens > 0
 
 
-def test_sampled_drafts_are_the_same_on_both_ranks(sides: Sides) -> None:
+def test_both_ranks_draft_the_same_tokens(sides: Sides) -> None:
     first, second = (part.drafts for part in sides.parts)
     assert first == second
-    assert len(first) > 0
-    assert all(len(ids) == MAX_TOKENS for ids in sides.sampled.token_ids)
-    if sides.case in EXACT and not ON_V2:
-        # Drawn from the target's distribution, so nothing may be rejected.
-        assert sides.sampled.counts.acceptance_rate == 1.0
+    assert len(first) == len(PROMPTS) or ON_V2  # there it is a buffer
 
 
 def test_each_rank_holds_its_part_of_the_weights(sides: Sides) -> None:

@@ -19,15 +19,7 @@ HERE = Path(__file__).parent
 
 
 @pytest.mark.timeout(1500)
-@pytest.mark.parametrize(
-    "name",
-    [
-        "test_exact.py",
-        "test_parity.py",
-        "v2_cases.py",
-        pytest.param("test_tensor_parallel.py", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.parametrize("name", ["test_exact.py", "test_parity.py", "v2_cases.py"])
 def test_the_same_tests_pass_on_v2(name: str) -> None:
     path = [str(HERE / "triton_interpreter"), os.environ.get("PYTHONPATH", "")]
     done = subprocess.run(
