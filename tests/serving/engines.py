@@ -110,15 +110,15 @@ def _counters(llm: LLM) -> tuple[AcceptanceCounts, int, int]:
     )
 
 
-def of_each_runner(llm: LLM, question: Callable[[Any], Any]) -> list[Any]:
-    """Ask the model runner of every rank, also in other processes."""
-    return llm.collective_rpc(lambda worker: question(worker.model_runner))
-
-
 def runner_of(llm: LLM) -> Any:
     """The model runner inside an in-process engine."""
     core = llm.llm_engine.engine_core.engine_core
     return core.model_executor.driver_worker.worker.model_runner
+
+
+def of_each_runner(llm: LLM, question: Callable[[Any], Any]) -> list[Any]:
+    """Ask the model runner of every rank, also in other processes."""
+    return llm.collective_rpc(lambda worker: question(worker.model_runner))
 
 
 def bound_drafter_of(llm: LLM) -> Any:

@@ -30,9 +30,17 @@ from vllm.model_executor.models.utils import extract_layer_index
 
 from vllm_mtp.errors import UnsupportedTargetError
 from vllm_mtp.modeling.hosts import Stream
+from vllm_mtp.modeling.sharding import Rank
 from vllm_mtp.target import TargetFacts
 
 _LAYER_PARAMETERS = ("positions", "hidden_states", "residual")
+
+
+def this_rank() -> Rank:
+    """This process among those that share the target's layers."""
+    return Rank(
+        get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
+    )
 
 
 class VllmTarget:
@@ -213,13 +221,10 @@ def _rows_of_all_ranks(head: Any, token_ids: torch.Tensor) -> torch.Tensor:
 
 def _share_of_this_rank(rows: torch.Tensor) -> torch.Tensor:
     """An equal share of all rows; zeros fill the last one up."""
-    rank, num_ranks = (
-        get_tensor_model_parallel_rank(),
-        get_tensor_model_parallel_world_size(),
-    )
-    size = -(-len(rows) // num_ranks)
-    missing = size * num_ranks - len(rows)
-    return nn.functional.pad(rows, (0, 0, 0, missing))[rank * size :][:size].clone()
+    rank = this_rank()
+    share = -(-len(rows) // rank.size)
+    rows = nn.functional.pad(rows, (0, 0, 0, share * rank.size - len(rows)))
+    return rows[rank.index * share :][:share].clone()
 
 
 def _has_bias(head: Any) -> bool:

@@ -5,17 +5,13 @@ from pathlib import Path
 
 import torch
 from vllm.config import VllmConfig
-from vllm.distributed import (
-    get_tensor_model_parallel_rank,
-    get_tensor_model_parallel_world_size,
-)
 from vllm.v1.kv_cache_interface import KVCacheConfig
 
 from vllm_mtp.checkpoint import load_drafter
 from vllm_mtp.errors import UnsupportedTargetError
 from vllm_mtp.modeling.drafter import BoundDrafter
-from vllm_mtp.modeling.sharding import Rank, part_of
-from vllm_mtp.serving.host import VllmTarget
+from vllm_mtp.modeling.sharding import part_of
+from vllm_mtp.serving.host import VllmTarget, this_rank
 
 
 def load_bound_drafter(
@@ -36,12 +32,9 @@ def load_bound_drafter(
     assert spec_config.model is not None
     dtype = vllm_config.model_config.dtype
     assert isinstance(dtype, torch.dtype), "vLLM resolved it before"
-    rank = Rank(
-        get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
-    )
     # Cut before it is moved: the device never holds more than the rank's part.
     whole = load_drafter(Path(spec_config.model), dtype=dtype)
-    drafter = part_of(whole, rank).to(device)
+    drafter = part_of(whole, this_rank()).to(device)
     config = drafter.config
     host = VllmTarget(target_model, vllm_config, config.target, config.bound_layers)
     return BoundDrafter(drafter, host), host
