@@ -11,11 +11,13 @@ from checkpoints_spec.goldens import fill_weights, fixed_values
 from tests.test_target import FACTS
 from vllm_mtp.config import LoRAConfig
 from vllm_mtp.errors import UnsupportedTargetError
+from vllm_mtp.modeling.hosts import OneRank
 from vllm_mtp.modeling.lora import LowRankPair, RowGate, linear_sizes, with_lora
 
 CONFIG = LoRAConfig(rank=3, alpha=6.0, modules=("q_proj",))
 QUERIES, KEYS, MLP = 128, 64, 96
 GATE = torch.tensor([[0.0], [1.0], [1.0]])
+HOST = OneRank()
 
 
 class MergedLinear(nn.Linear):
@@ -61,7 +63,8 @@ def test_merged_modules_change_in_their_slices(
 ) -> None:
     layer, gate = MergedLayer(), RowGate()
     pairs = {name: _pair(name) for name in names}
-    changed = with_lora(layer, pairs.items(), FACTS, gate).get_submodule(path)  # type: ignore[arg-type]
+    changed = with_lora(layer, pairs.items(), FACTS, gate, HOST)
+    changed = changed.get_submodule(path)
     gate.rows = GATE
     x = fixed_values("x", torch.Size([3, 64]), 1.0)
     expected = layer.get_submodule(path)(x)[0].clone()
@@ -76,7 +79,7 @@ def test_merged_modules_change_in_their_slices(
 
 def test_stand_in_answers_like_its_base() -> None:
     stand_in = with_lora(
-        MergedLayer(), [("q_proj", _pair("q_proj"))], FACTS, RowGate()
+        MergedLayer(), [("q_proj", _pair("q_proj"))], FACTS, RowGate(), HOST
     ).self_attn.qkv_proj
     assert stand_in.quant_method == "none"
     assert stand_in.in_features == 64
@@ -86,14 +89,14 @@ def test_stand_in_answers_like_its_base() -> None:
 
 def test_the_pairs_stay_out_of_the_targets_weights() -> None:
     layer = MergedLayer()
-    shadow = with_lora(layer, [("q_proj", _pair("q_proj"))], FACTS, RowGate())
+    shadow = with_lora(layer, [("q_proj", _pair("q_proj"))], FACTS, RowGate(), HOST)
     own = {id(weight) for weight in layer.parameters()}
     assert {id(weight) for weight in shadow.parameters()} == own
 
 
 def test_missing_modules_are_named() -> None:
     with pytest.raises(UnsupportedTargetError) as caught:
-        with_lora(MergedLayer(), [("o_proj", _pair("o_proj"))], FACTS, RowGate())
+        with_lora(MergedLayer(), [("o_proj", _pair("o_proj"))], FACTS, RowGate(), HOST)
     assert "module 'o_proj'" in str(caught.value)
     assert "MergedLayer" in str(caught.value)
     assert "'qkv_proj'" in str(caught.value)  # what there is
@@ -110,4 +113,14 @@ def test_layers_with_a_patched_forward_are_refused(
     layer = MergedLayer()
     place(layer).forward = lambda x: x  # as accelerate's hooks do
     with pytest.raises(UnsupportedTargetError, match="patched forward"):
-        with_lora(layer, [("q_proj", _pair("q_proj"))], FACTS, RowGate())
+        with_lora(layer, [("q_proj", _pair("q_proj"))], FACTS, RowGate(), HOST)
+
+
+@pytest.mark.parametrize("facts", [{"intermediate_size": 80}, {"hidden_size": 32}])
+def test_a_module_of_other_sizes_is_refused(facts: dict[str, int]) -> None:
+    """As a shared expert, or a module that is whole on every rank."""
+    other = FACTS.model_copy(update=facts)
+    pair = LowRankPair(linear_sizes(other, "up_proj"), CONFIG)
+    with pytest.raises(UnsupportedTargetError) as caught:
+        with_lora(MergedLayer(), [("up_proj", pair)], other, RowGate(), HOST)
+    assert "mlp.gate_up_proj has (inputs, outputs) (64, 192)" in str(caught.value)

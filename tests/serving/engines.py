@@ -3,7 +3,7 @@
 
 import gc
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,7 +56,8 @@ def engine(
         str(target), speculative_config=spec and dict(spec), **SETTINGS | settings
     )
     if ON_V2:
-        assert hasattr(runner_of(llm), "speculator"), "not the V2 runner"
+        is_v2 = of_each_runner(llm, lambda runner: hasattr(runner, "speculator"))
+        assert all(is_v2), "not the V2 runner"
     try:
         yield llm
     finally:
@@ -113,6 +114,11 @@ def runner_of(llm: LLM) -> Any:
     """The model runner inside an in-process engine."""
     core = llm.llm_engine.engine_core.engine_core
     return core.model_executor.driver_worker.worker.model_runner
+
+
+def of_each_runner(llm: LLM, question: Callable[[Any], Any]) -> list[Any]:
+    """Ask the model runner of every rank, also in other processes."""
+    return llm.collective_rpc(lambda worker: question(worker.model_runner))
 
 
 def bound_drafter_of(llm: LLM) -> Any:

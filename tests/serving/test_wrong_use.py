@@ -225,10 +225,10 @@ WRONG_USE: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
         },
         ["kv_transfer_config", "scratch"],
     ),
-    "tensor parallel": (
+    "ranks that do not divide the heads": (
         {},
-        {"tensor_parallel_size": 2},
-        ["tensor_parallel_size=2", "Use 1"],
+        {"tensor_parallel_size": 3},
+        ["=3 does not fit", "target.num_attention_heads: got 4", "fits: 1, 2, 4."],
     ),
 }
 

@@ -18,7 +18,7 @@ from transformers.models.auto import AutoModelForCausalLM
 from vllm_mtp.block import SERVED_READS, BlockReads
 from vllm_mtp.errors import UnsupportedTargetError
 from vllm_mtp.modeling.block_attention import BlockBias, attend_blocks, block_bias
-from vllm_mtp.modeling.hosts import Stream
+from vllm_mtp.modeling.hosts import OneRank, Stream
 from vllm_mtp.target import TargetFacts
 
 
@@ -70,7 +70,7 @@ class _Read(NamedTuple):
     bias: BlockBias
 
 
-class HFTarget:
+class HFTarget(OneRank):
     """A frozen causal LM of transformers as `hosts.TargetHost`.
 
     Args:

@@ -35,7 +35,28 @@ class TargetHost(Protocol):
 
     The prefix's keys and values, and what each row may read of them, are set by
     the host's owner beforehand (vLLM: the forward context).
+
+    Several ranks may share the target's layers (tensor parallel). Each then sees its
+    own heads alone, and every rank the whole hidden states and logits.
     """
+
+    def all_reduce(self, partial: torch.Tensor) -> torch.Tensor:
+        """Sum partial results over the ranks.
+
+        Args:
+            partial: ``[rows, hidden_size]``; may be overwritten.
+        """
+
+    def without_all_reduce(self, linear: nn.Module) -> nn.Module | None:
+        """Take the sum over ranks out of one of the target's linear modules.
+
+        Args:
+            linear: Part of a decoder layer; left as it is.
+
+        Returns:
+            A module with the same weights that gives this rank's partial result,
+            or None where ``linear`` does not sum over ranks.
+        """
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         """``[rows]`` integer to ``[rows, hidden_size]``."""
@@ -101,3 +122,13 @@ class TargetHost(Protocol):
         Returns:
             A module from ``[rows, hidden_size]`` to ``[rows, tokens]``.
         """
+
+
+class OneRank:
+    """The part of `TargetHost` about ranks, for a target that is in one process."""
+
+    def all_reduce(self, partial: torch.Tensor) -> torch.Tensor:
+        return partial
+
+    def without_all_reduce(self, linear: nn.Module) -> nn.Module | None:
+        return None

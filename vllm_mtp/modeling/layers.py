@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The two kinds of draft layer: shared with the target, or the drafter's own."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -60,7 +62,8 @@ class SharedLayer(nn.Module):
         layer = target.layer(self.target_layer)
         if not self.lora:
             return layer
-        return with_lora(layer, self.lora.items(), self.facts, gate)  # type: ignore[arg-type]
+        pairs: Any = self.lora.items()
+        return with_lora(layer, pairs, self.facts, gate, target)
 
     def init_weights(self, generator: torch.Generator) -> None:
         for pair in self.lora.values():
@@ -122,7 +125,7 @@ class OwnLayer(nn.Module):
         x, residual = self.input_norm.of_stream(stream)
         stream = Stream(self._attention(target, x, positions), residual)
         x, residual = self.mlp_norm.of_stream(stream)
-        return Stream(self._mlp(x), residual)
+        return Stream(self._mlp(target, x), residual)
 
     def _attention(
         self, target: TargetHost, x: torch.Tensor, positions: torch.Tensor
@@ -130,15 +133,17 @@ class OwnLayer(nn.Module):
         query = self._per_head(self.q_norm, self.q_proj(x))
         key = self._per_head(self.k_norm, self.k_proj(x))
         query, key = target.rotate(self.target_layer, positions, query, key)
-        return self.o_proj(target.attend(self.target_layer, query, key, self.v_proj(x)))
+        heads = target.attend(self.target_layer, query, key, self.v_proj(x))
+        return target.all_reduce(self.o_proj(heads))
 
     def _per_head(self, norm: nn.Module | None, x: torch.Tensor) -> torch.Tensor:
         if norm is None:
             return x
         return norm(x.unflatten(-1, (-1, self.head_dim))).flatten(-2)
 
-    def _mlp(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+    def _mlp(self, target: TargetHost, x: torch.Tensor) -> torch.Tensor:
+        inner = F.silu(self.gate_proj(x)) * self.up_proj(x)
+        return target.all_reduce(self.down_proj(inner))
 
     def init_weights(self, generator: torch.Generator) -> None:
         """Small random weights; the outputs start at zero, so an untrained layer

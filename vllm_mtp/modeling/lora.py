@@ -13,6 +13,7 @@ from torch import nn
 
 from vllm_mtp.config import LinearName, LoRAConfig
 from vllm_mtp.errors import UnsupportedTargetError
+from vllm_mtp.modeling.hosts import TargetHost
 from vllm_mtp.modeling.shadow import shadow
 from vllm_mtp.target import TargetFacts
 
@@ -62,10 +63,14 @@ class GatedLinear(nn.Module):
         base: nn.Module,
         branches: list[tuple[_Site, LowRankPair]],
         gate: RowGate,
+        target: TargetHost,
     ) -> None:
         super().__init__()
         _require_size(base, branches)
-        self.base = base
+        # Where the base sums over ranks, the pairs' parts belong into the same sum.
+        partial = target.without_all_reduce(base)
+        self.base = base if partial is None else partial
+        self.all_reduce = None if partial is None else target.all_reduce
         self.branches = branches  # not registered: the drafter owns the pairs
         self.gate = gate
 
@@ -77,7 +82,10 @@ class GatedLinear(nn.Module):
             assert self.gate.rows is not None, "set before each forward"
             change = pair(x, self.gate.rows)
             output.narrow(-1, site.start, site.size).add_(change)
-        return result
+        if self.all_reduce is None:
+            return result
+        total = self.all_reduce(output)
+        return (total, *result[1:]) if isinstance(result, tuple) else total
 
     def __getattr__(self, name: str) -> Any:
         # vLLM's fusions ask a linear module for its quantisation: answer as
@@ -90,13 +98,26 @@ class GatedLinear(nn.Module):
 
 def _require_size(base: nn.Module, branches: list[tuple[_Site, LowRankPair]]) -> None:
     """An unexpected width (a shared expert?) would put changes in the wrong place."""
-    size = getattr(base, "out_features", getattr(base, "output_size", None))
-    site = branches[0][0]
-    if size != site.total:
+    site, pair = branches[0]
+    expected = (pair.a.shape[1], site.total)
+    got = _sizes(base)
+    if got != expected:
         raise UnsupportedTargetError(
-            f"the target's {site.path} has {size} outputs, expected {site.total}; "
-            "lora.modules does not fit this target's layers"
+            f"the target's {site.path} has (inputs, outputs) {got}, expected "
+            f"{expected}; lora.modules does not fit this target's layers"
         )
+
+
+def _sizes(base: nn.Module) -> tuple[int | None, int | None]:
+    """Inputs and outputs of a linear module of torch or vLLM, on this rank."""
+
+    def first(*names: str) -> int | None:
+        return next((getattr(base, n) for n in names if hasattr(base, n)), None)
+
+    return (
+        first("in_features", "input_size_per_partition", "input_size"),
+        first("out_features", "output_size_per_partition", "output_size"),
+    )
 
 
 def linear_sizes(facts: TargetFacts, name: LinearName) -> tuple[int, int]:
@@ -127,8 +148,16 @@ def with_lora(
     pairs: Iterable[tuple[LinearName, LowRankPair]],
     facts: TargetFacts,
     gate: RowGate,
+    target: TargetHost,
 ) -> nn.Module:
     """A shadow of ``layer`` whose named linear modules carry the pairs.
+
+    Args:
+        layer: The target's; left as it is.
+        pairs: By the linear module that they change.
+        facts: The target's shape, on this rank.
+        gate: Which rows the pairs act on.
+        target: The layer's host.
 
     Raises:
         UnsupportedTargetError: The layer has no such module.
@@ -140,7 +169,7 @@ def with_lora(
     return shadow(
         layer,
         {
-            path: GatedLinear(layer.get_submodule(path), branches, gate)
+            path: GatedLinear(layer.get_submodule(path), branches, gate, target)
             for path, branches in by_path.items()
         },
     )

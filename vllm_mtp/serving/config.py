@@ -17,6 +17,7 @@ from vllm_mtp.errors import (
     UnsupportedTargetError,
     UnsupportedVLLMError,
 )
+from vllm_mtp.modeling.sharding import require_divisible
 from vllm_mtp.plugin import METHOD
 from vllm_mtp.serving import versions
 from vllm_mtp.serving.ledger import install_for_runner
@@ -38,7 +39,6 @@ ALLOWED_KEYS = (
 
 
 _PARALLEL_SIZES = (
-    "tensor_parallel_size",
     "pipeline_parallel_size",
     "data_parallel_size",
     "decode_context_parallel_size",
@@ -139,6 +139,7 @@ def build_config(
     drafter_config = load_drafter(folder).config
     try:
         drafter_config.target.require_same(facts)
+        require_divisible(drafter_config, target_parallel_config.tensor_parallel_size)
     except MTPError as error:
         raise type(error)(f"{folder}: {error}") from None
     num_tokens = _num_speculative_tokens(requested, drafter_config, folder)

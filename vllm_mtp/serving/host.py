@@ -6,6 +6,7 @@ The paged cache is read and the scratch slots are written by the target's own
 scales of the cache are vLLM's business, whatever the backend.
 """
 
+import copy
 import inspect
 from collections.abc import Iterable
 from typing import Any
@@ -13,18 +14,33 @@ from typing import Any
 import torch
 from torch import nn
 from vllm.config import VllmConfig, get_layers_from_vllm_config
+from vllm.distributed import (
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+    tensor_model_parallel_all_gather,
+    tensor_model_parallel_all_reduce,
+)
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.vocab_parallel_embedding import (
     UnquantizedEmbeddingMethod,
+    VocabParallelEmbedding,
 )
 from vllm.model_executor.models.utils import extract_layer_index
 
 from vllm_mtp.errors import UnsupportedTargetError
 from vllm_mtp.modeling.hosts import Stream
+from vllm_mtp.modeling.sharding import Rank
 from vllm_mtp.target import TargetFacts
 
 _LAYER_PARAMETERS = ("positions", "hidden_states", "residual")
+
+
+def this_rank() -> Rank:
+    """This process among those that share the target's layers."""
+    return Rank(
+        get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
+    )
 
 
 class VllmTarget:
@@ -93,6 +109,17 @@ class VllmTarget:
         self._attention[index] = attention[index]
         self._rotary[index] = rotary[0]
 
+    def all_reduce(self, partial: torch.Tensor) -> torch.Tensor:
+        return tensor_model_parallel_all_reduce(partial)
+
+    def without_all_reduce(self, linear: Any) -> nn.Module | None:
+        # vLLM's `RowParallelLinear`, of any quantisation.
+        if not (getattr(linear, "reduce_results", False) and linear.tp_size > 1):
+            return None
+        partial: Any = copy.copy(linear)
+        partial.reduce_results = False
+        return partial
+
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         return self._model.embed_input_ids(token_ids)
 
@@ -146,7 +173,9 @@ class VllmTarget:
 class _SmallHead(nn.Module):
     """The rows of the target's LM head that belong to a reduced vocabulary.
 
-    The rows are gathered once; a whole head per draft would undo the saving.
+    The rows are gathered once; a whole head per draft would undo the saving. Each
+    rank keeps an equal share of them: the head's own shares would be lopsided, since
+    frequent tokens have low ids.
     """
 
     def __init__(
@@ -157,22 +186,45 @@ class _SmallHead(nn.Module):
         method = getattr(head, "quant_method", None)
         plain = isinstance(method, UnquantizedEmbeddingMethod | UnquantizedLinearMethod)
         same_dtype = getattr(processor, "head_dtype", None) in (None, model_dtype)
-        if head is None or not plain or not same_dtype or _has_bias(head):
+        known = isinstance(head, VocabParallelEmbedding)
+        if not known or not plain or not same_dtype or _has_bias(head):
             raise UnsupportedTargetError(
                 f"the target's LM head ({type(head).__name__}) is missing, quantised, "
                 "of another type or has a bias; a reduced draft vocabulary needs a "
                 "plain one. Use a drafter with draft_vocab_size null."
             )
-        self.weight = nn.Parameter(head.weight.detach()[token_ids], requires_grad=False)
+        rows = _rows_of_all_ranks(head, token_ids)
+        self.num_tokens = len(rows)
+        self.weight = nn.Parameter(_share_of_this_rank(rows), requires_grad=False)
         self.scale: float = processor.scale
         self.soft_cap: float | None = processor.soft_cap
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """``[rows, hidden_size]`` to ``[rows, tokens]``."""
         logits = nn.functional.linear(hidden, self.weight)
+        logits = tensor_model_parallel_all_gather(logits)[:, : self.num_tokens]
         if self.soft_cap is not None:
             logits = torch.tanh(logits / self.soft_cap) * self.soft_cap
         return logits * self.scale if self.scale != 1.0 else logits
+
+
+def _rows_of_all_ranks(head: Any, token_ids: torch.Tensor) -> torch.Tensor:
+    """Rows of an LM head whose vocabulary is shared out. ``[tokens, hidden_size]``."""
+    shard = head.shard_indices
+    start, end = shard.org_vocab_start_index, shard.org_vocab_end_index
+    is_here = (start <= token_ids) & (token_ids < end)
+    rows = head.weight.detach()[torch.where(is_here, token_ids - start, 0)]
+    # Each row is on one rank, so the sum only collects them.
+    rows = rows.masked_fill(~is_here[:, None], 0)
+    return rows if head.tp_size == 1 else tensor_model_parallel_all_reduce(rows)
+
+
+def _share_of_this_rank(rows: torch.Tensor) -> torch.Tensor:
+    """An equal share of all rows; zeros fill the last one up."""
+    rank = this_rank()
+    share = -(-len(rows) // rank.size)
+    rows = nn.functional.pad(rows, (0, 0, 0, share * rank.size - len(rows)))
+    return rows[rank.index * share :][:share].clone()
 
 
 def _has_bias(head: Any) -> bool:

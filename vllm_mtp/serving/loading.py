@@ -10,13 +10,14 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm_mtp.checkpoint import load_drafter
 from vllm_mtp.errors import UnsupportedTargetError
 from vllm_mtp.modeling.drafter import BoundDrafter
-from vllm_mtp.serving.host import VllmTarget
+from vllm_mtp.modeling.sharding import part_of
+from vllm_mtp.serving.host import VllmTarget, this_rank
 
 
 def load_bound_drafter(
     target_model: torch.nn.Module, vllm_config: VllmConfig, device: torch.device
 ) -> tuple[BoundDrafter, VllmTarget]:
-    """The drafter that the config names, on the target.
+    """This rank's part of the drafter that the config names, on the target.
 
     Args:
         target_model: vLLM's loaded target.
@@ -31,7 +32,9 @@ def load_bound_drafter(
     assert spec_config.model is not None
     dtype = vllm_config.model_config.dtype
     assert isinstance(dtype, torch.dtype), "vLLM resolved it before"
-    drafter = load_drafter(Path(spec_config.model), dtype=dtype, device=device)
+    # Cut before it is moved: the device never holds more than the rank's part.
+    whole = load_drafter(Path(spec_config.model), dtype=dtype)
+    drafter = part_of(whole, this_rank()).to(device)
     config = drafter.config
     host = VllmTarget(target_model, vllm_config, config.target, config.bound_layers)
     return BoundDrafter(drafter, host), host
