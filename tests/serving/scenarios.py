@@ -6,7 +6,13 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tests.serving.engines import Run, engine, generate, num_kv_blocks
+from tests.serving.engines import (
+    Run,
+    engine,
+    generate,
+    kv_block_sizes,
+    num_kv_blocks,
+)
 
 
 class Scenario(NamedTuple):
@@ -23,6 +29,7 @@ class Side(NamedTuple):
 
     runs: dict[str, list[Run]]  # by scenario; one per repeat
     num_blocks: dict[str, int]  # by settings; size of the KV pool
+    block_sizes: dict[str, tuple[int, ...]]  # by settings; of the KV-cache groups
 
 
 def prompts(name: str, scenario: Scenario) -> list[list[int]]:
@@ -38,10 +45,11 @@ def run_scenarios(
     settings: Mapping[str, Mapping[str, Any]],
 ) -> Side:
     """Run every scenario; those with the same settings share an engine."""
-    side = Side({}, {})
+    side = Side({}, {}, {})
     for kind, values in settings.items():
         with engine(target, spec, **values) as llm:
             side.num_blocks[kind] = num_kv_blocks(llm)
+            side.block_sizes[kind] = kv_block_sizes(llm)
             for name, scenario in scenarios.items():
                 if scenario.settings == kind:
                     side.runs[name] = [

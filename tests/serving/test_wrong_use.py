@@ -223,7 +223,7 @@ WRONG_USE: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
                 "kv_role": "kv_both",
             }
         },
-        ["kv_transfer_config", "scratch"],
+        ["kv_transfer_config", "scratch", "Leave it out"],
     ),
     "tensor parallel": (
         {},
@@ -254,7 +254,7 @@ def test_target_without_keys_and_values_per_head_is_refused(tmp_path: Path) -> N
         num_hidden_layers=2, architectures=["DeepseekV3ForCausalLM"]
     )
     config.save_pretrained(target)
-    with pytest.raises(MTPError, match="multi-head latent attention"):
+    with pytest.raises(MTPError, match="latent attention .*Use a target with ordinary"):
         start(target, {})
 
 
@@ -296,7 +296,7 @@ def test_mamba_target_is_refused(tmp_path: Path) -> None:
     MambaConfig(
         num_hidden_layers=2, architectures=["MambaForCausalLM"]
     ).save_pretrained(target)
-    with pytest.raises(MTPError, match="no KV cache"):
+    with pytest.raises(MTPError, match="no KV cache .*Use a target with attention"):
         start(target, {})
 
 

@@ -89,7 +89,7 @@ class HFTarget:
     def __init__(self, model: PreTrainedModel) -> None:
         TargetFacts.from_hf_config(model.config)  # refuses what no host can follow
         config = model.config.get_text_config()
-        _refuse_scaled(config)
+        _refuse_unfollowed(config)
         self.model = model
         self.decoder = model.get_decoder()
         self._windows = _windows(config)
@@ -281,13 +281,15 @@ def _windows(config: Any) -> list[int | None]:
     return [window if kind == "sliding_attention" else None for kind in kinds]
 
 
-def _refuse_scaled(config: Any) -> None:
+def _refuse_unfollowed(config: Any) -> None:
     # vLLM does these in `compute_logits` and in its attention when serving.
     names = ("logits_scaling", "attn_logit_softcapping")
     found = [name for name in names if getattr(config, name, None) not in (None, 1.0)]
     if config.model_type in ("gemma", "gemma2"):
         # In some versions of transformers in the model's forward, in others not.
         found.append("scaled embeddings")
+    if any("chunked" in kind for kind in getattr(config, "layer_types", None) or ()):
+        found.append("chunked attention")
     if found:
         raise UnsupportedTargetError(
             f"target {config.model_type!r} uses {', '.join(found)}, which the torch "
