@@ -50,7 +50,7 @@ class Case(NamedTuple):
     num_blocks: int  # too few for four requests
     settings: dict[str, Any] = {}
     slow: bool = False  # the first as well
-    preempts: bool = True
+    preempts: bool = True  # where False, it may
     block_sizes: tuple[int, ...] = (32,)  # of the KV-cache groups, ascending
 
 
@@ -58,7 +58,8 @@ COPYABLE = ("shared-4", "own-1")
 OTHERS = ("shared-4", "own-random")
 CASES = {
     "qwen2": Case("qwen2", COPYABLE, 21, slow=True),
-    # vLLM admits only as many requests as have room for their windows.
+    # vLLM admits only as many requests as have room for their windows, and throws one
+    # out only where lookahead slots are wanted too.
     "mistral": Case("mistral", COPYABLE, 9, preempts=False),
     "gemma3": Case("gemma3", OTHERS, 40, block_sizes=(32,) * 4),
     "gemma3-one-group": Case(
@@ -148,7 +149,7 @@ def test_first_place_of_an_exact_drafter_is_always_accepted(
 def test_scenarios_do_what_they_are_named_for(sides: Sides) -> None:
     for side in (sides.plain, sides.drafted):
         assert side.runs["prefix-cache"][1].prefix_hits > 0
-        assert (side.runs["preemption"][0].preemptions > 0) is sides.case.preempts
+        assert side.runs["preemption"][0].preemptions > 0 or not sides.case.preempts
         assert side.block_sizes["tight"] == sides.case.block_sizes
 
 
