@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from tests.tiny_targets import make_tiny_llama, make_tiny_qwen3
+from tests.tiny_targets import make_tiny
 
 # The first example pays for imports and caches; a busy machine is no failure.
 settings.register_profile("vllm-mtp", deadline=None)
@@ -17,9 +17,9 @@ pytest_plugins = ["tests.servers", "tests.tiny_answers"]
 
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_llama(tmp_path_factory.mktemp("targets") / "llama")
+    return make_tiny("llama", tmp_path_factory.mktemp("targets") / "llama")
 
 
 @pytest.fixture(scope="session")
 def tiny_qwen3(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_qwen3(tmp_path_factory.mktemp("targets") / "qwen3")
+    return make_tiny("qwen3", tmp_path_factory.mktemp("targets") / "qwen3")

@@ -122,8 +122,8 @@ def test_ignored_labels_are_the_ones_that_pytorch_ignores() -> None:
 def test_a_block_reads_its_prefix(prefix_lens: list[int], num_more: int) -> None:
     mask = reads_prefix(torch.tensor(prefix_lens), max(prefix_lens) + num_more)
     assert mask.dtype == torch.bool
-    assert mask.shape == (len(prefix_lens), max(prefix_lens) + num_more)
-    for row, prefix_len in zip(mask, prefix_lens, strict=True):
+    assert mask.shape == (len(prefix_lens), 1, max(prefix_lens) + num_more)
+    for row, prefix_len in zip(mask[:, 0], prefix_lens, strict=True):
         assert row.nonzero().flatten().tolist() == list(range(prefix_len))
 
 
@@ -133,3 +133,18 @@ def test_a_place_reads_its_block(num_places: int) -> None:
     for place, row in enumerate(causal):
         assert row.nonzero().flatten().tolist() == list(range(place + 1))
     assert block_reads_itself(num_places, BlockReads(later_rows=True), "cpu").all()
+
+
+@given(PREFIX_LENS, NUM_PLACES, st.integers(1, 9))
+def test_a_row_reads_its_window(
+    prefix_lens: list[int], num_places: int, window: int
+) -> None:
+    lens = torch.tensor(prefix_lens)
+    prefix = reads_prefix(lens, max(prefix_lens), num_places, window)
+    block = block_reads_itself(num_places, BlockReads(), "cpu", window)
+    for prefix_len, rows in zip(prefix_lens, prefix, strict=True):
+        for place, (before, inside) in enumerate(zip(rows, block, strict=True)):
+            read = before.nonzero().flatten().tolist()
+            read += (inside.nonzero().flatten() + prefix_len).tolist()
+            last = prefix_len + place
+            assert read == list(range(max(0, last - window + 1), last + 1))

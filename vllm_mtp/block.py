@@ -176,22 +176,36 @@ def block_labels(
     return labels.masked_fill(wanted >= token_ids.shape[0], IGNORE_LABEL)
 
 
-def reads_prefix(prefix_lens: torch.Tensor, num_prefix_tokens: int) -> torch.Tensor:
-    """Which prefix tokens each block reads, when many stand behind one sequence.
+def reads_prefix(
+    prefix_lens: torch.Tensor,
+    num_prefix_tokens: int,
+    num_places: int = 1,
+    window: int | None = None,
+) -> torch.Tensor:
+    """Which prefix tokens each row reads, when many blocks stand behind one sequence.
 
     Args:
         prefix_lens: ``[B]`` integer; n of each block.
         num_prefix_tokens: T.
+        num_places: k.
+        window: Tokens that a row reads at most, itself included; None for all.
 
     Returns:
-        ``[B, T]`` bool.
+        ``[B, k, T]`` bool.
     """
     token = torch.arange(num_prefix_tokens, device=prefix_lens.device)
-    return token < prefix_lens[:, None]
+    readable = (token < prefix_lens[:, None])[:, None].expand(-1, num_places, -1)
+    if window is None:
+        return readable
+    rows = block_positions(prefix_lens, num_places)[..., None]
+    return readable & (token > rows - window)
 
 
 def block_reads_itself(
-    num_places: int, reads: BlockReads, device: torch.device | str
+    num_places: int,
+    reads: BlockReads,
+    device: torch.device | str,
+    window: int | None = None,
 ) -> torch.Tensor:
     """Which places of its own block each place reads.
 
@@ -199,4 +213,6 @@ def block_reads_itself(
         ``[k, k]`` bool; row i is what place i reads.
     """
     readable = torch.ones(num_places, num_places, dtype=torch.bool, device=device)
+    if window is not None:
+        readable = readable.triu(1 - window)
     return readable if reads.later_rows else readable.tril()

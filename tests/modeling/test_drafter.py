@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.models.auto import AutoModelForCausalLM
 
 from checkpoints_spec.goldens import Blocks, fill_weights, fixed_values, run_blocks
-from tests.tiny_targets import NUM_LAYERS, VOCAB_SIZE
+from tests.tiny_targets import FAMILIES, NUM_LAYERS, VOCAB_SIZE, make_tiny
 from vllm_mtp.block import block_positions
 from vllm_mtp.config import LoRAConfig
 from vllm_mtp.errors import UnsupportedTargetError
@@ -115,6 +115,34 @@ class TestAnchor:
         full = run(target, make("shared:all", 1), 1).hidden
         part = run(target, make("shared:0-2", 1), 1).hidden
         assert (full - part).abs().max() > 0.1
+
+
+# Windows shorter than the text, and than a block with its prefix.
+WINDOWS = {"mistral": {"sliding_window": 9}, "gemma3": {"sliding_window": 9}}
+
+
+@pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"gemma2"}))
+def test_every_family_computes_what_the_target_computes(
+    family: str, tmp_path: Path
+) -> None:
+    """On the anchor's row, and on placeholders given to the target as embeddings."""
+    folder = make_tiny(family, tmp_path, **WINDOWS.get(family, {}))
+    target = AutoModelForCausalLM.from_pretrained(folder).eval().requires_grad_(False)
+    drafter = new_drafter(folder, "shared:all", 4, DrafterOptions(dtype="float32"))
+    assert drafter.placeholders is not None
+    blocks = run(target, randomized(drafter, 1.0), 4)
+    embeddings = target.get_input_embeddings()(TOKENS)
+    for row, prefix_len in enumerate(PREFIX_LENS.tolist()):
+        known = embeddings[: prefix_len + 1]
+        text = torch.cat([known, drafter.placeholders.detach()])[None]
+        expected = target(inputs_embeds=text, use_cache=False).logits[0, prefix_len:]
+        torch.testing.assert_close(blocks.scores[row], expected, atol=1e-3, rtol=1e-3)
+
+
+def test_gemma2_is_refused(tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(make_tiny("gemma2", tmp_path))
+    with pytest.raises(UnsupportedTargetError, match="attn_logit_softcapping"):
+        HFTarget(model)
 
 
 class TestLoRA:

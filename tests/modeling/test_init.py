@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from transformers.models.auto import AutoModelForCausalLM
 
 from checkpoints_spec.goldens import run_blocks
-from tests.tiny_targets import NUM_LAYERS, make_tiny_llama
+from tests.tiny_targets import NUM_LAYERS, make_tiny, make_tiny_llama
 from vllm_mtp.checkpoint import load_drafter, save_drafter
 from vllm_mtp.config import LoRAConfig, OwnLayerConfig, SharedLayerConfig
 from vllm_mtp.errors import LayerSpecError, UnsupportedTargetError
@@ -109,6 +109,16 @@ class TestStartValues:
         assert placeholders is not None
         torch.testing.assert_close(
             placeholders.detach(), embeddings.mean(0).expand(3, -1)
+        )
+
+    def test_placeholders_are_what_enters_the_first_layer(self, tmp_path: Path) -> None:
+        """Gemma scales its embeddings."""
+        folder = make_tiny("gemma3", tmp_path)
+        embed = _load(folder).get_input_embeddings()
+        placeholders = make(folder, "shared:0", 4).placeholders
+        assert placeholders is not None
+        torch.testing.assert_close(
+            placeholders.detach(), embed(torch.arange(512)).mean(0).expand(3, -1)
         )
 
     def test_one_place_has_no_placeholders(self, tiny_llama: Path) -> None:

@@ -6,13 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.tiny_targets import make_tiny_llama, make_tiny_qwen3
+from tests.tiny_targets import make_tiny, make_tiny_w8a8
 from vllm_mtp.checkpoint import save_drafter
 from vllm_mtp.config import LoRAConfig
 from vllm_mtp.modeling.drafter import Drafter
 from vllm_mtp.modeling.init import DrafterOptions, new_drafter
-
-FAMILIES = {"llama": make_tiny_llama, "qwen3": make_tiny_qwen3}
 
 # Everything that can stand around a list of layers, at once.
 ALL_OPTIONS = DrafterOptions(
@@ -31,17 +29,30 @@ DRAFTERS: dict[str, tuple[str, int, DrafterOptions]] = {
     "shared-4": ("shared:all", 4, PLAIN),
     "own-1": ("own:all", 1, PLAIN),
     "own-some": ("own:0,3", 3, PLAIN),
+    "own-random": ("own:1,3", 3, DrafterOptions(dtype="float32", own_start="random")),
     "mixed": ("shared:0-1,own:2,3", 4, ALL_OPTIONS),
 }
+
+
+class TinyTargets(dict[str, Path]):
+    """Folders of tiny fp32 targets by family, each made when it is asked for."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+
+    def __missing__(self, family: str) -> Path:
+        folder = self._root / family
+        if family == "llama_w8a8":
+            self[family] = make_tiny_w8a8(folder)
+        else:
+            self[family] = make_tiny(family, folder)
+        return self[family]
 
 
 @pytest.fixture(scope="session")
 def tiny_targets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A tiny fp32 target of each family."""
-    root = tmp_path_factory.mktemp("targets")
-    for name, make in FAMILIES.items():
-        make(root / name)
-    return {name: root / name for name in FAMILIES}
+    return TinyTargets(tmp_path_factory.mktemp("targets"))
 
 
 @pytest.fixture(scope="session")

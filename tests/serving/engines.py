@@ -129,3 +129,9 @@ def bound_drafter_of(llm: LLM) -> Any:
 
 def num_kv_blocks(llm: LLM) -> int:
     return llm.llm_engine.vllm_config.cache_config.num_gpu_blocks
+
+
+def kv_block_sizes(llm: LLM) -> tuple[int, ...]:
+    """Tokens per block of every KV-cache group, ascending."""
+    groups = runner_of(llm).kv_cache_config.kv_cache_groups
+    return tuple(sorted(group.kv_cache_spec.block_size for group in groups))

@@ -2,31 +2,26 @@
 """Tiny fp32 targets in the real engine: the outputs must be the target's, token by
 token, and a drafter that is the target must be accepted every time."""
 
-import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 
-from tests.serving.conftest import DRAFTERS, FAMILIES
-from tests.serving.engines import ON_V2, Run, engine, generate, num_kv_blocks
+from tests.serving.conftest import DRAFTERS
+from tests.serving.engines import ON_V2
+from tests.serving.scenarios import (
+    Scenario,
+    Side,
+    require_first_place_accepted,
+    require_same_outputs,
+    run_scenarios,
+)
 
 pytestmark = pytest.mark.engine
 
-BLOCK = 32
 MAX_MODEL_LEN = 256
 EXACT = {"shared-1", "shared-4", "own-1"}
-
-
-class Scenario(NamedTuple):
-    """Which engine, the prompts' lengths, and how many tokens to generate."""
-
-    settings: str
-    lengths: list[int]
-    max_tokens: int = 40
-    repeats: int = 1
-
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -56,48 +51,26 @@ if ON_V2:  # Triton's interpreter takes about 0.2 s per step
         "chunked-prefill": Scenario("small-budget", [150, 30, 151], 10),
         "preemption": Scenario("few-blocks", [150, 150, 150, 150], 30),
     }
-RUN_FAMILIES = ["llama"] if ON_V2 else list(FAMILIES)
+RUN_FAMILIES = ["llama"] if ON_V2 else ["llama", "qwen3"]
 # Qwen3 differs from Llama in its layers only: one drafter of each kind will do.
 RUN_DRAFTERS = {
-    "llama": ["shared-1", "mixed"] if ON_V2 else list(DRAFTERS),
+    "llama": ["shared-1", "mixed"]
+    if ON_V2
+    else ["shared-1", "shared-4", "own-1", "own-some", "mixed"],
     "qwen3": ["shared-1", "own-1", "mixed"],
 }
 PAIRS = [(family, name) for family in RUN_FAMILIES for name in RUN_DRAFTERS[family]]
 
 
-def prompts(name: str) -> list[list[int]]:
-    rng = random.Random(name)
-    return [[rng.randrange(512) for _ in range(n)] for n in SCENARIOS[name].lengths]
-
-
-def run_all(target: Path, spec: dict[str, Any] | None) -> dict[str, list[Run]]:
-    """Every scenario on one side; those with the same settings share an engine."""
-    runs: dict[str, list[Run]] = {}
-    for settings, values in SETTINGS.items():
-        with engine(target, spec, **values) as llm:
-            blocks[(str(target), spec is not None, settings)] = num_kv_blocks(llm)
-            for name, scenario in SCENARIOS.items():
-                if scenario.settings == settings:
-                    runs[name] = [
-                        generate(llm, prompts(name), scenario.max_tokens)
-                        for _ in range(scenario.repeats)
-                    ]
-    return runs
-
-
-blocks: dict[tuple[str, bool, str], int] = {}
-
-
 class Sides(NamedTuple):
     """A target alone, and with one of its drafters."""
 
-    target: Path
     drafter: str
-    plain: dict[str, list[Run]]
-    drafted: dict[str, list[Run]]
+    plain: Side
+    drafted: Side
 
 
-plain_runs: dict[str, dict[str, list[Run]]] = {}
+plain_sides: dict[str, Side] = {}
 
 
 @pytest.fixture(scope="module", params=PAIRS, ids="-".join)
@@ -108,18 +81,16 @@ def sides(
 ) -> Sides:
     family, drafter = request.param
     target = tiny_targets[family]
-    if family not in plain_runs:
-        plain_runs[family] = run_all(target, None)
-    folder = str(tiny_drafter(family, drafter))
-    drafted = run_all(target, {"method": "mtp_placeholder", "model": folder})
-    return Sides(target, drafter, plain_runs[family], drafted)
+    if family not in plain_sides:
+        plain_sides[family] = run_scenarios(target, None, SCENARIOS, SETTINGS)
+    spec = {"method": "mtp_placeholder", "model": str(tiny_drafter(family, drafter))}
+    drafted = run_scenarios(target, spec, SCENARIOS, SETTINGS)
+    return Sides(drafter, plain_sides[family], drafted)
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_outputs_are_the_targets(name: str, sides: Sides) -> None:
-    for reference, run in zip(sides.plain[name], sides.drafted[name], strict=True):
-        assert run.token_ids == reference.token_ids
-        assert run.counts.drafts > 0
+    require_same_outputs(sides.plain.runs[name], sides.drafted.runs[name])
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
@@ -132,17 +103,15 @@ def test_first_place_of_an_exact_drafter_is_always_accepted(
     # of the prefix (`block.fit_blocks`): one draft per request may be worse.
     at_limit = name == "near-max-model-len" and DRAFTERS[sides.drafter][1] > 1
     excused = len(SCENARIOS[name].lengths) if at_limit else 0
-    for run in sides.drafted[name]:
-        assert run.counts.accepted_per_place[0] >= run.counts.drafts - excused
-        assert run.counts.drafts > 2 * excused
+    require_first_place_accepted(sides.drafted.runs[name], excused)
 
 
 def test_scenarios_do_what_they_are_named_for(sides: Sides) -> None:
-    for runs in (sides.plain, sides.drafted):
+    for runs in (sides.plain.runs, sides.drafted.runs):
         assert runs["prefix-cache"][1].prefix_hits > 0
         assert runs["preemption"][0].preemptions > 0
     name = "near-max-model-len"
-    outputs = sides.plain[name][0].token_ids
+    outputs = sides.plain.runs[name][0].token_ids
     lengths = [
         prompt + len(output)
         for prompt, output in zip(SCENARIOS[name].lengths, outputs, strict=True)
@@ -153,12 +122,10 @@ def test_scenarios_do_what_they_are_named_for(sides: Sides) -> None:
 def test_prefix_cache_hits_are_those_of_the_target_alone(sides: Sides) -> None:
     plain, drafted = (
         [run.prefix_hits for run in runs["prefix-cache"]]
-        for runs in (sides.plain, sides.drafted)
+        for runs in (sides.plain.runs, sides.drafted.runs)
     )
     assert drafted == plain
 
 
 def test_kv_pool_is_as_large_as_without_the_method(sides: Sides) -> None:
-    for name in SETTINGS:
-        with_drafter = blocks[(str(sides.target), True, name)]
-        assert with_drafter == blocks[(str(sides.target), False, name)]
+    assert sides.drafted.num_blocks == sides.plain.num_blocks

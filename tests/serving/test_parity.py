@@ -10,7 +10,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.serving.conftest import DRAFTERS, FAMILIES
 from tests.serving.engines import ON_V2, bound_drafter_of, engine, generate
 from vllm_mtp.checkpoint import load_drafter
 from vllm_mtp.modeling.drafter import BoundDrafter
@@ -53,8 +52,22 @@ def record_steps(llm: Any) -> list[dict[str, torch.Tensor]]:
     return steps
 
 
-@pytest.mark.parametrize("family", ["llama"] if ON_V2 else FAMILIES)
-@pytest.mark.parametrize("name", DRAFTERS)
+NAMES = ["shared-1", "shared-4", "own-1", "own-some", "mixed"]
+PAIRS = [(family, name) for family in ("llama", "qwen3") for name in NAMES]
+# Sliding windows, shorter than the longest prompt, alone and beside full attention.
+PAIRS += [("mistral", "shared-4"), ("gemma3", "shared-4")]
+SLOW_PAIRS = [("mistral", "mixed"), ("phi3", "shared-4"), ("qwen3_moe", "shared-4")]
+if ON_V2:
+    PAIRS, SLOW_PAIRS = [("llama", name) for name in NAMES], []
+
+
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        *PAIRS,
+        *(pytest.param(*pair, marks=pytest.mark.slow) for pair in SLOW_PAIRS),
+    ],
+)
 def test_same_tokens_same_logits(
     name: str,
     family: str,

@@ -19,11 +19,20 @@ HERE = Path(__file__).parent
 
 
 @pytest.mark.timeout(1500)
-@pytest.mark.parametrize("name", ["test_exact.py", "test_parity.py", "v2_cases.py"])
-def test_the_same_tests_pass_on_v2(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "which"),
+    [
+        ("test_exact.py", "not slow"),
+        ("test_parity.py", "not slow"),
+        ("v2_cases.py", "not slow"),
+        ("test_families.py", "not slow"),
+        pytest.param("test_families.py", "slow", marks=pytest.mark.slow),
+    ],
+)
+def test_the_same_tests_pass_on_v2(name: str, which: str) -> None:
     path = [str(HERE / "triton_interpreter"), os.environ.get("PYTHONPATH", "")]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", str(HERE / name)],
+        [sys.executable, "-m", "pytest", "-q", "-x", "-m", which, str(HERE / name)],
         # The variable is set here too: `engine` fails where the runner is not V2.
         env=os.environ
         | {

@@ -223,7 +223,7 @@ WRONG_USE: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
                 "kv_role": "kv_both",
             }
         },
-        ["kv_transfer_config", "scratch"],
+        ["kv_transfer_config", "scratch", "Leave it out"],
     ),
     "ranks that do not divide the heads": (
         {},
@@ -254,8 +254,18 @@ def test_target_without_keys_and_values_per_head_is_refused(tmp_path: Path) -> N
         num_hidden_layers=2, architectures=["DeepseekV3ForCausalLM"]
     )
     config.save_pretrained(target)
-    with pytest.raises(MTPError, match="multi-head latent attention"):
+    with pytest.raises(MTPError, match="latent attention .*Use a target with ordinary"):
         start(target, {})
+
+
+def test_target_with_several_position_axes_is_refused(
+    tiny_drafter: Drafter, tmp_path: Path
+) -> None:
+    """M-RoPE, as in Qwen2-VL."""
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]}
+    target = make_tiny_llama(tmp_path / "mrope", rope_parameters=rope)
+    with pytest.raises(MTPError, match="M-RoPE .* Serve it without this method"):
+        start(target, {"model": str(tiny_drafter("llama", "shared-4"))})
 
 
 def test_target_with_scaled_embeddings_is_refused(
@@ -286,7 +296,7 @@ def test_mamba_target_is_refused(tmp_path: Path) -> None:
     MambaConfig(
         num_hidden_layers=2, architectures=["MambaForCausalLM"]
     ).save_pretrained(target)
-    with pytest.raises(MTPError, match="no KV cache"):
+    with pytest.raises(MTPError, match="no KV cache .*Use a target with attention"):
         start(target, {})
 
 

@@ -28,7 +28,10 @@ class BlockBias(NamedTuple):
 
 
 def block_bias(
-    prefix_lens: torch.Tensor, num_places: int, reads: BlockReads = SERVED_READS
+    prefix_lens: torch.Tensor,
+    num_places: int,
+    reads: BlockReads = SERVED_READS,
+    window: int | None = None,
 ) -> BlockBias:
     """The bias for the blocks behind one sequence.
 
@@ -36,10 +39,11 @@ def block_bias(
         prefix_lens: ``[B]`` int64; n of each block. T is the largest of them.
         num_places: k.
         reads: What a row reads.
+        window: Tokens that a row reads at most, itself included; None for all.
     """
     longest = int(prefix_lens.max()) if reads.prefix else 0
-    prefix = reads_prefix(prefix_lens, longest).repeat_interleave(num_places, dim=0)
-    block = block_reads_itself(num_places, reads, prefix_lens.device)
+    prefix = reads_prefix(prefix_lens, longest, num_places, window).flatten(0, 1)
+    block = block_reads_itself(num_places, reads, prefix_lens.device, window)
     return BlockBias(_as_bias(prefix), _as_bias(block))
 
 

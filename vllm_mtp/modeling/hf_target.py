@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A transformers model as the drafter's target host: training and offline checks."""
 
+import inspect
 import sys
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -67,7 +68,11 @@ class _Read(NamedTuple):
     """What the blocks behind one sequence read."""
 
     states: TargetStates
-    bias: BlockBias
+    biases: dict[int | None, BlockBias]  # by the layers' windows
+
+    @property
+    def num_rows(self) -> int:
+        return next(iter(self.biases.values())).prefix.shape[0]
 
 
 class HFTarget(OneRank):
@@ -77,15 +82,18 @@ class HFTarget(OneRank):
         model: A causal LM; eager or SDPA attention.
 
     Raises:
-        UnsupportedTargetError: The model scales embeddings or logits, which the
-            torch host does not do.
+        UnsupportedTargetError: The model computes something around its layers
+            that the torch host does not.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
         TargetFacts.from_hf_config(model.config)  # refuses what no host can follow
-        _refuse_scaled(model.config.get_text_config())
+        config = model.config.get_text_config()
+        _refuse_unfollowed(config)
         self.model = model
         self.decoder = model.get_decoder()
+        self._windows = _windows(config)
+        self._soft_cap: float | None = getattr(config, "final_logit_softcapping", None)
         self._reads: list[_Read] = []
 
     @torch.no_grad()
@@ -135,7 +143,10 @@ class HFTarget(OneRank):
         config = self.decoder.config
         before = config._attn_implementation
         self._reads = [
-            _Read(states, block_bias(lens, num_places, reads))
+            _Read(
+                states,
+                {w: block_bias(lens, num_places, reads, w) for w in set(self._windows)},
+            )
             for states, lens in blocks
         ]
         # A shared layer hands its queries to `_attend_in_layer`, not to its own kernel.
@@ -155,7 +166,6 @@ class HFTarget(OneRank):
     def run_layer(
         self, layer: nn.Module, index: int, stream: Stream, positions: torch.Tensor
     ) -> Stream:
-        self._refuse_window(index)
         hidden = stream.summed()[None]
         out = layer(
             hidden,
@@ -164,7 +174,7 @@ class HFTarget(OneRank):
             position_ids=positions[None],
             past_key_values=None,
             use_cache=False,
-            position_embeddings=self._cos_sin(hidden, positions),
+            position_embeddings=self._cos_sin(index, hidden, positions),
         )
         return Stream((out[0] if isinstance(out, tuple) else out)[0])
 
@@ -177,7 +187,7 @@ class HFTarget(OneRank):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         attention = self._attention(index)
         apply = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb")  # noqa: B009
-        cos, sin = self._cos_sin(query, positions)
+        cos, sin = self._cos_sin(index, query, positions)
         query, key = apply(
             self._heads(index, query)[None], self._heads(index, key)[None], cos, sin
         )
@@ -200,19 +210,20 @@ class HFTarget(OneRank):
     ) -> torch.Tensor:
         """``[heads, rows, head_dim]`` each, to ``[rows, heads * head_dim]``."""
         assert self._reads, "call within HFTarget.reading()"
-        counts = [read.bias.prefix.shape[0] for read in self._reads]
+        counts = [read.num_rows for read in self._reads]
         parts = [rows.split(counts, dim=1) for rows in (query, key, value)]
         outputs = []
         for read, q, k, v in zip(self._reads, *parts, strict=True):
             past = read.states.keys[index], read.states.values[index]
-            outputs.append(attend_blocks(q, k, v, *past, read.bias, scale))
+            bias = read.biases[self._windows[index]]
+            outputs.append(attend_blocks(q, k, v, *past, bias, scale))
         return torch.cat(outputs)
 
     def final_norm(self, stream: Stream) -> torch.Tensor:
         return self.decoder.norm(stream.summed())
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        return self.model.get_output_embeddings()(hidden)
+        return _capped(self.model.get_output_embeddings()(hidden), self._soft_cap)
 
     def logits_of_tokens(self, token_ids: torch.Tensor) -> nn.Module:
         head = self.model.get_output_embeddings()
@@ -221,39 +232,22 @@ class HFTarget(OneRank):
                 "the target's LM head has a bias, which a reduced draft vocabulary "
                 "does not support. Use a drafter with draft_vocab_size null."
             )
-        # On no device: the weight is replaced, and start values would cost time and
-        # random numbers in every training step.
-        small = nn.Linear(head.in_features, len(token_ids), bias=False, device="meta")
-        small.weight = nn.Parameter(
-            head.weight.detach()[token_ids], requires_grad=False
-        )
-        return small
+        return _SmallHead(head.weight.detach()[token_ids], self._soft_cap)
 
-    def _cos_sin(self, like: torch.Tensor, positions: torch.Tensor) -> Any:
-        if not hasattr(self.decoder, "rotary_emb"):
+    def _cos_sin(self, index: int, like: torch.Tensor, positions: torch.Tensor) -> Any:
+        rotary = getattr(self.decoder, "rotary_emb", None)
+        if rotary is None:
             raise UnsupportedTargetError(
                 f"{type(self.decoder).__name__} has no `rotary_emb`; only targets "
-                "with one RoPE for all layers are supported by the torch drafter"
+                "with one for all layers are supported by the torch drafter"
             )
-        return self.decoder.rotary_emb(like, positions[None])
+        if "layer_type" in inspect.signature(type(rotary).forward).parameters:
+            kind = self.decoder.config.layer_types[index]
+            return rotary(like, positions[None], kind)
+        return rotary(like, positions[None])
 
     def _attention(self, index: int) -> Any:
-        self._refuse_window(index)
         return self.layer(index).self_attn
-
-    def _refuse_window(self, index: int) -> None:
-        config = self.model.config.get_text_config()
-        kinds = getattr(config, "layer_types", None)
-        window = getattr(config, "sliding_window", None)
-        if kinds is not None and kinds[index] != "sliding_attention":
-            return
-        read = max((r.bias.prefix.shape[1] for r in self._reads), default=0)
-        if window is not None and read > window:
-            raise UnsupportedTargetError(
-                f"target layer {index} attends to a window of {window} tokens, and "
-                f"{read} are to be read; the torch drafter does not support windows "
-                "yet. Use shorter sequences or bind to layers with full attention."
-            )
 
     def _heads(self, index: int, rows: torch.Tensor) -> torch.Tensor:
         """``[rows, heads * head_dim]`` to ``[heads, rows, head_dim]``."""
@@ -261,15 +255,41 @@ class HFTarget(OneRank):
         return rows.unflatten(-1, (-1, head_dim)).transpose(0, 1)
 
 
-# Settings by which some families (Gemma, Granite) scale their logits outside the LM
-# head. vLLM's own `compute_logits` does it when serving.
-_SCALES = ("logits_scaling", "final_logit_softcapping")
+class _SmallHead(nn.Module):
+    """The rows of the target's LM head that belong to some tokens."""
+
+    def __init__(self, weight: torch.Tensor, soft_cap: float | None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.soft_cap = soft_cap
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """``[..., hidden_size]`` to ``[..., tokens]``."""
+        return _capped(nn.functional.linear(hidden, self.weight), self.soft_cap)
 
 
-def _refuse_scaled(config: Any) -> None:
-    found = [name for name in _SCALES if getattr(config, name, None) not in (None, 1.0)]
+def _capped(logits: torch.Tensor, soft_cap: float | None) -> torch.Tensor:
+    return logits if soft_cap is None else torch.tanh(logits / soft_cap) * soft_cap
+
+
+def _windows(config: Any) -> list[int | None]:
+    """Tokens that each layer attends to, itself included; None for all."""
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        kinds = ["sliding_attention"] * config.num_hidden_layers
+    return [window if kind == "sliding_attention" else None for kind in kinds]
+
+
+def _refuse_unfollowed(config: Any) -> None:
+    # vLLM does these in `compute_logits` and in its attention when serving.
+    names = ("logits_scaling", "attn_logit_softcapping")
+    found = [name for name in names if getattr(config, name, None) not in (None, 1.0)]
     if config.model_type in ("gemma", "gemma2"):
+        # In some versions of transformers in the model's forward, in others not.
         found.append("scaled embeddings")
+    if any("chunked" in kind for kind in getattr(config, "layer_types", None) or ()):
+        found.append("chunked attention")
     if found:
         raise UnsupportedTargetError(
             f"target {config.model_type!r} uses {', '.join(found)}, which the torch "

@@ -85,7 +85,7 @@ def new_drafter(
         target=facts,
     )
     drafter = Drafter(config).to(DTYPES[options.dtype])
-    _fill(drafter, weights, options)
+    _fill(drafter, weights, options, _embedding_scale(hf_config))
     return drafter
 
 
@@ -209,11 +209,22 @@ def _own_layer_config(
     )
 
 
+def _embedding_scale(hf_config: Any) -> float:
+    """Factor from a stored embedding to what enters the target's first layer."""
+    scaled = hf_config.model_type.startswith("gemma")
+    return hf_config.hidden_size**0.5 if scaled else 1.0
+
+
 @torch.no_grad()
-def _fill(drafter: Drafter, weights: TargetWeights, options: DrafterOptions) -> None:
+def _fill(
+    drafter: Drafter,
+    weights: TargetWeights,
+    options: DrafterOptions,
+    embedding_scale: float,
+) -> None:
     drafter.init_weights(torch.Generator().manual_seed(options.seed))
     if drafter.placeholders is not None:
-        drafter.placeholders.copy_(weights.mean_embedding())
+        drafter.placeholders.copy_(weights.mean_embedding() * embedding_scale)
     if drafter.draft_vocab is not None:
         drafter.draft_vocab.token_ids.copy_(torch.tensor(options.draft_token_ids))
     if options.own_start == "copy":

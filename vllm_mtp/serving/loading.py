@@ -5,10 +5,8 @@ from pathlib import Path
 
 import torch
 from vllm.config import VllmConfig
-from vllm.v1.kv_cache_interface import KVCacheConfig
 
 from vllm_mtp.checkpoint import load_drafter
-from vllm_mtp.errors import UnsupportedTargetError
 from vllm_mtp.modeling.drafter import BoundDrafter
 from vllm_mtp.modeling.sharding import part_of
 from vllm_mtp.serving.host import VllmTarget, this_rank
@@ -38,24 +36,3 @@ def load_bound_drafter(
     config = drafter.config
     host = VllmTarget(target_model, vllm_config, config.target, config.bound_layers)
     return BoundDrafter(drafter, host), host
-
-
-def require_one_kv_cache_group(
-    kv_cache_config: KVCacheConfig, layer_names: set[str]
-) -> None:
-    """Refuse bound layers that lie in several KV-cache groups.
-
-    Raises:
-        UnsupportedTargetError: As when full and sliding-window layers are bound.
-    """
-    groups = [
-        group
-        for group in kv_cache_config.kv_cache_groups
-        if layer_names & set(group.layer_names)
-    ]
-    if len(groups) != 1:
-        raise UnsupportedTargetError(
-            f"the drafter reads target layers of {len(groups)} KV-cache groups (full "
-            "and sliding-window attention?), which is not supported yet. Use a "
-            "drafter bound to layers of one kind."
-        )

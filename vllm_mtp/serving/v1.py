@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The V1 runner's drafter: a stock ``DraftModelProposer`` with another forward."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from vllm.config import CUDAGraphMode
+from vllm.config import CUDAGraphMode, VllmConfig, get_layers_from_vllm_config
 from vllm.forward_context import set_forward_context
+from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.sample.metadata import SamplingMetadata
@@ -19,13 +20,24 @@ from vllm_mtp.block import (
     slots_of_positions,
 )
 from vllm_mtp.modeling.heads import pick_greedy
-from vllm_mtp.serving.loading import load_bound_drafter, require_one_kv_cache_group
+from vllm_mtp.serving.loading import load_bound_drafter
+
+
+class _AlikeLayers(NamedTuple):
+    """Bound layers that share a block table, a window and attention metadata."""
+
+    kv_cache_gid: int
+    block_size: int  # tokens per entry of the block table
+    layer_names: set[str]
+    attention_groups: list[Any]  # vLLM's ``AttentionGroup``
 
 
 class MTPPlaceholderProposer(DraftModelProposer):
     """Drafts all tokens of a step in one forward over the target's KV cache."""
 
-    runner: Any  # set by the base class
+    def __init__(self, vllm_config: VllmConfig, device: torch.device, runner: Any):
+        super().__init__(vllm_config, device, runner)
+        self._runner = runner  # the base class does not keep it
 
     def load_model(self, target_model: torch.nn.Module) -> None:
         """Load the drafter and bind it to the loaded target."""
@@ -38,9 +50,40 @@ class MTPPlaceholderProposer(DraftModelProposer):
         # metadata for them, and allocates no cache for the drafter.
         self._draft_attn_layer_names = host.attention_layer_names
 
-    def validate_same_kv_cache_group(self, kv_cache_config: KVCacheConfig) -> None:
-        """Refuse bound layers that lie in several KV-cache groups."""
-        require_one_kv_cache_group(kv_cache_config, self._draft_attn_layer_names)
+    def initialize_attn_backend(
+        self,
+        kv_cache_config: KVCacheConfig,
+        kernel_block_sizes: list[int] | None = None,
+    ) -> None:
+        """Make builders of attention metadata over the target's layers.
+
+        The base class takes all layers for alike: of one KV-cache group, and with
+        the first one's window. So it is asked once per kind of layer.
+        """
+        bound = self._draft_attn_layer_names
+        self._alike: list[_AlikeLayers] = []
+        for names in self._split_by_kind(bound, kv_cache_config):
+            self._draft_attn_layer_names = names
+            super().initialize_attn_backend(kv_cache_config, kernel_block_sizes)
+            kind = self.kv_cache_gid, self.block_size, names, self.draft_attn_groups
+            self._alike.append(_AlikeLayers(*kind))
+        self._draft_attn_layer_names = bound
+        # The runner binds the cache to the layers of all of them.
+        self.draft_attn_groups = sum((a.attention_groups for a in self._alike), [])
+
+    def _split_by_kind(
+        self, layer_names: set[str], kv_cache_config: KVCacheConfig
+    ) -> list[set[str]]:
+        """Part the layers by KV-cache group and sliding window.
+
+        One group may hold several windows (``--disable-hybrid-kv-cache-manager``).
+        """
+        layers = get_layers_from_vllm_config(self.vllm_config, Attention, layer_names)
+        kinds: dict[tuple[int, int | None], set[str]] = {}
+        for gid, group in enumerate(kv_cache_config.kv_cache_groups):
+            for name in sorted(layer_names.intersection(group.layer_names)):
+                kinds.setdefault((gid, layers[name].sliding_window), set()).add(name)
+        return list(kinds.values())
 
     @torch.inference_mode()
     def propose(
@@ -105,19 +148,29 @@ class MTPPlaceholderProposer(DraftModelProposer):
         num_places: int,
     ) -> torch.Tensor:
         """Run the drafter's blocks. ``[B, k, hidden_size]``."""
-        table = self._block_table(metadata)
-        readable_len = table.shape[1] * self.block_size
+        tables = [self._block_table(alike, metadata) for alike in self._alike]
+        # All layers see the same positions: what the shortest table covers.
+        readable_len = min(
+            table.shape[1] * alike.block_size
+            for alike, table in zip(self._alike, tables, strict=True)
+        )
         blocks = fit_blocks(prefix_lens, num_places, self._max_model_len, readable_len)
-        draft_metadata = self._block_metadata(blocks, table, readable_len, metadata)
-        _, per_layer = self.build_per_group_and_layer_attn_metadata(draft_metadata)
+        metadata = self._block_metadata(blocks, readable_len, metadata)
+        per_layer: dict[str, object] = {}
+        slot_mapping: dict[str, torch.Tensor] = {}
+        for alike, table in zip(self._alike, tables, strict=True):
+            slots = slots_of_positions(blocks.positions, table, alike.block_size)
+            slots = slots.masked_fill(blocks.beyond, PAD_SLOT).flatten()
+            slot_mapping |= dict.fromkeys(alike.layer_names, slots)
+            per_layer |= self._layer_metadata(
+                alike, metadata.replace(block_table_tensor=table, slot_mapping=slots)
+            )
         with set_forward_context(
             per_layer,
             self.vllm_config,
             num_tokens=blocks.positions.numel(),
             cudagraph_runtime_mode=CUDAGraphMode.NONE,
-            slot_mapping=dict.fromkeys(
-                self._draft_attn_layer_names, draft_metadata.slot_mapping
-            ),
+            slot_mapping=slot_mapping,
         ):
             return self._bound.forward(anchor_ids, blocks.positions, boundary)
 
@@ -126,25 +179,35 @@ class MTPPlaceholderProposer(DraftModelProposer):
         # vLLM may lower the limit after start-up, to what the cache holds.
         return self.vllm_config.model_config.max_model_len
 
-    def _block_table(self, metadata: CommonAttentionMetadata) -> torch.Tensor:
-        """The block table of the bound layers' KV-cache group. ``[B, M]`` int32."""
-        table = metadata.block_table_tensor
-        if self.kv_cache_gid <= 0:
-            return table
-        # The runner hands over the table of group 0 for this kind of drafter.
-        tables = self.runner.input_batch.block_table
-        return tables[self.kv_cache_gid].get_device_tensor(len(table))
+    def _block_table(
+        self, alike: _AlikeLayers, metadata: CommonAttentionMetadata
+    ) -> torch.Tensor:
+        """The layers' block table. ``[B, M]`` int32."""
+        # The metadata holds only the table of group 0 for this kind of drafter.
+        tables = self._runner.input_batch.block_table
+        return tables[alike.kv_cache_gid].get_device_tensor(metadata.num_reqs)
+
+    def _layer_metadata(
+        self, alike: _AlikeLayers, metadata: CommonAttentionMetadata
+    ) -> dict[str, object]:
+        """Attention metadata by layer name."""
+        every_group = self.draft_attn_groups
+        self.draft_attn_groups = alike.attention_groups
+        _, per_layer = self.build_per_group_and_layer_attn_metadata(metadata)
+        self.draft_attn_groups = every_group
+        return per_layer
 
     def _block_metadata(
         self,
         blocks: FittedBlocks,
-        table: torch.Tensor,
         readable_len: int,
         metadata: CommonAttentionMetadata,
     ) -> CommonAttentionMetadata:
-        """The drafter's batch: k query rows behind every request's prefix."""
+        """The drafter's batch: k query rows behind every request's prefix.
+
+        Block table and slots are still the target's.
+        """
         batch, num_places = blocks.positions.shape
-        slots = slots_of_positions(blocks.positions, table, self.block_size)
         upper = metadata.seq_lens_cpu_upper_bound
         if upper is not None:
             # Some backends index the block table by this bound.
@@ -157,8 +220,6 @@ class MTPPlaceholderProposer(DraftModelProposer):
             num_actual_tokens=batch * num_places,
             max_query_len=num_places,
             max_seq_len=min(metadata.max_seq_len + num_places, readable_len),
-            block_table_tensor=table,
-            slot_mapping=slots.masked_fill(blocks.beyond, PAD_SLOT).flatten(),
             positions=blocks.positions.flatten(),
             causal=True,
         )

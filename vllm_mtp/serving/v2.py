@@ -20,7 +20,7 @@ from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 
 from vllm_mtp.block import PAD_SLOT, FittedBlocks, fit_blocks
 from vllm_mtp.modeling.heads import pick_greedy
-from vllm_mtp.serving.loading import load_bound_drafter, require_one_kv_cache_group
+from vllm_mtp.serving.loading import load_bound_drafter
 
 
 class MTPPlaceholderSpeculator(DraftModelSpeculator):
@@ -59,15 +59,18 @@ class MTPPlaceholderSpeculator(DraftModelSpeculator):
         **kwargs: Any,
     ) -> None:
         """Build attention metadata of our own over the target's layers."""
-        require_one_kv_cache_group(kv_cache_config, self._host.attention_layer_names)
         # Only during this call: the runner takes these names for layers of a draft
         # model, which it would leave out of the target's own bookkeeping.
         self.draft_attn_layer_names = self._host.attention_layer_names
         super().set_attn(model_state, kv_cache_config, block_tables, *args, **kwargs)
         self.draft_attn_layer_names = set()
-        groups = kv_cache_config.kv_cache_groups
+        block_sizes = [
+            group.kv_cache_spec.block_size for group in kv_cache_config.kv_cache_groups
+        ]
+        # Slots below these lie in the null block, which belongs to nobody.
+        self._first_slots = torch.tensor(block_sizes, device=self.device)[:, None]
         self._slots = torch.full(
-            (len(groups), self.input_buffers.max_num_tokens),
+            (len(block_sizes), self.input_buffers.max_num_tokens),
             PAD_SLOT,
             dtype=torch.int64,
             device=self.device,
@@ -75,11 +78,8 @@ class MTPPlaceholderSpeculator(DraftModelSpeculator):
         # The limit as it is now: vLLM may have lowered it to what the cache holds,
         # while the base class keeps the first one.
         self._limit = self.vllm_config.model_config.max_model_len
-        # What a block table covers: whole cache blocks, up to the limit.
-        self._readable_len = min(
-            -(-self._limit // size) * size
-            for size in (group.kv_cache_spec.block_size for group in groups)
-        )
+        # What the shortest block table covers: whole cache blocks, up to the limit.
+        self._readable_len = min(-(-self._limit // s) * s for s in block_sizes)
 
     def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
         """The drafter runs without a graph of its own."""
@@ -203,7 +203,8 @@ class MTPPlaceholderSpeculator(DraftModelSpeculator):
             out=self._slots,
         )
         # A row beyond the limit would otherwise hit the last token's slot.
-        return slots.masked_fill_(blocks.beyond.flatten(), PAD_SLOT)
+        unusable = blocks.beyond.flatten() | (slots < self._first_slots)
+        return slots.masked_fill_(unusable, PAD_SLOT)
 
     def _block_metadata(
         self, input_batch: InputBatch, blocks: FittedBlocks, slots: torch.Tensor

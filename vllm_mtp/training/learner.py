@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The module that Trainer trains: from texts to a loss."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -167,9 +167,11 @@ class Learner(nn.Module):
             teacher = self._teacher(texts, head, labels.shape[1], first)
         return objective_loss(logits, columns, self.plan.objective, teacher)
 
-    def _head(self, candidates: Candidates | None) -> nn.Module:
+    def _head(
+        self, candidates: Candidates | None
+    ) -> Callable[[torch.Tensor], torch.Tensor]:
         if candidates is None:
-            return self.host.model.get_output_embeddings()
+            return self.host.logits
         if self.bound.small_head is not None:
             return self.bound.small_head
         return self.host.logits_of_tokens(candidates.token_ids)
@@ -201,7 +203,7 @@ class Learner(nn.Module):
     def _teacher(
         self,
         texts: Sequence[TextBlocks],
-        head: nn.Module,
+        head: Callable[[torch.Tensor], torch.Tensor],
         num_places: int,
         first: int,
     ) -> Teacher:
