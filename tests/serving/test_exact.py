@@ -139,8 +139,11 @@ def test_first_place_of_an_exact_drafter_is_always_accepted(
 
 def test_scenarios_do_what_they_are_named_for(sides: Sides) -> None:
     for runs in (sides.plain, sides.drafted):
+        assert runs["batches"][0].largest > 1
         assert runs["prefix-cache"][1].prefix_hits > 0
         assert runs["preemption"][0].preemptions > 0
+        assert runs["chunked-prefill"][0].chunked > 0
+        assert runs["chunked-prefill"][0].mixed > 0
     name = "near-max-model-len"
     outputs = sides.plain[name][0].token_ids
     lengths = [

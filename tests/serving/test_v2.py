@@ -19,11 +19,18 @@ HERE = Path(__file__).parent
 
 
 @pytest.mark.timeout(1500)
-@pytest.mark.parametrize("name", ["test_exact.py", "test_parity.py", "v2_cases.py"])
-def test_the_same_tests_pass_on_v2(name: str) -> None:
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["test_exact.py", "test_async.py"],
+        ["test_parity.py", "test_host_syncs.py", "test_distribution.py", "v2_cases.py"],
+    ],
+    ids=["exact", "other"],
+)
+def test_the_same_tests_pass_on_v2(names: list[str]) -> None:
     path = [str(HERE / "triton_interpreter"), os.environ.get("PYTHONPATH", "")]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", str(HERE / name)],
+        [sys.executable, "-m", "pytest", "-q", "-x", *(str(HERE / n) for n in names)],
         # The variable is set here too: `engine` fails where the runner is not V2.
         env=os.environ
         | {
