@@ -4,8 +4,9 @@
 python -m tools.startup_ratio [--rounds 9] [--engine-rounds 5]
 
 Fresh processes, with the plugin and without it (VLLM_PLUGINS="") in turns. Printed
-are the medians, their ratio, and the smallest and largest ratio of a round: a
-difference within that spread cannot be told from nothing.
+are the medians, the median ratio, and the smallest and largest ratio of a round: a
+difference within that spread cannot be told from nothing. CPU time is the steadier of
+the two measures on a machine that does other work.
 """
 
 import argparse
@@ -19,22 +20,23 @@ from pathlib import Path
 from tests.tiny_targets import make_tiny_llama
 
 CONFIG = """
-import sys, time
-start = time.perf_counter()
 from vllm.plugins import load_general_plugins
 load_general_plugins()
 from vllm.engine.arg_utils import EngineArgs
 EngineArgs(model=sys.argv[1], skip_tokenizer_init=True).create_engine_config()
-print(time.perf_counter() - start)
 """
 ENGINE = """
-import sys, time
-start = time.perf_counter()
 from vllm import LLM
 LLM(sys.argv[1], skip_tokenizer_init=True, enforce_eager=True, dtype="float32",
     max_model_len=256, max_num_seqs=8)
-print(time.perf_counter() - start)
 """
+TIMED = """
+import sys, time
+start, cpu_start = time.perf_counter(), time.process_time()
+{code}
+print(time.perf_counter() - start, time.process_time() - cpu_start)
+"""
+Times = tuple[float, float]  # wall and CPU seconds
 
 
 def main() -> None:
@@ -45,34 +47,35 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         target = make_tiny_llama(Path(folder))
-        measure("imports and engine config", CONFIG, target, args.rounds)
-        measure("whole engine, tiny target", ENGINE, target, args.engine_rounds)
+        compare("imports and engine config", CONFIG, target, args.rounds)
+        compare("whole engine, tiny target", ENGINE, target, args.engine_rounds)
 
 
-def measure(name: str, code: str, target: Path, rounds: int) -> None:
-    """Print one line for ``code``, which prints its seconds last."""
-    seconds(code, target, {})  # fills the disk's cache
-    pairs = []
+def compare(name: str, code: str, target: Path, rounds: int) -> None:
+    """Print one line per measure for ``code``."""
+    if rounds == 0:
+        return
+    times_of(code, target, {})  # fills the disk's cache
+    with_it: list[Times] = []
+    without: list[Times] = []
     for number in range(rounds):
+        sides = [(with_it, {}), (without, {"VLLM_PLUGINS": ""})]
         # Whichever comes second may find a warmer machine.
-        order = [{}, {"VLLM_PLUGINS": ""}]
-        if number % 2:
-            order.reverse()
-        times = {len(env): seconds(code, target, env) for env in order}
-        pairs.append((times[0], times[1]))
-    with_it, without = (
-        statistics.median(column) for column in zip(*pairs, strict=True)
-    )
-    ratios = [a / b for a, b in pairs]
-    print(
-        f"{name}: {with_it:.2f} s with the plugin, {without:.2f} s without; ratio "
-        f"{statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f}, "
-        f"{rounds} rounds)",
-        flush=True,
-    )
+        for times, environment in sides[:: -1 if number % 2 else 1]:
+            times.append(times_of(code, target, environment))
+    for index, measure in enumerate(("wall", "CPU")):
+        a, b = [t[index] for t in with_it], [t[index] for t in without]
+        ratios = [x / y for x, y in zip(a, b, strict=True)]
+        print(
+            f"{name}, {measure}: {statistics.median(a):.2f} s with the plugin, "
+            f"{statistics.median(b):.2f} s without; ratio "
+            f"{statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f}, "
+            f"{rounds} rounds)",
+            flush=True,
+        )
 
 
-def seconds(code: str, target: Path, environment: dict[str, str]) -> float:
+def times_of(code: str, target: Path, environment: dict[str, str]) -> Times:
     """What one fresh process says that it took."""
     inherited = {k: v for k, v in os.environ.items() if k != "VLLM_PLUGINS"}
     defaults = {
@@ -81,13 +84,14 @@ def seconds(code: str, target: Path, environment: dict[str, str]) -> float:
         "VLLM_LOGGING_LEVEL": "ERROR",
     }
     done = subprocess.run(
-        [sys.executable, "-c", code, str(target)],
+        [sys.executable, "-c", TIMED.format(code=code), str(target)],
         env=defaults | inherited | environment,
         capture_output=True,
         text=True,
         check=True,
     )
-    return float(done.stdout.strip().splitlines()[-1])
+    wall, cpu = done.stdout.strip().splitlines()[-1].split()
+    return float(wall), float(cpu)
 
 
 if __name__ == "__main__":

@@ -42,6 +42,8 @@ def force_async_scheduling(monkeypatch: pytest.MonkeyPatch) -> None:
         original(vllm_config)
         vllm_config.scheduler_config.async_scheduling = True
 
-    monkeypatch.setattr(CpuPlatform, "check_and_update_config", keep_it_on)
+    monkeypatch.setattr(
+        CpuPlatform, "check_and_update_config", staticmethod(keep_it_on)
+    )
     for name in ("Event", "Stream", "current_stream", "stream"):
         monkeypatch.setattr(torch.cuda, name, _Nothing)

@@ -248,7 +248,7 @@ def and_start(config):
     original(config)  # it asks for spawn
     os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = {start!r}
 
-CpuPlatform.check_and_update_config = and_start
+CpuPlatform.check_and_update_config = staticmethod(and_start)
 if __name__ == "__main__":
     from vllm import LLM, SamplingParams
     from vllm_mtp import read_vllm_counters
