@@ -90,39 +90,63 @@ BREAKAGES = {
 }
 
 
-@pytest.mark.parametrize("name", BREAKAGES)
-def test_a_broken_plugin_ends_only_its_own_method(name: str, tiny_llama: Path) -> None:
-    """Without the hook, vLLM itself refuses the method; the log says why."""
-    breakage, message = BREAKAGES[name]
-    code = f"""
-import sys, types
+# vLLM is imported once; each breakage happens in a fork of its own.
+IN_FORKS = """
+import json, os, sys, tempfile, types
 from vllm.engine.arg_utils import EngineArgs
-original = EngineArgs.create_speculative_config
-{breakage}
 from vllm.plugins import load_general_plugins
-load_general_plugins()
-load_general_plugins()
-if {name.startswith("the hook")}:
-    EngineArgs.create_speculative_config = original  # for vLLM's own sake
 
-def start(spec):
-    args = EngineArgs(
-        model={str(tiny_llama)!r}, skip_tokenizer_init=True, speculative_config=spec
-    )
+original = EngineArgs.create_speculative_config
+
+def start(target, spec):
+    args = EngineArgs(model=target, skip_tokenizer_init=True, speculative_config=spec)
     return args.create_engine_config().speculative_config
 
-print(start(None), start({NGRAM}).method)
-try:
-    start({{"method": "mtp_placeholder"}})
-except Exception as error:
-    print("refused", "mtp_placeholder" in str(error))
+def attempt(breakage, target):
+    exec(breakage)
+    load_general_plugins()
+    load_general_plugins()
+    if "EngineArgs" in breakage:
+        EngineArgs.create_speculative_config = original  # for vLLM's own sake
+    result = {"none": start(target, None) is None}
+    ngram = {"method": "ngram", "num_speculative_tokens": 2}
+    result["ngram"] = start(target, ngram).method
+    try:
+        start(target, {"method": "mtp_placeholder"})
+    except Exception as error:
+        result["ours"] = str(error)
+    return result
+
+for name, breakage in json.loads(sys.argv[1]).items():
+    with tempfile.TemporaryFile("w+") as log, tempfile.TemporaryFile("w+") as out:
+        child = os.fork()
+        if child == 0:
+            os.dup2(log.fileno(), 2)
+            print(json.dumps(attempt(breakage, sys.argv[2])), file=out, flush=True)
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        log.seek(0), out.seek(0)
+        found = {"status": status, "log": log.read(), "result": out.read()}
+        print(json.dumps([name, found]), flush=True)
 """
-    done = fresh_process("-c", code)
+
+
+def test_a_broken_plugin_ends_only_its_own_method(tiny_llama: Path) -> None:
+    """Without the hook, vLLM itself refuses the method; the log says why."""
+    breakages = {name: breakage for name, (breakage, _) in BREAKAGES.items()}
+    done = fresh_process("-c", IN_FORKS, json.dumps(breakages), str(tiny_llama))
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.splitlines()[-2:] == ["None ngram", "refused True"]
-    assert done.stderr.count("vllm-mtp could not register") == 1
-    assert "vllm-mtp doctor" in done.stderr
-    assert message in done.stderr
+    found = dict(json.loads(line) for line in done.stdout.strip().splitlines()[-4:])
+    assert list(found) == list(BREAKAGES)
+    for name, (_, message) in BREAKAGES.items():
+        log = found[name]["log"]
+        assert found[name]["status"] == 0, log[-3000:]
+        result = json.loads(found[name]["result"])
+        assert (result["none"], result["ngram"]) == (True, "ngram")
+        assert "mtp_placeholder" in result["ours"]
+        assert log.count("vllm-mtp could not register") == 1
+        assert "vllm-mtp doctor" in log
+        assert message in log
 
 
 def test_a_missing_hook_of_the_runner_ends_only_our_method(
