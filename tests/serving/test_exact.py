@@ -3,7 +3,7 @@
 token, and a drafter that is the target must be accepted every time."""
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -70,13 +70,18 @@ def prompts(name: str) -> list[list[int]]:
     return [[rng.randrange(512) for _ in range(n)] for n in SCENARIOS[name].lengths]
 
 
-def run_all(target: Path, spec: dict[str, Any] | None) -> dict[str, list[Run]]:
-    """Every scenario on one side; those with the same settings share an engine."""
+def run_all(
+    target: Path, spec: dict[str, Any] | None, names: Collection[str] = SCENARIOS
+) -> dict[str, list[Run]]:
+    """Scenarios on one side; those with the same settings share an engine."""
     runs: dict[str, list[Run]] = {}
+    wanted = {name: SCENARIOS[name] for name in names}
     for settings, values in SETTINGS.items():
+        if settings not in {scenario.settings for scenario in wanted.values()}:
+            continue
         with engine(target, spec, **values) as llm:
             blocks[(str(target), spec is not None, settings)] = num_kv_blocks(llm)
-            for name, scenario in SCENARIOS.items():
+            for name, scenario in wanted.items():
                 if scenario.settings == settings:
                     runs[name] = [
                         generate(llm, prompts(name), scenario.max_tokens)
