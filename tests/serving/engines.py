@@ -43,6 +43,9 @@ class Run:
     counts: AcceptanceCounts
     prefix_hits: int  # tokens found in the prefix cache
     preemptions: int
+    chunked: int  # steps that left a prompt unfinished
+    mixed: int  # steps with both prompts and decoding
+    largest: int  # requests in the largest step
 
 
 @contextmanager
@@ -84,9 +87,10 @@ def generate(
         | sampling
     )
     before = _counters(llm)
-    outputs = llm.generate(
-        [{"prompt_token_ids": list(ids)} for ids in prompts], params, use_tqdm=False
-    )
+    with _watched_steps(llm) as steps:
+        outputs = llm.generate(
+            [{"prompt_token_ids": list(ids)} for ids in prompts], params, use_tqdm=False
+        )
     after = _counters(llm)
     return Run(
         [list(output.outputs[0].token_ids) for output in outputs],
@@ -94,7 +98,43 @@ def generate(
         after[0] - before[0],
         after[1] - before[1],
         after[2] - before[2],
+        sum(step.chunked for step in steps),
+        sum(step.prompts > 0 and step.decoding > 0 for step in steps),
+        max(step.prompts + step.decoding for step in steps),
     )
+
+
+@dataclass(frozen=True)
+class _Step:
+    prompts: int  # requests that compute prompt tokens
+    decoding: int
+    chunked: bool
+
+
+@contextmanager
+def _watched_steps(llm: LLM) -> Iterator[list[_Step]]:
+    """What vLLM's scheduler put into each step."""
+    scheduler = core_of(llm).scheduler
+    schedule, steps = scheduler.schedule, []
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        output = schedule(*args, **kwargs)
+        rows = [
+            (scheduler.requests[name].num_prompt_tokens, computed - new, computed)
+            for name, new in output.num_scheduled_tokens.items()
+            if (computed := scheduler.requests[name].num_computed_tokens)
+        ]
+        if rows:
+            prompts = [row for row in rows if row[1] < row[0]]
+            chunked = any(end < length for length, _, end in prompts)
+            steps.append(_Step(len(prompts), len(rows) - len(prompts), chunked))
+        return output
+
+    scheduler.schedule = watched
+    try:
+        yield steps
+    finally:
+        scheduler.schedule = schedule
 
 
 def _counters(llm: LLM) -> tuple[AcceptanceCounts, int, int]:
@@ -110,10 +150,14 @@ def _counters(llm: LLM) -> tuple[AcceptanceCounts, int, int]:
     )
 
 
+def core_of(llm: LLM) -> Any:
+    """The engine core inside an in-process engine."""
+    return llm.llm_engine.engine_core.engine_core
+
+
 def runner_of(llm: LLM) -> Any:
     """The model runner inside an in-process engine."""
-    core = llm.llm_engine.engine_core.engine_core
-    return core.model_executor.driver_worker.worker.model_runner
+    return core_of(llm).model_executor.driver_worker.worker.model_runner
 
 
 def of_each_runner(llm: LLM, question: Callable[[Any], Any]) -> list[Any]:

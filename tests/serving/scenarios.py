@@ -46,7 +46,10 @@ def run_scenarios(
 ) -> Side:
     """Run every scenario; those with the same settings share an engine."""
     side = Side({}, {}, {})
+    used = {scenario.settings for scenario in scenarios.values()}
     for kind, values in settings.items():
+        if kind not in used:
+            continue
         with engine(target, spec, **values) as llm:
             side.num_blocks[kind] = num_kv_blocks(llm)
             side.block_sizes[kind] = kv_block_sizes(llm)

@@ -110,6 +110,8 @@ def test_scenarios_do_what_they_are_named_for(sides: Sides) -> None:
     for runs in (sides.plain.runs, sides.drafted.runs):
         assert runs["prefix-cache"][1].prefix_hits > 0
         assert runs["preemption"][0].preemptions > 0
+        assert runs["chunked-prefill"][0].chunked > 0
+        assert runs["chunked-prefill"][0].mixed > 0
     name = "near-max-model-len"
     outputs = sides.plain.runs[name][0].token_ids
     lengths = [

@@ -20,19 +20,21 @@ HERE = Path(__file__).parent
 
 @pytest.mark.timeout(1500)
 @pytest.mark.parametrize(
-    ("name", "which"),
+    ("names", "which"),
     [
-        ("test_exact.py", "not slow"),
-        ("test_parity.py", "not slow"),
-        ("v2_cases.py", "not slow"),
-        ("test_families.py", "not slow"),
-        pytest.param("test_families.py", "slow", marks=pytest.mark.slow),
+        (["test_exact.py", "test_async.py"], "not slow"),
+        (["test_parity.py", "test_host_syncs.py"], "not slow"),
+        (["test_distribution.py", "v2_cases.py"], "not slow"),
+        (["test_families.py"], "not slow"),
+        pytest.param(["test_families.py"], "slow", marks=pytest.mark.slow),
     ],
+    ids=["exact", "forward", "other", "families", "more-families"],
 )
-def test_the_same_tests_pass_on_v2(name: str, which: str) -> None:
+def test_the_same_tests_pass_on_v2(names: list[str], which: str) -> None:
     path = [str(HERE / "triton_interpreter"), os.environ.get("PYTHONPATH", "")]
+    files = [str(HERE / name) for name in names]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-m", which, str(HERE / name)],
+        [sys.executable, "-m", "pytest", "-q", "-x", "-m", which, *files],
         # The variable is set here too: `engine` fails where the runner is not V2.
         env=os.environ
         | {

@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Cases for the V2 runner alone; `test_v2.py` runs them in a process of its own."""
 
-from collections.abc import Callable, Iterator
+import logging
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from tests.serving.engines import ON_V2, bound_drafter_of, engine, generate, runner_of
-from vllm_mtp.block import PAD_SLOT, fit_blocks
+from tests.serving.played_graphs import play_graphs
+from vllm_mtp.block import PAD_SLOT
 
 pytestmark = pytest.mark.skipif(not ON_V2, reason="needs test_v2.py's environment")
 
@@ -33,28 +36,6 @@ def test_it_is_the_v2_runner_with_our_speculator(
         assert runner_of(llm).speculator.draft_attn_layer_names == set()
 
 
-@pytest.fixture
-def gumbel_cache_without_triton(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Triton's interpreter cannot run the kernel's store of the draft logits ("mask
-    has unsupported dtype"); keep them with torch indexing instead."""
-    from vllm_mtp.serving import v2
-
-    stock: Callable[..., torch.Tensor] = v2.gumbel_sample
-
-    def sample(logits: torch.Tensor, rows: torch.Tensor, *args: Any, **kw: Any) -> Any:
-        cache, column = kw.pop("logits_cache"), kw.pop("logits_cache_col")
-        # What the real kernel asks for.
-        assert (logits.dtype, column.dim()) == (cache.dtype, 0)
-        assert cache.shape[-1] == logits.shape[-1]
-        live = rows >= 0
-        cache[rows[live].long(), column] = logits[live].to(cache.dtype)
-        return stock(logits, rows, *args, **kw)
-
-    monkeypatch.setattr(v2, "gumbel_sample", sample)
-    return
-
-
-@pytest.mark.usefixtures("gumbel_cache_without_triton")
 def test_a_drafter_that_is_the_target_is_accepted_when_sampling(
     tiny_targets: dict[str, Path], tiny_drafter: Callable[[str, str], Path]
 ) -> None:
@@ -66,20 +47,15 @@ def test_a_drafter_that_is_the_target_is_accepted_when_sampling(
     assert run.counts.accepted_per_place[0] == run.counts.drafts > 10
 
 
-@pytest.mark.usefixtures("gumbel_cache_without_triton")
 def test_draft_distributions_cover_the_targets_vocabulary(
     tiny_targets: dict[str, Path], tiny_drafter: Callable[[str, str], Path]
 ) -> None:
-    """Reduced vocabulary: the tokens that cannot be drafted have probability 0.
-
-    With temperature 0, since the interpreter cannot run vLLM's kernel that draws
-    again after a rejection ("'NoneType' object has no attribute 'dtype'").
-    """
+    """Reduced vocabulary: the tokens that cannot be drafted have probability 0."""
     spec = spec_for(tiny_drafter("llama", "mixed"), draft_sample_method="probabilistic")
     with engine(tiny_targets["llama"], spec) as llm:
-        run = generate(llm, PROMPTS, 12)
+        run = generate(llm, PROMPTS, 12, temperature=1.0, seed=3)
         cached = runner_of(llm).speculator.draft_logits
-    assert run.counts.accepted_tokens > 0
+    assert 0 < run.counts.accepted_tokens < run.counts.draft_tokens
     used = cached.flatten(1).ne(0).any(dim=1)  # rows of requests that drafted
     assert used.sum() == len(PROMPTS)
     finite = cached[used].isfinite()
@@ -96,12 +72,14 @@ def test_a_limit_that_vllm_lowers_after_start_is_kept(
     ) as llm:
         speculator = runner_of(llm).speculator
         speculator._limit = 64
-        prefix_lens = torch.tensor([62])
         speculator.idx_mapping[0] = 0
-        blocks = fit_blocks(prefix_lens, 4, speculator._limit, 64)
-        slots = speculator._scratch_slots(blocks)
-    assert (slots[0, 2:] == PAD_SLOT).all()
-    assert blocks.positions.tolist() == [[62, 63, 63, 63]]
+        batch = SimpleNamespace(num_reqs=1, seq_lens=torch.tensor([64]))
+        speculator._stage(batch, torch.tensor([2]), torch.empty(0))
+        speculator._write_slots(1)
+    assert speculator.input_buffers.positions[:4].tolist() == [62, 63, 63, 63]
+    slots = speculator._slots[0]
+    assert (slots[2:] == PAD_SLOT).all()
+    assert (slots[:2] != PAD_SLOT).all()
 
 
 def test_boundary_hidden_is_the_last_valid_tokens_after_rejections(
@@ -123,3 +101,63 @@ def test_boundary_hidden_is_the_last_valid_tokens_after_rejections(
     assert len(seen) > 5
     for anchors, best in seen:
         assert anchors.tolist() == best.tolist()
+
+
+@pytest.mark.parametrize("name", ["shared-4", "mixed"])
+def test_what_a_graph_would_hold_gives_the_same_drafts(
+    name: str,
+    tiny_targets: dict[str, Path],
+    tiny_drafter: Callable[[str, str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """`_generate_draft` again and again with the objects of its capture: only the
+    buffers differ from step to step, and the batch is padded."""
+    spec = spec_for(tiny_drafter("llama", name), enforce_eager=False)
+    with engine(tiny_targets["llama"], spec) as llm:
+        speculator = runner_of(llm).speculator
+        assert speculator._graphs is None  # vLLM captures nothing on a CPU
+        batches = (PROMPTS, PROMPTS[:1], PROMPTS)
+        eager = [generate(llm, batch, 10) for batch in batches]
+        played = play_graphs(speculator, sizes=(4, 8, 32), monkeypatch=monkeypatch)
+        graphed = [generate(llm, batch, 10) for batch in batches]
+    for one, other in zip(eager, graphed, strict=True):
+        assert other.token_ids == one.token_ids
+        assert other.counts == one.counts
+        assert other.counts.accepted_tokens < other.counts.draft_tokens
+    # One request in a graph for one, and three in a graph for eight.
+    assert {(1, 1), (3, 8)} <= set(played)
+
+
+@pytest.mark.parametrize(
+    ("enforce_eager", "mode", "support", "warning"),
+    [
+        (None, "FULL_AND_PIECEWISE", "ALWAYS", None),
+        (True, "FULL_AND_PIECEWISE", "ALWAYS", None),
+        (False, "NONE", "ALWAYS", "cudagraph_mode is NONE"),
+        (False, "PIECEWISE", "ALWAYS", "cudagraph_mode is PIECEWISE"),
+        (False, "FULL", "UNIFORM_SINGLE_TOKEN_DECODE", "SomeBackend cannot be"),
+        (False, "FULL", "NEVER", "SomeBackend cannot be captured"),
+    ],
+)
+def test_graphs_are_made_only_where_asked_for_and_possible(
+    enforce_eager: bool | None,
+    mode: str,
+    support: str,
+    warning: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    from vllm.config import CUDAGraphMode
+    from vllm.v1.attention.backend import AttentionCGSupport
+    from vllm.v1.worker.gpu.attn_utils import AttentionCGSupportInfo
+
+    from vllm_mtp.serving.v2_graphs import draft_graphs
+
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    spec = SimpleNamespace(enforce_eager=enforce_eager, num_speculative_tokens=4)
+    info = AttentionCGSupportInfo(AttentionCGSupport[support], "SomeBackend")
+    config: Any = SimpleNamespace(speculative_config=spec)
+    device = torch.device("cpu")
+    assert draft_graphs(config, device, CUDAGraphMode[mode], info) is None
+    assert (warning or "") in caplog.text
+    assert bool(caplog.text) == (warning is not None)

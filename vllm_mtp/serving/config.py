@@ -35,6 +35,7 @@ ALLOWED_KEYS = (
     "num_speculative_tokens",
     "num_speculative_tokens_per_batch_size",
     "draft_sample_method",
+    "enforce_eager",
 )
 
 

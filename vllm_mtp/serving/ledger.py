@@ -191,6 +191,8 @@ def _require_parameters(patch: Patch, current: Any) -> None:
     if current is None:
         raise HookMissingError(_missing(patch, "it is not there"))
     found = inspect.signature(current).parameters
+    if any(p.kind is p.VAR_POSITIONAL for p in found.values()):
+        return  # another plugin's wrapper, which hands on whatever it gets
     if gone := [name for name in patch.parameters if name not in found]:
         raise HookMissingError(
             _missing(patch, f"it has no parameter {', '.join(gone)} any more")

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The V1 runner's drafter: a stock ``DraftModelProposer`` with another forward."""
 
+import logging
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +21,10 @@ from vllm_mtp.block import (
     slots_of_positions,
 )
 from vllm_mtp.modeling.heads import pick_greedy
+from vllm_mtp.plugin import METHOD
 from vllm_mtp.serving.loading import load_bound_drafter
+
+logger = logging.getLogger("vllm.mtp_placeholder")
 
 
 class _AlikeLayers(NamedTuple):
@@ -46,6 +50,8 @@ class MTPPlaceholderProposer(DraftModelProposer):
         )
         self.model = self._bound.drafter
         self.supports_mm_inputs = False
+        if self.speculative_config.enforce_eager is False:
+            logger.warning("%s: CUDA graphs of the drafter need the V2 runner", METHOD)
         # The target's own layers: vLLM then builds the drafter's attention
         # metadata for them, and allocates no cache for the drafter.
         self._draft_attn_layer_names = host.attention_layer_names

@@ -1,26 +1,38 @@
 # SPDX-License-Identifier: Apache-2.0
 """The V2 runner's drafter: vLLM's speculator base class with our forward.
 
-The step's inputs lie in buffers of fixed size, and nothing waits for the device. The
-attention metadata is still built anew in each step, so there is no graph yet.
+`propose` has three parts. `_stage` writes the step's inputs into buffers of fixed
+size, `_block_metadata` has vLLM build the attention metadata over these buffers, and
+`_generate_draft` reads nothing but them: it is what a CUDA graph holds, and it runs
+the same way without one. Nothing waits for the device, and no shape depends on what
+is in a tensor.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.forward_context import set_forward_context
 from vllm.v1.kv_cache_interface import KVCacheConfig
-from vllm.v1.worker.gpu.attn_utils import build_slot_mappings_by_layer
+from vllm.v1.worker.gpu.attn_utils import (
+    build_attn_metadata,
+    build_slot_mappings_by_layer,
+)
 from vllm.v1.worker.gpu.block_table import BlockTables
-from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
+from vllm.v1.worker.gpu.cudagraph_utils import (
+    BatchExecutionDescriptor,
+    CudaGraphManager,
+)
 from vllm.v1.worker.gpu.input_batch import InputBatch, InputBuffers
 from vllm.v1.worker.gpu.sample.gumbel import gumbel_sample
 from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 
-from vllm_mtp.block import PAD_SLOT, FittedBlocks, fit_blocks
+from vllm_mtp.block import PAD_SLOT, fit_blocks
 from vllm_mtp.modeling.heads import pick_greedy
+from vllm_mtp.plugin import METHOD
 from vllm_mtp.serving.loading import load_bound_drafter
+from vllm_mtp.serving.v2_graphs import draft_graphs
 
 
 class MTPPlaceholderSpeculator(DraftModelSpeculator):
@@ -38,8 +50,14 @@ class MTPPlaceholderSpeculator(DraftModelSpeculator):
             * num_places
         )
         self._places = torch.arange(num_places, device=device)
+        self._anchors, self._prefix_lens = torch.zeros(
+            2, self.max_num_reqs, dtype=torch.int64, device=device
+        )
+        self._boundary: torch.Tensor | None = None
+        self._beyond = torch.zeros(num_rows, dtype=torch.bool, device=device)
         # Before `set_attn` only the memory profile runs, without a cache.
         self._limit = self._readable_len = vllm_config.model_config.max_model_len
+        self._graphs: CudaGraphManager | None = None
 
     def load_draft_model(
         self, target_model: torch.nn.Module, target_attn_layer_names: set[str]
@@ -48,6 +66,13 @@ class MTPPlaceholderSpeculator(DraftModelSpeculator):
         self._bound, self._host = load_bound_drafter(
             target_model, self.vllm_config, self.device
         )
+        if self._bound.drafter.config.uses_boundary_hidden:
+            self._boundary = torch.zeros(
+                self.max_num_reqs,
+                self.hidden_size,
+                dtype=self.dtype,
+                device=self.device,
+            )
         return self._bound.drafter
 
     def set_attn(
@@ -80,12 +105,6 @@ class MTPPlaceholderSpeculator(DraftModelSpeculator):
         self._limit = self.vllm_config.model_config.max_model_len
         # What the shortest block table covers: whole cache blocks, up to the limit.
         self._readable_len = min(-(-self._limit // s) * s for s in block_sizes)
-
-    def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
-        """The drafter runs without a graph of its own."""
-
-    def capture(self, *_: Any, **__: Any) -> None:
-        """Nothing to capture."""
 
     @torch.inference_mode()
     def propose(
@@ -133,9 +152,8 @@ class MTPPlaceholderSpeculator(DraftModelSpeculator):
             ``[B, k]`` int64 token ids, valid until the next call.
         """
         num_reqs = input_batch.num_reqs
-        drafted = self.draft_tokens[:num_reqs]
         if num_speculative_tokens == 0:
-            return drafted
+            return self.draft_tokens[:num_reqs]
         slots = input_batch.idx_mapping[:num_reqs].long()
         self._copy_request_inputs(
             num_reqs, slots, temperature, seeds, dummy_run=dummy_run
@@ -145,56 +163,63 @@ class MTPPlaceholderSpeculator(DraftModelSpeculator):
             last_sampled.view(-1)[slots],
             next_prefill_tokens.view(-1)[slots],
         )
-        prefix_lens = input_batch.seq_lens[:num_reqs] - num_rejected[:num_reqs]
-        boundary = self._boundary(input_batch, num_rejected, last_hidden_states)
-        has_cache = not (dummy_run and skip_attn_for_dummy_run)
-        hidden = self._forward(input_batch, anchors, prefix_lens, boundary, has_cache)
-        drafted.copy_(self._draft(hidden, prefix_lens))
-        return drafted
+        self._anchors[:num_reqs].copy_(anchors)
+        self._stage(input_batch, num_rejected[:num_reqs], last_hidden_states)
+        if dummy_run and skip_attn_for_dummy_run:
+            self._generate_draft(num_reqs, None, None)
+        else:
+            self._draft_step(input_batch)
+        return self.draft_tokens[:num_reqs]
 
-    def _boundary(
+    def _stage(
         self,
         input_batch: InputBatch,
         num_rejected: torch.Tensor,
         last_hidden_states: torch.Tensor,
-    ) -> torch.Tensor | None:
-        """The target's hidden state behind each request's last valid token."""
-        if not self._bound.drafter.config.uses_boundary_hidden:
-            return None
-        num_reqs = input_batch.num_reqs
-        ends = input_batch.query_start_loc[1 : num_reqs + 1]
-        return last_hidden_states[(ends - num_rejected[:num_reqs] - 1).long()]
+    ) -> None:
+        """Lay the blocks out in the buffers; rows behind the batch are padding."""
+        num_reqs, num_places = input_batch.num_reqs, self.num_speculative_steps
+        prefix_lens = input_batch.seq_lens[:num_reqs] - num_rejected
+        self._prefix_lens[:num_reqs].copy_(prefix_lens)
+        blocks = fit_blocks(prefix_lens, num_places, self._limit, self._readable_len)
+        buffers, num_rows = self.input_buffers, num_reqs * num_places
+        buffers.positions[:num_rows].copy_(blocks.positions.flatten())
+        self._beyond[:num_rows].copy_(blocks.beyond.flatten())
+        buffers.seq_lens[:num_reqs].copy_(blocks.seq_lens)
+        buffers.seq_lens[num_reqs:].zero_()
+        torch.clamp(self._starts, max=num_rows, out=buffers.query_start_loc)
+        if self._boundary is not None:
+            # The target's hidden state behind each request's last valid token.
+            ends = input_batch.query_start_loc[1 : num_reqs + 1]
+            rows = (ends - num_rejected - 1).long()
+            self._boundary[:num_reqs].copy_(last_hidden_states[rows])
 
-    def _forward(
-        self,
-        input_batch: InputBatch,
-        anchors: torch.Tensor,
-        prefix_lens: torch.Tensor,
-        boundary: torch.Tensor | None,
-        has_cache: bool,
-    ) -> torch.Tensor:
-        """Run the drafter's blocks. ``[B, k, hidden_size]``."""
-        blocks = fit_blocks(
-            prefix_lens, self.num_speculative_steps, self._limit, self._readable_len
+    def _draft_step(self, input_batch: InputBatch) -> None:
+        """Draft over the cache: replay a graph, or run what it would hold."""
+        num_reqs, num_places = input_batch.num_reqs, self.num_speculative_steps
+        num_rows = num_reqs * num_places
+        self._write_slots(num_reqs)
+        batch = BatchExecutionDescriptor(
+            cg_mode=CUDAGraphMode.NONE,
+            num_tokens=num_rows,
+            num_reqs=num_reqs,
+            uniform_token_count=num_places,
         )
-        per_layer, slot_mapping = None, None
-        if has_cache:
-            slots = self._scratch_slots(blocks)
-            per_layer = self._block_metadata(input_batch, blocks, slots)
-            slot_mapping = build_slot_mappings_by_layer(slots, self.kv_cache_config)
-        with set_forward_context(
-            per_layer,
-            self.vllm_config,
-            num_tokens=blocks.positions.numel(),
-            cudagraph_runtime_mode=CUDAGraphMode.NONE,
-            slot_mapping=slot_mapping,
-        ):
-            return self._bound.forward(anchors, blocks.positions, boundary)
+        if self._graphs is not None:
+            batch = self._graphs.dispatch(num_reqs, num_rows, num_places, 0)
+        # With a graph too: vLLM's builders refresh what the graph reads.
+        metadata = self._block_metadata(input_batch, batch)
+        if self._graphs is not None and batch.cg_mode == CUDAGraphMode.FULL:
+            self._graphs.run_fullgraph(batch)
+        else:
+            slots_by_layer = build_slot_mappings_by_layer(
+                self._slots[:, :num_rows], self.kv_cache_config
+            )
+            self._generate_draft(num_reqs, metadata, slots_by_layer)
 
-    def _scratch_slots(self, blocks: FittedBlocks) -> torch.Tensor:
-        """Slots of every KV-cache group. ``[groups, B * k]`` int64."""
-        num_reqs, num_rows = len(blocks.positions), blocks.positions.numel()
-        self.input_buffers.positions[:num_rows].copy_(blocks.positions.flatten())
+    def _write_slots(self, num_reqs: int) -> None:
+        """Scratch slots of every KV-cache group, for the staged blocks."""
+        num_rows = num_reqs * self.num_speculative_steps
         slots = self.block_tables.compute_slot_mappings(
             self.idx_mapping[:num_reqs],
             self._starts[: num_reqs + 1],
@@ -203,34 +228,58 @@ class MTPPlaceholderSpeculator(DraftModelSpeculator):
             out=self._slots,
         )
         # A row beyond the limit would otherwise hit the last token's slot.
-        unusable = blocks.beyond.flatten() | (slots < self._first_slots)
-        return slots.masked_fill_(unusable, PAD_SLOT)
+        unusable = self._beyond[:num_rows] | (slots < self._first_slots)
+        slots.masked_fill_(unusable, PAD_SLOT)
 
     def _block_metadata(
-        self, input_batch: InputBatch, blocks: FittedBlocks, slots: torch.Tensor
+        self, input_batch: InputBatch, batch: BatchExecutionDescriptor
     ) -> dict[str, Any] | None:
         """The drafter's batch: k query rows behind every request's prefix."""
         num_reqs, num_places = input_batch.num_reqs, self.num_speculative_steps
-        buffers = self.input_buffers
-        buffers.query_start_loc[: num_reqs + 1].copy_(self._starts[: num_reqs + 1])
-        buffers.seq_lens[:num_reqs].copy_(blocks.seq_lens)
-        upper = input_batch.seq_lens_cpu_upper_bound[:num_reqs]
-        self.draft_max_seq_len = min(int(upper.max()) + num_places, self._readable_len)
+        # As NumPy, since this must stay a tensor of the host.
+        longest = int(input_batch.seq_lens_cpu_upper_bound[:num_reqs].numpy().max())
+        self.draft_max_seq_len = min(longest + num_places, self._readable_len)
         return self._build_attn_metadata(
             num_reqs=num_reqs,
-            batch_desc=BatchExecutionDescriptor(
-                cg_mode=CUDAGraphMode.NONE,
-                num_tokens=num_reqs * num_places,
-                num_reqs=num_reqs,
-                uniform_token_count=num_places,
-            ),
+            batch_desc=batch,
             query_start_loc_np=self.arange_np[: num_reqs + 1] * num_places,
             seq_lens_cpu_upper_bound=input_batch.seq_lens_cpu_upper_bound,
             step=num_places,
-            slot_mappings=slots,
+            slot_mappings=self._slots[:, : batch.num_tokens],
         )
 
-    def _draft(self, hidden: torch.Tensor, prefix_lens: torch.Tensor) -> torch.Tensor:
+    def _generate_draft(
+        self,
+        num_reqs: int,
+        metadata: dict[str, Any] | None,
+        slots_by_layer: dict[str, torch.Tensor] | None,
+    ) -> None:
+        """Forward and choice of tokens, from the staged buffers to ``draft_tokens``.
+
+        All that it reads of the step lies in buffers, so it can be captured.
+
+        Args:
+            num_reqs: Blocks to run, padding included.
+            metadata: The attention metadata by layer; None without a cache.
+            slots_by_layer: ``[num_reqs * k]`` each; None without a cache.
+        """
+        num_rows = num_reqs * self.num_speculative_steps
+        positions = self.input_buffers.positions[:num_rows].view(num_reqs, -1)
+        with set_forward_context(
+            metadata,
+            self.vllm_config,
+            num_tokens=num_rows,
+            cudagraph_runtime_mode=CUDAGraphMode.NONE,
+            slot_mapping=slots_by_layer,
+        ):
+            hidden = self._bound.forward(
+                self._anchors[:num_reqs],
+                positions,
+                None if self._boundary is None else self._boundary[:num_reqs],
+            )
+        self.draft_tokens[:num_reqs].copy_(self._draft(hidden))
+
+    def _draft(self, hidden: torch.Tensor) -> torch.Tensor:
         """Choose the tokens. ``[B, k]`` int64."""
         cache = self.draft_logits
         if cache is None:
@@ -245,7 +294,7 @@ class MTPPlaceholderSpeculator(DraftModelSpeculator):
                 self.idx_mapping[:num_reqs],
                 self.temperature,
                 self.seeds,
-                prefix_lens.long() + place,
+                self._prefix_lens[:num_reqs] + place,
                 apply_temperature=True,
                 is_drafting=True,
                 logits_cache=cache,
@@ -255,3 +304,43 @@ class MTPPlaceholderSpeculator(DraftModelSpeculator):
             return tokens, None
 
         return self._bound.draft(hidden, pick, whole_vocab=True)[0]
+
+    def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
+        """Prepare the drafter's own graphs, where they are asked for."""
+        self._graphs = draft_graphs(
+            self.vllm_config, self.device, cudagraph_mode, self.attn_cg_support
+        )
+
+    def capture(self, *_: Any, **__: Any) -> None:
+        """Capture `_generate_draft` for the batch sizes that vLLM captures."""
+        if self._graphs is not None:
+            self._graphs.capture(self._to_capture, f"Capturing {METHOD} CUDA graphs")
+
+    def _to_capture(
+        self, batch: BatchExecutionDescriptor, warmup: bool
+    ) -> Callable[[CUDAGraphMode], None]:
+        """Stage a made-up batch that writes nothing; vLLM runs and captures it."""
+        num_reqs, num_places = batch.num_reqs, self.num_speculative_steps
+        assert num_reqs is not None, "graphs of whole batches have a size"
+        buffers, slots = self.input_buffers, self._slots[:, : batch.num_tokens]
+        self.idx_mapping.fill_(-1)
+        self._slots.fill_(PAD_SLOT)
+        buffers.query_start_loc.copy_(self._starts)
+        buffers.seq_lens.fill_(num_places)
+        starts = self.arange_np[: num_reqs + 1] * num_places
+        metadata = build_attn_metadata(
+            attn_groups=self.attn_groups,
+            num_reqs=num_reqs,
+            num_tokens=batch.num_tokens,
+            query_start_loc_gpu=buffers.query_start_loc[: num_reqs + 1],
+            query_start_loc_cpu=torch.from_numpy(starts),
+            max_query_len=num_places,
+            seq_lens=buffers.seq_lens[:num_reqs],
+            max_seq_len=self._readable_len,
+            block_tables=self.block_tables.get_dummy_block_tables(num_reqs),
+            slot_mappings=slots,
+            kv_cache_config=self.kv_cache_config,
+            for_cudagraph_capture=True,
+        )
+        slots_by_layer = build_slot_mappings_by_layer(slots, self.kv_cache_config)
+        return lambda _: self._generate_draft(num_reqs, metadata, slots_by_layer)
