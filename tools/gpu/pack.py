@@ -148,8 +148,12 @@ def download(
 
 def unzip_own(content: Path, wanted: Callable[[str], bool]) -> None:
     with tempfile.TemporaryDirectory() as folder:
+        # A copy, because building leaves its files in the source tree.
+        source = Path(folder) / "source"
+        unused = shutil.ignore_patterns(".*", "build", "*.egg-info", "tests", "docs")
+        shutil.copytree(ROOT, source, ignore=unused)
         build = ("wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", folder)
-        pip(*build, str(ROOT))
+        pip(*build, str(source))
         (wheel,) = Path(folder).glob("*.whl")
         unzip(zipfile.ZipFile(wheel), wanted, content)
 

@@ -190,14 +190,13 @@ def _peer(method: str, target: Path) -> PreTrainedConfig:
     """The config of a peer's drafter, of the size in which they are published: one
     layer and 32,000 tokens for EAGLE-3, five layers for DFlash."""
     sizes = AutoConfig.from_pretrained(target).to_dict()
-    for key in ("architectures", "model_type", "transformers_version"):
+    for key in ("architectures", "model_type", "transformers_version", "layer_types"):
         sizes.pop(key, None)
     vocab, last = sizes["vocab_size"], sizes["num_hidden_layers"] - 1
     if method == "eagle3":
         sizes |= {"num_hidden_layers": 1, "draft_vocab_size": min(32000, vocab // 2)}
         return LlamaConfig(**sizes, architectures=["LlamaForCausalLMEagle3"])
-    for key in ("layer_types", "max_window_layers"):
-        sizes.pop(key, None)
+    sizes.pop("max_window_layers", None)
     read = sorted({round(last * i / 4) for i in range(5)})
     sizes |= {
         "num_hidden_layers": 5,
