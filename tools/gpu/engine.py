@@ -22,10 +22,6 @@ class Answers:
     counts: AcceptanceCounts
     seconds: float
 
-    @property
-    def tokens_per_s(self) -> float:
-        return sum(len(output.token_ids) for output in self.outputs) / self.seconds
-
 
 class Side:
     """A target with one way to draft for it.
@@ -46,7 +42,6 @@ class Side:
         self.llm = LLM(
             str(target),
             speculative_config=speculative_config(name, target, num_tokens, work),
-            dtype="bfloat16",
             seed=0,
             skip_tokenizer_init=True,
             disable_log_stats=False,

@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[3]
 @pytest.mark.timeout(1200)
 def test_the_dry_run_measures_every_side(tmp_path: Path) -> None:
     command = [sys.executable, "tools/gpu/measure.py", "all", "--dry-run"]
+    command += ["--dtype", "float32"]
     done = subprocess.run(
         [*command, "--rounds", "1", "--out", str(tmp_path)],
         cwd=ROOT,
