@@ -11,7 +11,7 @@ import torch
 from sides import speculative_config
 from vllm import LLM, SamplingParams
 
-from vllm_mtp.metrics import AcceptanceCounts, read_vllm_counters
+from vllm_mtp.metrics import AcceptanceCounts
 
 
 @dataclass
@@ -51,6 +51,8 @@ class Side:
         self.config = self.llm.llm_engine.vllm_config
         speculative = self.config.speculative_config
         self.num_tokens = speculative.num_speculative_tokens if speculative else 0
+        self._drafts: list[tuple[int, int]] = []
+        self._record_drafts()
         print(f"{name}: started in {time.perf_counter() - begin:.0f} s", flush=True)
 
     @property
@@ -73,14 +75,34 @@ class Side:
             detokenize=False,
             logprobs=logprobs,
         )
-        before = read_vllm_counters(self.llm.get_metrics())
+        self._drafts.clear()
         begin = time.perf_counter()
         answers = self.llm.generate(
             [{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False
         )
         seconds = time.perf_counter() - begin
-        counts = read_vllm_counters(self.llm.get_metrics()) - before
-        return Answers([answer.outputs[0] for answer in answers], counts, seconds)
+        outputs = [answer.outputs[0] for answer in answers]
+        return Answers(outputs, counts_of(self._drafts), seconds)
+
+    def _record_drafts(self) -> None:
+        """Keep how many tokens of each draft were accepted.
+
+        vLLM's own counters belong to the process: only the engine that was started
+        last has any.
+        """
+        scheduler = self.llm.llm_engine.engine_core.engine_core.scheduler
+        original = scheduler.make_spec_decoding_stats
+
+        def recording(*args: Any, **kwargs: Any) -> Any:
+            drafted, accepted = (
+                kwargs["num_draft_tokens"],
+                kwargs["num_accepted_tokens"],
+            )
+            if drafted:
+                self._drafts.append((drafted, accepted))
+            return original(*args, **kwargs)
+
+        scheduler.make_spec_decoding_stats = recording
 
     def stop(self) -> None:
         self.llm.llm_engine.engine_core.shutdown()
@@ -88,6 +110,13 @@ class Side:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+def counts_of(drafts: list[tuple[int, int]]) -> AcceptanceCounts:
+    """Counters of drafts, each given as its tokens and how many were accepted."""
+    width = max((drafted for drafted, _ in drafts), default=0)
+    places = tuple(sum(n > i for _, n in drafts) for i in range(width))
+    return AcceptanceCounts(len(drafts), sum(d for d, _ in drafts), places)
 
 
 def start_all(
