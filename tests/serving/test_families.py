@@ -37,7 +37,7 @@ if ON_V2:  # Triton's interpreter takes about 0.2 s per step
     SCENARIOS = {
         "chunked-prefill": Scenario("tight", [150, 3, 98], 6),
         "prefix-cache": Scenario("tight", [200], 6, repeats=2),
-        "preemption": Scenario("tight", [150, 150, 150, 150], 20),
+        "preemption": SCENARIOS["preemption"],
         "near-max-model-len": Scenario("tight", [250, 230], 20),
     }
 
@@ -69,7 +69,7 @@ CASES = {
     "phi3": Case("phi3", OTHERS, 21, slow=True),
     "qwen3_moe": Case("qwen3_moe", OTHERS, 21),
     "int8-weights": Case("llama_w8a8", ("shared-4",), 21, slow=True),
-    "fp8-cache": Case("llama", COPYABLE, 21, {"kv_cache_dtype": "fp8"}),
+    "fp8-cache": Case("llama", COPYABLE, 21, {"kv_cache_dtype": "fp8"}, slow=True),
     # The sliding-window layers keep their type, so that blocks differ in size.
     "gemma3-fp8-cache": Case(
         "gemma3",
