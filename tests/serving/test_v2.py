@@ -22,10 +22,11 @@ HERE = Path(__file__).parent
 @pytest.mark.parametrize(
     "names",
     [
-        ["test_exact.py", "test_async.py"],
-        ["test_parity.py", "test_host_syncs.py", "test_distribution.py", "v2_cases.py"],
+        ["test_exact.py"],
+        ["test_parity.py", "test_host_syncs.py", "v2_cases.py"],
+        pytest.param(["test_async.py", "test_distribution.py"], marks=pytest.mark.slow),
     ],
-    ids=["exact", "other"],
+    ids=["exact", "other", "slow"],
 )
 def test_the_same_tests_pass_on_v2(names: list[str]) -> None:
     path = [str(HERE / "triton_interpreter"), os.environ.get("PYTHONPATH", "")]
