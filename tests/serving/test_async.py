@@ -15,7 +15,7 @@ from tests.serving.test_exact import SCENARIOS, SETTINGS
 pytestmark = pytest.mark.engine
 
 # The first draft of `shared-4` is the target's own, the later ones are mostly wrong.
-DRAFTERS = ["shared-4"] if ON_V2 else ["shared-4", "mixed"]
+DRAFTERS = ["shared-4", pytest.param("mixed", marks=pytest.mark.slow)]
 NAMES = ["chunked-prefill", "preemption"] if ON_V2 else list(SCENARIOS)
 CHOSEN = {name: SCENARIOS[name] for name in NAMES}
 AT_LIMIT = {"near-max-model-len"}

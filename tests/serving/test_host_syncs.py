@@ -73,7 +73,14 @@ def host_tensors(values: tuple[Any, ...]) -> Iterator[Any]:
 
 
 @pytest.mark.engine
-@pytest.mark.parametrize("name", ["mixed", "shared-4", "own-some"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "mixed",
+        pytest.param("shared-4", marks=pytest.mark.slow),
+        pytest.param("own-some", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("method", ["greedy", "probabilistic"])
 def test_propose_does_not_wait(
     method: str,
@@ -81,8 +88,6 @@ def test_propose_does_not_wait(
     tiny_targets: dict[str, Path],
     tiny_drafter: Callable[[str, str], Path],
 ) -> None:
-    if ON_V2 and (method, name) == ("probabilistic", "own-some"):
-        pytest.skip("slow under Triton's interpreter; the others cover it")
     spec = {
         "method": "mtp_placeholder",
         "model": str(tiny_drafter("llama", name)),

@@ -22,13 +22,17 @@ HERE = Path(__file__).parent
 @pytest.mark.parametrize(
     ("names", "which"),
     [
-        (["test_exact.py", "test_async.py"], "not slow"),
-        (["test_parity.py", "test_host_syncs.py"], "not slow"),
-        (["test_distribution.py", "v2_cases.py"], "not slow"),
+        (["test_exact.py"], "not slow"),
+        (["test_parity.py", "test_host_syncs.py", "v2_cases.py"], "not slow"),
         (["test_families.py"], "not slow"),
         pytest.param(["test_families.py"], "slow", marks=pytest.mark.slow),
+        pytest.param(
+            ["test_async.py", "test_distribution.py"],
+            "not slow",
+            marks=pytest.mark.slow,
+        ),
     ],
-    ids=["exact", "forward", "other", "families", "more-families"],
+    ids=["exact", "other", "families", "slow-families", "slow-others"],
 )
 def test_the_same_tests_pass_on_v2(names: list[str], which: str) -> None:
     path = [str(HERE / "triton_interpreter"), os.environ.get("PYTHONPATH", "")]

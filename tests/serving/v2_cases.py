@@ -103,7 +103,9 @@ def test_boundary_hidden_is_the_last_valid_tokens_after_rejections(
         assert anchors.tolist() == best.tolist()
 
 
-@pytest.mark.parametrize("name", ["shared-4", "mixed"])
+@pytest.mark.parametrize(
+    "name", ["mixed", pytest.param("shared-4", marks=pytest.mark.slow)]
+)
 def test_what_a_graph_would_hold_gives_the_same_drafts(
     name: str,
     tiny_targets: dict[str, Path],

@@ -67,6 +67,7 @@ class MTPPlaceholderSpeculator(DraftModelSpeculator):
             target_model, self.vllm_config, self.device
         )
         if self._bound.drafter.config.uses_boundary_hidden:
+            assert isinstance(self.dtype, torch.dtype), "vLLM resolved it before"
             self._boundary = torch.zeros(
                 self.max_num_reqs,
                 self.hidden_size,
@@ -317,12 +318,12 @@ class MTPPlaceholderSpeculator(DraftModelSpeculator):
             self._graphs.capture(self._to_capture, f"Capturing {METHOD} CUDA graphs")
 
     def _to_capture(
-        self, batch: BatchExecutionDescriptor, warmup: bool
+        self, desc: BatchExecutionDescriptor, warmup: bool
     ) -> Callable[[CUDAGraphMode], None]:
         """Stage a made-up batch that writes nothing; vLLM runs and captures it."""
-        num_reqs, num_places = batch.num_reqs, self.num_speculative_steps
+        num_reqs, num_places = desc.num_reqs, self.num_speculative_steps
         assert num_reqs is not None, "graphs of whole batches have a size"
-        buffers, slots = self.input_buffers, self._slots[:, : batch.num_tokens]
+        buffers, slots = self.input_buffers, self._slots[:, : desc.num_tokens]
         self.idx_mapping.fill_(-1)
         self._slots.fill_(PAD_SLOT)
         buffers.query_start_loc.copy_(self._starts)
@@ -331,7 +332,7 @@ class MTPPlaceholderSpeculator(DraftModelSpeculator):
         metadata = build_attn_metadata(
             attn_groups=self.attn_groups,
             num_reqs=num_reqs,
-            num_tokens=batch.num_tokens,
+            num_tokens=desc.num_tokens,
             query_start_loc_gpu=buffers.query_start_loc[: num_reqs + 1],
             query_start_loc_cpu=torch.from_numpy(starts),
             max_query_len=num_places,
