@@ -89,9 +89,9 @@ CHANGES = {
     ),
     "a method that we override": (
         "vllm.v1.spec_decode.llm_base_proposer",
-        "def validate_same_kv_cache_group",
-        "def validate_kv_cache_groups",
-        "has no validate_same_kv_cache_group to override",
+        "def initialize_attn_backend",
+        "def initialize_backend",
+        "has no initialize_attn_backend to override",
     ),
     "a new parameter": (
         "vllm.v1.spec_decode.llm_base_proposer",

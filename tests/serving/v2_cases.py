@@ -73,6 +73,8 @@ def test_a_limit_that_vllm_lowers_after_start_is_kept(
         speculator = runner_of(llm).speculator
         speculator._limit = 64
         speculator.idx_mapping[0] = 0
+        # A block of its own: what the null block holds is nobody's.
+        speculator.block_tables.block_tables[0].gpu[0] = 1
         batch = SimpleNamespace(num_reqs=1, seq_lens=torch.tensor([64]))
         speculator._stage(batch, torch.tensor([2]), torch.empty(0))
         speculator._write_slots(1)
