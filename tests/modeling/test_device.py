@@ -16,7 +16,7 @@ from vllm_mtp.block import fit_blocks, slots_of_positions
 from vllm_mtp.config import LoRAConfig
 from vllm_mtp.modeling.drafter import BoundDrafter, Drafter
 from vllm_mtp.modeling.heads import pick_greedy
-from vllm_mtp.modeling.hosts import Stream
+from vllm_mtp.modeling.hosts import OneRank, Stream
 from vllm_mtp.modeling.init import DrafterOptions, new_drafter
 
 OPTIONS = DrafterOptions(
@@ -41,7 +41,7 @@ class Layer(nn.Module):
         return self.down_proj(self.up(self.q_proj(hidden)))
 
 
-class Host(nn.Module):
+class Host(nn.Module, OneRank):
     """A target in name only: right shapes on the right device."""
 
     def __init__(self) -> None:
