@@ -188,6 +188,20 @@ def test_a_probe_holds_the_drafter_in_memory_not_the_folder(
     assert fault.where == "tensor layers.1.q_proj.weight"
 
 
+def test_a_probe_may_be_older_than_a_key(make: Callable[..., Path]) -> None:
+    """Such a key is at its default, unless somebody has changed the folder."""
+    folder = make(boundary_hidden="first")
+    probe = probe_of(folder)
+    del probe.config["layers.2.bridge"]
+    assert compare_files(probe, folder).first_fault is None
+    text = (folder / "config.json").read_text("utf-8")
+    assert text.count('"boundary_hidden": true') == 1
+    del probe.config["layers.1.boundary_hidden"]
+    fault = compare_files(probe, folder).first_fault
+    assert fault is not None
+    assert fault.where == "config key layers.1.boundary_hidden"
+
+
 def test_a_folder_without_a_probe(tmp_path: Path) -> None:
     assert read_probe(tmp_path) is None
 

@@ -89,9 +89,16 @@ def limits_for(probe: Probe, config: DrafterConfig, dtype: str) -> Limits:
 
 def compare_files(probe: Probe, folder: Path | str) -> Level:
     """Hold config and tensors against those that were probed."""
-    config = flat_config(read_config(folder))
+    config = read_config(folder)
+    telling = flat_config(config, with_defaults=False)
+    # A probe may be older than a key. At its default, the key then changes nothing.
+    now = {
+        key: value
+        for key, value in flat_config(config).items()
+        if key in probe.config or key in telling
+    }
     tensors = checksums(load_file(Path(folder, WEIGHTS_FILE)))
-    stages = _compare_keys("config key", probe.config, config, "probed {}, now {}")
+    stages = _compare_keys("config key", probe.config, now, "probed {}, now {}")
     stages += _compare_keys(
         "tensor", probe.checksums, tensors, "not the one that was probed"
     )

@@ -135,11 +135,13 @@ def read_probe(folder: Path | str) -> Probe | None:
         ) from None
 
 
-def flat_config(config: DrafterConfig) -> dict[str, Any]:
+def flat_config(
+    config: DrafterConfig, *, with_defaults: bool = True
+) -> dict[str, Any]:
     """What the config says of the drafter, one entry per key."""
-    content = config.model_dump(mode="json")
+    content = config.model_dump(mode="json", exclude_defaults=not with_defaults)
     for informative in ("name", "weights_fingerprint"):
-        del content["target"][informative]
+        content["target"].pop(informative, None)
     return dict(_flatten(content, ""))
 
 
