@@ -135,9 +135,7 @@ def read_probe(folder: Path | str) -> Probe | None:
         ) from None
 
 
-def flat_config(
-    config: DrafterConfig, *, with_defaults: bool = True
-) -> dict[str, Any]:
+def flat_config(config: DrafterConfig, *, with_defaults: bool = True) -> dict[str, Any]:
     """What the config says of the drafter, one entry per key."""
     content = config.model_dump(mode="json", exclude_defaults=not with_defaults)
     for informative in ("name", "weights_fingerprint"):
