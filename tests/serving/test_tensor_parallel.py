@@ -139,7 +139,7 @@ def test_two_ranks_draft_and_accept_what_one_process_does(sides: Sides) -> None:
 def test_both_ranks_draft_the_same_tokens(sides: Sides) -> None:
     first, second = (part.drafts for part in sides.parts)
     assert first == second
-    assert len(first) == len(PROMPTS) or ON_V2  # there it is a buffer
+    assert first  # of the last step, which may have had one request
 
 
 def test_each_rank_holds_its_part_of_the_weights(sides: Sides) -> None:
