@@ -18,6 +18,7 @@ from tests.serving.source_tree import (
     Function,
     Signature,
     SourceTree,
+    assigned_to_self,
     signature,
 )
 from vllm_mtp.serving import ledger
@@ -339,7 +340,7 @@ def _defined(ours: ast.ClassDef) -> set[str]:
     for node in ours.body:
         if isinstance(node, ast.AnnAssign):
             names.add(ast.unparse(node.target))
-    return names | {name for name in _stored(ours) if name.startswith("_")}
+    return names | {name for name in assigned_to_self(ours) if name.startswith("_")}
 
 
 def _override_problems(symbol: str, ours: Function, theirs: Function) -> Iterator[str]:
@@ -373,14 +374,4 @@ def _replaced(name: str, node: ast.AST) -> set[str]:
         if isinstance(part, ast.Call) and ast.unparse(part.func) == f"{name}.replace"
         for keyword in part.keywords
         if keyword.arg
-    }
-
-
-def _stored(node: ast.ClassDef) -> set[str]:
-    return {
-        part.attr
-        for part in ast.walk(node)
-        if isinstance(part, ast.Attribute)
-        and isinstance(part.ctx, ast.Store)
-        and ast.unparse(part.value) == "self"
     }

@@ -191,7 +191,7 @@ class SourceTree:
             assert isinstance(owner.node, ast.ClassDef)
             for node in _statements(owner.node.body):
                 names |= _bound_names(node)
-            names |= _assigned_to_self(owner.node)
+            names |= assigned_to_self(owner.node)
             if any(ast.unparse(base).endswith("Enum") for base in owner.node.bases):
                 names |= {"name", "value"}
         return names
@@ -260,7 +260,8 @@ def _bound_names(node: ast.AST) -> set[str]:
     return set()
 
 
-def _assigned_to_self(node: ast.ClassDef) -> set[str]:
+def assigned_to_self(node: ast.ClassDef) -> set[str]:
+    """Attributes that the methods of a class set on ``self``."""
     return {
         part.attr
         for part in ast.walk(node)

@@ -9,7 +9,7 @@ should come out, so it is the solution of a linear system.
 """
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -89,7 +89,7 @@ def _inputs_of(
     """What one layer gets in the anchors' rows. ``[rows, hidden_size]``."""
     seen: dict[int, torch.Tensor] = {}
     before = bound.trace
-    bound.trace = _keep_in(seen)
+    bound.trace = seen.__setitem__
     try:
         inputs = []
         for text in blocks:
@@ -98,13 +98,6 @@ def _inputs_of(
     finally:
         bound.trace = before
     return torch.cat(inputs)
-
-
-def _keep_in(seen: dict[int, torch.Tensor]) -> Callable[[int, torch.Tensor], None]:
-    def keep(index: int, stream: torch.Tensor) -> None:
-        seen[index] = stream
-
-    return keep
 
 
 def _solve(
