@@ -124,9 +124,11 @@ def test_training_starts_from_fitted_bridges(
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    # vLLM's loggers do not propagate, and an engine started before may have raised
+    # their level.
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
     args = arguments(layers="shared:0,own:3", bridges=True, max_steps=1)
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, "vllm.mtp_placeholder.training"):
         train(args, tiny_llama)
     assert "bridge of layer 1 (reads target layer 3)" in caplog.text
     weights = load_drafter(str(args.output_dir)).state_dict()
