@@ -139,7 +139,7 @@ TEXTS: tuple[tuple[str, str, str], ...] = (
     (
         "vllm.utils.cpu_triton_utils:_expand_kernel_impl",
         "_ensure_int64(output)",
-        "cpu-expand",
+        "cpu-sampling",
     ),
 )
 

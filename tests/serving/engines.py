@@ -86,12 +86,12 @@ def generate(
         }
         | sampling
     )
-    before = _counters(llm)
-    with _watched_steps(llm) as steps:
+    before = counters(llm)
+    with watched_steps(llm) as steps:
         outputs = llm.generate(
             [{"prompt_token_ids": list(ids)} for ids in prompts], params, use_tqdm=False
         )
-    after = _counters(llm)
+    after = counters(llm)
     return Run(
         [list(output.outputs[0].token_ids) for output in outputs],
         [output.outputs[0].logprobs for output in outputs],
@@ -112,7 +112,7 @@ class _Step:
 
 
 @contextmanager
-def _watched_steps(llm: LLM) -> Iterator[list[_Step]]:
+def watched_steps(llm: LLM) -> Iterator[list[_Step]]:
     """What vLLM's scheduler put into each step."""
     scheduler = core_of(llm).scheduler
     schedule, steps = scheduler.schedule, []
@@ -137,7 +137,7 @@ def _watched_steps(llm: LLM) -> Iterator[list[_Step]]:
         scheduler.schedule = schedule
 
 
-def _counters(llm: LLM) -> tuple[AcceptanceCounts, int, int]:
+def counters(llm: LLM) -> tuple[AcceptanceCounts, int, int]:
     metrics = llm.get_metrics()
 
     def total(name: str) -> int:

@@ -53,9 +53,9 @@ CHANGES = {
     ),
     "a parameter of a patched function": (
         "vllm.v1.sample.rejection_sampler",
-        "replace_from",
+        "cu_num_draft_tokens",
         "old",
-        "expand_batch_to_tokens: takes no replace_from",
+        "apply_sampling_constraints: takes no cu_num_draft_tokens",
     ),
     "a constructor of its own": (
         "vllm.v1.spec_decode.draft_model",

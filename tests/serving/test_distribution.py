@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 from vllm import SamplingParams
 
-from tests.serving.engines import _counters, engine
+from tests.serving.engines import counters, engine
 from tests.tiny_targets import VOCAB_SIZE
 
 pytestmark = pytest.mark.engine
@@ -71,7 +71,7 @@ def test_the_second_token_is_drawn_as_the_target_draws_it(
     }
     tokens: list[int] = []
     with engine(tiny_targets["llama"], spec, max_num_seqs=BATCH) as llm:
-        before = _counters(llm)[0]
+        before = counters(llm)[0]
         for start in range(0, NUM_SAMPLES, BATCH):
             outputs = llm.generate(
                 [{"prompt_token_ids": PROMPT}] * BATCH,
@@ -88,7 +88,7 @@ def test_the_second_token_is_drawn_as_the_target_draws_it(
                 use_tqdm=False,
             )
             tokens += [output.outputs[0].token_ids[1] for output in outputs]
-        counts = _counters(llm)[0] - before
+        counts = counters(llm)[0] - before
     rejected = counts.drafts - counts.accepted_per_place[0]
     assert counts.accepted_per_place[0] > 0
     assert rejected > NUM_SAMPLES // 4

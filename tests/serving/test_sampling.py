@@ -3,12 +3,13 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from tests.serving.engines import engine, generate
-from vllm_mtp.serving.ledger import CPU_EXPAND, is_installed
+from vllm_mtp.serving.ledger import CPU_SAMPLING, install, is_installed
 
 pytestmark = pytest.mark.engine
 
@@ -26,13 +27,13 @@ def test_a_drafter_that_is_the_target_is_accepted_when_sampling(
     tiny_drafter: Callable[[str, str], Path],
 ) -> None:
     """Draft and target distribution are the same, so nothing may be rejected. This
-    fails without the ledger's ``cpu-expand``: vLLM then verifies with another
+    fails without the ledger's ``cpu-sampling``: vLLM then verifies with another
     temperature than the drafter used."""
     spec = spec_for(
         tiny_drafter(family, "shared-1"), draft_sample_method="probabilistic"
     )
     with engine(tiny_targets[family], spec) as llm:
-        assert is_installed(CPU_EXPAND)
+        assert is_installed(CPU_SAMPLING)
         run = generate(llm, PROMPTS, 40, temperature=1.0, seed=3)
         # Greedy and sampled requests with different settings in one batch.
         cool = generate(llm, PROMPTS, 20, temperature=0.4)
@@ -94,26 +95,41 @@ def test_tokens_by_batch_size(
     assert many.counts.draft_tokens < 2 * many.counts.drafts
 
 
-def test_expansion_is_right_where_vllm_is_wrong() -> None:
+def test_constraints_are_right_where_vllm_is_wrong() -> None:
     """The replacement against a loop; and whether vLLM still needs it."""
     from vllm.v1.sample import rejection_sampler
+    from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_only
 
-    from vllm_mtp.serving.hooks import expand_batch_to_tokens
-    from vllm_mtp.serving.ledger import install
-
-    install(CPU_EXPAND)
-    replacement = rejection_sampler.expand_batch_to_tokens
-    values = torch.tensor([0.0, 0.7, 1.5])
-    ends = torch.tensor([2, 2, 5], dtype=torch.int32)
-    got = replacement(values, ends, 5, replace_from=0, replace_to=1)
-    assert got.tolist() == pytest.approx([1.0, 1.0, 1.5, 1.5, 1.5])
-    assert got.dtype == values.dtype
-    assert expand_batch_to_tokens(replacement)(values, ends, 5).tolist() == (
-        pytest.approx([0.0, 0.0, 1.5, 1.5, 1.5])
+    metadata = SimpleNamespace(
+        all_greedy=False,
+        temperature=torch.tensor([0.0, 0.7, 1.5]),
+        top_k=torch.tensor([9, 9, 2], dtype=torch.int32),
+        top_p=None,
     )
+    logits = torch.arange(45.0).view(5, 9) % 7
+    ends = torch.tensor([2, 2, 5], dtype=torch.int32)  # the second has no draft
+    expected = logits / torch.tensor([1.0, 1.0, 1.5, 1.5, 1.5])[:, None]
+    for row in expected[2:]:
+        row[row < row.topk(2).values[1]] = -torch.inf
+
+    install(CPU_SAMPLING)
+    constrain = rejection_sampler.apply_sampling_constraints
+    assert torch.equal(constrain(logits.clone(), ends, metadata), expected)
+    assert constrain(torch.empty(0, 9), ends * 0, metadata).shape == (0, 9)
 
     written = torch.full((5,), 7.0)
-    rejection_sampler._expand(written, values, ends, 0, 1)
+    rejection_sampler._expand(written, metadata.temperature, ends, 0, 1)
     assert written.tolist() == [7.0] * 5, (
-        "vLLM writes its output now: the ledger entry 'cpu-expand' can go"
+        "vLLM writes its output now: that reason for 'cpu-sampling' is gone"
     )
+    with pytest.raises(RuntimeError, match="numel"):  # the other reason
+        apply_top_k_only(torch.empty(0, 9), torch.empty(0, dtype=torch.int32))
+
+
+def test_top_k_alone_with_steps_that_have_no_draft(
+    tiny_targets: dict[str, Path], tiny_drafter: Callable[[str, str], Path]
+) -> None:
+    """Without the ledger's ``cpu-sampling`` the first step ends the engine."""
+    with engine(tiny_targets["llama"], spec_for(tiny_drafter("llama", "mixed"))) as llm:
+        run = generate(llm, PROMPTS, 12, temperature=1.0, top_k=3)
+    assert all(len(ids) == 12 for ids in run.token_ids)

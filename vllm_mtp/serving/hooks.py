@@ -86,19 +86,32 @@ def init_speculator(original: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
-def expand_batch_to_tokens(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Ledger entry ``cpu-expand``."""
+def apply_sampling_constraints(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Ledger entry ``cpu-sampling``."""
 
     @functools.wraps(original)
     def wrapper(
-        x: torch.Tensor,
-        cu_num_tokens: torch.Tensor,
-        num_tokens: int,
-        replace_from: int = 0,
-        replace_to: int = 0,
+        logits: torch.Tensor, cu_num_draft_tokens: torch.Tensor, sampling_metadata: Any
     ) -> torch.Tensor:
-        counts = torch.diff(cu_num_tokens, prepend=cu_num_tokens.new_zeros(1))
-        values = x.masked_fill(x == replace_from, replace_to)
-        return values.repeat_interleave(counts, output_size=num_tokens)
+        if sampling_metadata.all_greedy or not len(logits):
+            return logits
+        from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
+        from vllm.v1.sample.rejection_sampler import GREEDY_TEMPERATURE
+
+        ends = cu_num_draft_tokens
+        counts = torch.diff(ends, prepend=ends.new_zeros(1))
+
+        def per_draft(values: torch.Tensor) -> torch.Tensor:
+            return values.repeat_interleave(counts, output_size=len(logits))
+
+        of_requests = sampling_metadata.temperature
+        # What is not sampled stays as it is.
+        of_requests = of_requests.masked_fill(of_requests == GREEDY_TEMPERATURE, 1)
+        logits.div_(per_draft(of_requests)[:, None])
+        top_k, top_p = (
+            None if values is None else per_draft(values)
+            for values in (sampling_metadata.top_k, sampling_metadata.top_p)
+        )
+        return apply_top_k_top_p(logits, top_k, top_p)
 
     return wrapper

@@ -88,18 +88,21 @@ V2_SPECULATOR = Patch(
     remove_when="vLLM takes speculators from plugins (RFC #36219).",
     aliases=("vllm.v1.worker.gpu.model_runner",),
 )
-CPU_EXPAND = Patch(
-    name="cpu-expand",
-    symbol="vllm.v1.sample.rejection_sampler:expand_batch_to_tokens",
-    parameters=("x", "cu_num_tokens", "num_tokens", "replace_from", "replace_to"),
-    wrapper="vllm_mtp.serving.hooks:expand_batch_to_tokens",
-    what="Expands temperature, top-p and top-k to draft tokens with plain torch.",
-    why="vLLM's CPU stand-in writes into a temporary copy, so sampled requests "
-    "are verified with uninitialised temperatures (docs/upstream/).",
-    remove_when="vLLM's CPU `_expand_kernel_impl` writes its output.",
+CPU_SAMPLING = Patch(
+    name="cpu-sampling",
+    symbol="vllm.v1.sample.rejection_sampler:apply_sampling_constraints",
+    parameters=("logits", "cu_num_draft_tokens", "sampling_metadata"),
+    wrapper="vllm_mtp.serving.hooks:apply_sampling_constraints",
+    what="Applies temperature, top-k and top-p to draft tokens with plain torch, and "
+    "nothing where a step verifies no draft.",
+    why="vLLM's CPU stand-in writes into a temporary copy, so sampled requests are "
+    "verified with uninitialised temperatures; and a request with top-k alone ends "
+    "the engine in a step without drafts (docs/upstream/).",
+    remove_when="vLLM's CPU `_expand_kernel_impl` writes its output, and "
+    "`apply_top_k_only` takes no rows.",
     cpu_only=True,
 )
-PATCHES = (CONFIG, V1_PROPOSER, V2_SPECULATOR, CPU_EXPAND)
+PATCHES = (CONFIG, V1_PROPOSER, V2_SPECULATOR, CPU_SAMPLING)
 
 # Names of patches that are applied in this process, or that it does not need.
 _settled: set[str] = set()

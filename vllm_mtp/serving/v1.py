@@ -36,6 +36,14 @@ class _AlikeLayers(NamedTuple):
     attention_groups: list[Any]  # vLLM's ``AttentionGroup``
 
 
+class _NoTokenIds:
+    """A request whose prompt came as embeddings."""
+
+    def get_token_id(self, _: int) -> int:
+        # Used only while the prompt is unfinished, when drafts are thrown away.
+        return 0
+
+
 class MTPPlaceholderProposer(DraftModelProposer):
     """Drafts all tokens of a step in one forward over the target's KV cache."""
 
@@ -90,6 +98,26 @@ class MTPPlaceholderProposer(DraftModelProposer):
             for name in sorted(layer_names.intersection(group.layer_names)):
                 kinds.setdefault((gid, layers[name].sliding_window), set()).add(name)
         return list(kinds.values())
+
+    def prepare_next_token_ids_padded(
+        self,
+        sampled_token_ids: torch.Tensor,
+        requests: dict[str, Any],
+        gpu_input_batch: Any,
+        discard_request_mask: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The anchors ``[B]`` int32, and how many sampled tokens are valid ``[B]``.
+
+        The base class asks every request for a token of its prompt, and one whose
+        prompt came as embeddings would end the engine.
+        """
+        known = {
+            name: _NoTokenIds() if request.prompt_token_ids is None else request
+            for name, request in requests.items()
+        }
+        return super().prepare_next_token_ids_padded(
+            sampled_token_ids, known, gpu_input_batch, discard_request_mask
+        )
 
     @torch.inference_mode()
     def propose(

@@ -1,0 +1,227 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a row of the matrix lets an engine do."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import count, islice
+from typing import Any
+
+import torch
+from vllm import LLM, RequestOutput, SamplingParams
+
+from tests.serving.lossless.subjects import MAX_MODEL_LEN, Prompts, Subject
+
+
+@dataclass(frozen=True)
+class Answer:
+    """All that a user sees of one answer."""
+
+    token_ids: tuple[int, ...]
+    text: str
+    finish_reason: str | None
+    stop_reason: int | str | None
+    logprobs: Any = None
+    prompt_logprobs: Any = None
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One engine, with the row's subject."""
+
+    llm: LLM
+    subject: Subject
+
+    def params(self, **sampling: Any) -> SamplingParams:
+        """Greedy, of the subject's length, unless told otherwise."""
+        # Only logprobs can prove a tie.
+        ties = {"logprobs": 5} if self.subject.tie_margin else {}
+        usual = {"temperature": 0.0, "max_tokens": self.subject.max_tokens}
+        return SamplingParams(**usual | {"ignore_eos": True} | ties | sampling)
+
+    def ask(self, prompts: Prompts, **sampling: Any) -> list[Answer]:
+        """Ask at once; vLLM batches as many as it may."""
+        return answers_of(
+            self.llm.generate(
+                as_inputs(prompts), self.params(**sampling), use_tqdm=False
+            )
+        )
+
+
+Play = Callable[[Stage], list[Answer]]
+
+
+def as_inputs(prompts: Prompts) -> list[Any]:
+    """Token ids in vLLM's form."""
+    return [{"prompt_token_ids": ids} for ids in prompts]
+
+
+def answers_of(outputs: Iterable[RequestOutput]) -> list[Answer]:
+    """Every answer of every request, in order."""
+    return [
+        Answer(
+            tuple(one.token_ids),
+            one.text,
+            one.finish_reason,
+            one.stop_reason,
+            one.logprobs,
+            output.prompt_logprobs,
+        )
+        for output in outputs
+        for one in output.outputs
+    ]
+
+
+def ask(name: str, **sampling: Any) -> Play:
+    """All prompts at once, with these sampling parameters."""
+    return lambda stage: stage.ask(stage.subject.prompts(name), **sampling)
+
+
+def ask_lengths(name: str, lengths: Sequence[int], **sampling: Any) -> Play:
+    """All prompts at once, of these lengths."""
+    return lambda stage: stage.ask(stage.subject.prompts(name, lengths), **sampling)
+
+
+def batches(size: int) -> Play:
+    """``size`` prompts at a time."""
+
+    def play(stage: Stage) -> list[Answer]:
+        left = iter(stage.subject.prompts(f"batches of {size}"))
+        answers: list[Answer] = []
+        while batch := list(islice(left, size)):
+            answers += stage.ask(batch)
+        return answers
+
+    return play
+
+
+def twice(name: str) -> Play:
+    """The second time, the prompts are found in the prefix cache."""
+
+    def play(stage: Stage) -> list[Answer]:
+        prompts = stage.subject.prompts(name)
+        # In fours, so that few blocks are thrown out in between.
+        fours = [prompts[i : i + 4] for i in range(0, len(prompts), 4)]
+        return [a for four in fours for _ in range(2) for a in stage.ask(four)]
+
+    return play
+
+
+def turns(stage: Stage) -> list[Answer]:
+    """Conversations of three turns: each begins with all that was said before."""
+    said = stage.subject.prompts("turns", (20, 33, 64, 50))
+    answers: list[Answer] = []
+    for turn in range(3):
+        answers += stage.ask(said, max_tokens=16)
+        replies = stage.subject.prompts(f"turn {turn}", (9, 16, 31))
+        said = [
+            text + list(answer.token_ids) + reply
+            for text, answer, reply in zip(
+                said, answers[-len(said) :], replies, strict=True
+            )
+        ]
+    return answers
+
+
+def reset_in_between(stage: Stage) -> list[Answer]:
+    """The prefix cache is emptied between two rounds."""
+    prompts = stage.subject.prompts("reset")
+    answers = stage.ask(prompts)
+    assert stage.llm.reset_prefix_cache()
+    return answers + stage.ask(prompts)
+
+
+def arrivals(stage: Stage) -> list[Answer]:
+    """A request every second step, of various lengths: they come and go mid-flight."""
+    prompts = stage.subject.prompts("arrivals")
+    limits = [1 + 7 * number % 40 for number in range(len(prompts))]
+    requests = [
+        (2 * number, prompt, stage.params(max_tokens=limit))
+        for number, (prompt, limit) in enumerate(zip(prompts, limits, strict=True))
+    ]
+    return drive(stage.llm, requests, {})
+
+
+def aborts(stage: Stage) -> list[Answer]:
+    """Every third request is aborted: waiting, in its prompt, or while it decodes."""
+    prompts = stage.subject.prompts("aborts")
+    requests = [(number // 2, ids, stage.params()) for number, ids in enumerate(prompts)]
+    aborted = {
+        number: number // 2 + 1 + number % 11 for number in range(0, len(prompts), 3)
+    }
+    return drive(stage.llm, requests, aborted)
+
+
+def drive(
+    llm: LLM,
+    requests: Sequence[tuple[int, list[int], SamplingParams]],
+    aborted: dict[int, int],
+) -> list[Answer]:
+    """Add and abort requests before given steps.
+
+    Args:
+        llm: An engine in this process, so that a call is a step.
+        requests: Step, prompt and parameters of each.
+        aborted: By the request's index, the step before which it ends.
+
+    Returns:
+        The answers of those that were not aborted, in the requests' order.
+    """
+    engine, done = llm.llm_engine, {}
+    last = max(step for step, _, _ in requests)
+    for step in count():
+        for number, (start, ids, params) in enumerate(requests):
+            if start == step:
+                engine.add_request(str(number), {"prompt_token_ids": ids}, params)
+        engine.abort_request([str(n) for n, end in aborted.items() if end == step])
+        done |= {int(o.request_id): o for o in engine.step() if o.finished}
+        if step >= last and not engine.has_unfinished_requests():
+            break
+    kept = [number for number in range(len(requests)) if number not in aborted]
+    return answers_of(done[number] for number in kept)
+
+
+def mixed_sampling(stage: Stage) -> list[Answer]:
+    """Greedy and sampled requests in one batch; the greedy ones are compared."""
+    prompts = stage.subject.prompts("mixed sampling")
+    hot = [
+        stage.params(temperature=0.4 + 0.7 * (number % 3), top_p=0.9, seed=number)
+        for number in range(len(prompts))
+    ]
+    every = [p for number in range(len(prompts)) for p in (stage.params(), hot[number])]
+    doubled = [ids for ids in prompts for _ in range(2)]
+    outputs = stage.llm.generate(as_inputs(doubled), every, use_tqdm=False)
+    return answers_of(outputs[::2])
+
+
+def beams(stage: Stage) -> list[Answer]:
+    """vLLM's beam search, which asks for one token at a time."""
+    from vllm.sampling_params import BeamSearchParams
+
+    outputs = stage.llm.beam_search(
+        as_inputs(stage.subject.prompts("beams")),
+        BeamSearchParams(beam_width=3, max_tokens=6, ignore_eos=True),
+    )
+    return [
+        Answer(tuple(beam.tokens), beam.text or "", beam.finish_reason, None)
+        for output in outputs
+        for beam in output.sequences
+    ]
+
+
+def embedded(stage: Stage) -> list[Answer]:
+    """Prompts given as embeddings."""
+    prompts = stage.subject.prompts("embedded")
+    embeddings = stage.llm.apply_model(
+        lambda model: [model.embed_input_ids(torch.tensor(ids)) for ids in prompts]
+    )[0]
+    inputs: list[Any] = [{"prompt_embeds": rows.detach()} for rows in embeddings]
+    return answers_of(stage.llm.generate(inputs, stage.params(), use_tqdm=False))
+
+
+def near_the_limit(stage: Stage) -> list[Answer]:
+    """Each round one, some or all requests reach ``max_model_len``."""
+    one = (MAX_MODEL_LEN - 5, 20, 30, 40, 50, 60, 70, 80)
+    some = (MAX_MODEL_LEN - 9, 20, MAX_MODEL_LEN - 1, 33)
+    every = tuple(MAX_MODEL_LEN - 1 - left for left in range(16))
+    prompts = [stage.subject.prompts("at the limit", ls) for ls in (one, some, every)]
+    return [answer for batch in prompts for answer in stage.ask(batch)]

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The targets and drafters of the matrix."""
+
+import json
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tests.tiny_targets import VOCAB_SIZE, make_tiny_llama
+
+MAX_MODEL_LEN = 256
+NUM_PROMPTS = 32
+MAX_TOKENS = 24
+# Around the ends of cache blocks of 32 and 64 tokens, and far from them.
+LENGTHS = (
+    *(3, 17, 31, 32, 33, 63, 64, 65, 95, 96, 100, 128, 1, 40, 150, 200),
+    *(15, 16, 47, 48, 49, 80, 112, 127, 129, 160, 2, 7, 22, 75, 180, 33),
+)
+
+Prompts = list[list[int]]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A target with one drafter, and what it is asked.
+
+    Attributes:
+        name: As docs/lossless.md shows it.
+        target: The target's folder.
+        spec: The drafter's ``speculative_config``.
+        stream: Token ids that prompts are cut from, by the prompt's name.
+        num_prompts: Prompts per row.
+        max_tokens: Tokens per answer.
+        tie_margin: Largest logprob gap of a float tie, in nats; 0 accepts none.
+        settings: vLLM settings of every engine.
+    """
+
+    name: str
+    target: Path
+    spec: dict[str, Any]
+    stream: Callable[[str, int], list[int]]
+    num_prompts: int = NUM_PROMPTS
+    max_tokens: int = MAX_TOKENS
+    tie_margin: float = 0.0
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def prompts(self, name: str, lengths: Sequence[int] = LENGTHS) -> Prompts:
+        """`num_prompts` prompts of the given lengths, over and over; the same ones
+        for the same name."""
+        count = self.num_prompts
+        return [
+            self.stream(f"{name} {number}", lengths[number % len(lengths)])
+            for number in range(count)
+        ]
+
+
+def random_stream(name: str, length: int) -> list[int]:
+    """Tokens that follow no rule."""
+    rng = random.Random(name)
+    return [rng.randrange(VOCAB_SIZE) for _ in range(length)]
+
+
+def text_stream(texts: Sequence[Sequence[int]]) -> Callable[[str, int], list[int]]:
+    """Pieces of real text: one of the texts, and those behind it as far as needed."""
+
+    def stream(name: str, length: int) -> list[int]:
+        number = random.Random(name).randrange(len(texts))
+        tokens: list[int] = []
+        while len(tokens) < length:
+            tokens += texts[number % len(texts)]
+            number += 1
+        return tokens[:length]
+
+    return stream
+
+
+def make_tiny_speaker(folder: Path) -> Path:
+    """A tiny Llama with a tokenizer of its own, and many tokens that end an answer."""
+    make_tiny_llama(folder)
+    _byte_tokenizer().save_pretrained(folder)
+    # One token in 16, so that answers end at any place of a draft.
+    ends = {"eos_token_id": list(range(0, VOCAB_SIZE, 16))}
+    (folder / "generation_config.json").write_text(json.dumps(ends), "utf-8")
+    return folder
+
+
+def _byte_tokenizer() -> Any:
+    """Every byte and the commonest pairs of this file's text: 512 tokens."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=["<end>"],
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([Path(__file__).read_text("utf-8")], trainer)
+    assert tokenizer.get_vocab_size() == VOCAB_SIZE
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>")
