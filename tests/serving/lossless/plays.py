@@ -144,7 +144,9 @@ def arrivals(stage: Stage) -> list[Answer]:
 def aborts(stage: Stage) -> list[Answer]:
     """Every third request is aborted: waiting, in its prompt, or while it decodes."""
     prompts = stage.subject.prompts("aborts")
-    requests = [(number // 2, ids, stage.params()) for number, ids in enumerate(prompts)]
+    requests = [
+        (number // 2, ids, stage.params()) for number, ids in enumerate(prompts)
+    ]
     aborted = {
         number: number // 2 + 1 + number % 11 for number in range(0, len(prompts), 3)
     }

@@ -73,6 +73,7 @@ class Row:
         shows: Facts of both sides that must not be 0, as `matrix.Facts` has them.
         same_hits: The prefix cache must give as much on both sides.
         drafts: Whether the drafter is used at all.
+        on_v2: Also for the V2 runner, of which a step takes long on a CPU.
     """
 
     name: str
@@ -81,6 +82,7 @@ class Row:
     shows: tuple[str, ...] = ()
     same_hits: bool = False
     drafts: bool = True
+    on_v2: bool = False
 
 
 def _structured(**what: Any) -> Mapping[str, Any]:
@@ -108,16 +110,30 @@ _ONE = {"temperature": 1.0, "top_k": 1}
 
 ROWS = (
     Row("one request at a time", batches(1)),
-    Row("batches of 4, mixed lengths", batches(4)),
+    Row("batches of 4, mixed lengths", batches(4), on_v2=True),
     Row("batches of 16, mixed lengths", batches(16)),
     Row("all at once, up to 64", ask("at once")),
-    Row("requests come and go", arrivals),
-    Row("prompts a second time", twice("twice"), shows=("prefix_hits",), same_hits=True),
+    Row("requests come and go", arrivals, on_v2=True),
+    Row(
+        "prompts a second time",
+        twice("twice"),
+        shows=("prefix_hits",),
+        same_hits=True,
+        on_v2=True,
+    ),
     Row("three turns", turns, shows=("prefix_hits",), same_hits=True),
     Row("prefix cache emptied", reset_in_between),
     Row("no prefix cache", ask("no prefix cache"), "no prefix cache"),
-    Row("prompts in pieces", ask("pieces"), "small budget", ("chunked", "mixed")),
-    Row("prompts in pieces, twice", twice("pieces 2"), "small budget", ("prefix_hits",)),
+    Row(
+        "prompts in pieces",
+        ask("pieces"),
+        "small budget",
+        ("chunked", "mixed"),
+        on_v2=True,
+    ),
+    Row(
+        "prompts in pieces, twice", twice("pieces 2"), "small budget", ("prefix_hits",)
+    ),
     Row(
         "preemption, some twice",
         ask_lengths("preempted", (90, 100, 110, 95, 105, 120), max_tokens=70),
@@ -127,8 +143,10 @@ ROWS = (
     Row("one, some, all at max_model_len", near_the_limit),
     Row("cache blocks of 64", ask("blocks of 64"), "blocks of 64"),
     Row("fp8 KV cache", ask("fp8"), "fp8 cache"),
-    Row("aborts at every stage", aborts, "small budget", ("chunked",)),
-    Row("EOS inside a draft", ask("eos", ignore_eos=False), shows=("ended",)),
+    Row("aborts at every stage", aborts, "small budget", ("chunked",), on_v2=True),
+    Row(
+        "EOS inside a draft", ask("eos", ignore_eos=False), shows=("ended",), on_v2=True
+    ),
     Row("stop tokens", ask("stop", stop_token_ids=_STOP_TOKENS), shows=("ended",)),
     Row("stop strings", ask("strings", stop=["a", "ti", "e "]), shows=("ended",)),
     Row(
@@ -136,7 +154,7 @@ ROWS = (
         ask("min", ignore_eos=False, min_tokens=9, stop_token_ids=_STOP_TOKENS),
         shows=("ended",),
     ),
-    Row("logprobs", ask("logprobs", logprobs=5)),
+    Row("logprobs", ask("logprobs", logprobs=5), on_v2=True),
     Row("prompt logprobs", ask("prompt logprobs", prompt_logprobs=3, logprobs=2)),
     Row(
         "penalties",

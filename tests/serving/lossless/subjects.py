@@ -32,7 +32,8 @@ class Subject:
         spec: The drafter's ``speculative_config``.
         stream: Token ids that prompts are cut from, by the prompt's name.
         num_prompts: Prompts per row.
-        max_tokens: Tokens per answer.
+        max_tokens: Tokens per answer, where a row does not say.
+        lengths: Tokens per prompt, where a row does not say.
         tie_margin: Largest logprob gap of a float tie, in nats; 0 accepts none.
         settings: vLLM settings of every engine.
     """
@@ -43,16 +44,17 @@ class Subject:
     stream: Callable[[str, int], list[int]]
     num_prompts: int = NUM_PROMPTS
     max_tokens: int = MAX_TOKENS
+    lengths: Sequence[int] = LENGTHS
     tie_margin: float = 0.0
     settings: dict[str, Any] = field(default_factory=dict)
 
-    def prompts(self, name: str, lengths: Sequence[int] = LENGTHS) -> Prompts:
+    def prompts(self, name: str, lengths: Sequence[int] = ()) -> Prompts:
         """`num_prompts` prompts of the given lengths, over and over; the same ones
         for the same name."""
-        count = self.num_prompts
+        wanted = lengths or self.lengths
         return [
-            self.stream(f"{name} {number}", lengths[number % len(lengths)])
-            for number in range(count)
+            self.stream(f"{name} {number}", wanted[number % len(wanted)])
+            for number in range(self.num_prompts)
         ]
 
 
@@ -74,6 +76,15 @@ def text_stream(texts: Sequence[Sequence[int]]) -> Callable[[str, int], list[int
         return tokens[:length]
 
     return stream
+
+
+def tiny_subject(target: Path, drafter: Path, *, on_v2: bool) -> Subject:
+    """A tiny fp32 target, made by `make_tiny_speaker`, whose drafter is right at the
+    first place and hardly ever later."""
+    spec = {"method": "mtp_placeholder", "model": str(drafter)}
+    if on_v2:  # Triton's interpreter takes about 0.2 s per step
+        return Subject("tiny", target, spec, random_stream, 4, 8, (3, 33, 64, 100))
+    return Subject("tiny", target, spec, random_stream)
 
 
 def make_tiny_speaker(folder: Path) -> Path:
