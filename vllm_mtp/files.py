@@ -22,9 +22,10 @@ def writing(path: Path | str, *also: type[Exception]) -> Iterator[None]:
     Raises:
         OutputError: The disk is full, the folder may not be written to, or the like.
     """
+    failures: tuple[type[Exception], ...] = (OSError, SafetensorError, *also)
     try:
         yield
-    except (OSError, SafetensorError, *also) as error:
+    except failures as error:
         raise OutputError(
             f"{path}: cannot be written ({error}). Make room there, or name a folder "
             "that can be written to"

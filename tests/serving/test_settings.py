@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from tests import damage
 from tests.damage import Damage, Good
 from tests.serving.test_wrong_use import Drafter, start
+from tests.test_target import FACTS
 from vllm_mtp.checkpoint import CONFIG_FILE, WEIGHTS_FILE
 from vllm_mtp.errors import MTPError
 from vllm_mtp.serving.resolve import resolve_drafter
@@ -192,6 +193,21 @@ def test_a_hub_that_never_answers_is_not_waited_for(
     assert "Timeout" in message
 
 
+def test_a_drafter_in_the_hubs_cache_needs_no_hub(
+    tiny_drafter: Drafter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cached = tmp_path / "models--org--drafter"
+    snapshot = cached / "snapshots" / ("0" * 40)
+    snapshot.parent.mkdir(parents=True)
+    _files_of(tiny_drafter("llama", "shared-4")).write(snapshot)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("0" * 40, "utf-8")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert resolve_drafter("org/drafter", "no-target", FACTS) == snapshot
+    with pytest.raises(MTPError, match="'org/drafter' is no folder here"):
+        resolve_drafter("org/drafter", "no-target", FACTS, revision="1" * 40)
+
+
 def test_every_unknown_key_is_refused(
     tiny_targets: dict[str, Path], tiny_drafter: Drafter
 ) -> None:
@@ -296,8 +312,6 @@ def test_a_drafter_that_may_not_be_read_is_named(
 def test_a_drafter_in_the_target_that_may_not_be_read_is_not_passed_over(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tests.test_target import FACTS
-
     def refuse(path: Path) -> bool:
         raise PermissionError(13, "Permission denied", str(path))
 
