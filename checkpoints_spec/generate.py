@@ -203,11 +203,14 @@ def _type(value: dict[str, Any]) -> str:
     if choices := value.get("enum") or [value[key] for key in value if key == "const"]:
         return ", ".join(f"`{json.dumps(choice)}`" for choice in choices)
     if value["type"] == "array":
-        return f"list, {value['minItems']} or more: {_type(value['items'])}"
+        most = f"to {value['maxItems']}" if "maxItems" in value else "or more"
+        return f"list, {value['minItems']} {most}: {_type(value['items'])}"
     return value["type"] + _range(value)
 
 
 def _range(value: dict[str, Any]) -> str:
+    if "exclusiveMinimum" in value and "maximum" in value:
+        return f" (above {value['exclusiveMinimum']}, up to {value['maximum']})"
     if "maximum" in value:
         return f" ({value['minimum']} to {value['maximum']})"
     if "minimum" in value:

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from checkpoints_spec.goldens import fill_weights
+from tests.full_disk import no_file_above
 from tests.test_config import VALID
 from vllm_mtp import checkpoint
 from vllm_mtp.checkpoint import (
@@ -23,12 +24,18 @@ from vllm_mtp.checkpoint import (
     save_drafter,
 )
 from vllm_mtp.config import DrafterConfig
-from vllm_mtp.errors import CheckpointError
+from vllm_mtp.errors import CheckpointError, OutputError
 from vllm_mtp.modeling.drafter import Drafter
 
 Tensors = dict[str, torch.Tensor]
 VOCAB_IDS = "draft_vocab.token_ids"
 A_WEIGHT = "layers.1.q_proj.weight"
+NO_WEIGHTS: dict[str, Any] = {
+    "num_speculative_tokens": 1,
+    "layers": [{"kind": "shared", "target_layer": 0}],
+    "markov": None,
+    "draft_vocab_size": None,
+}
 
 
 def make_drafter(**changes: Any) -> Drafter:
@@ -87,12 +94,7 @@ class TestRoundTrip:
     def test_a_drafter_without_options_has_no_tensors_for_them(
         self, tmp_path: Path
     ) -> None:
-        drafter = make_drafter(
-            num_speculative_tokens=1,
-            layers=[{"kind": "shared", "target_layer": 0}],
-            markov=None,
-            draft_vocab_size=None,
-        )
+        drafter = make_drafter(**NO_WEIGHTS)
         loaded = load_drafter(save_drafter(drafter, tmp_path))
         assert loaded.state_dict() == {}
         assert load_file(tmp_path / WEIGHTS_FILE) == {}
@@ -300,7 +302,7 @@ class TestWriting:
             self._fail()
 
         monkeypatch.setattr(checkpoint, "save_file", half)
-        with pytest.raises(OSError, match="disk full"):
+        with pytest.raises(OutputError, match="cannot be written .disk full"):
             save_drafter(make_drafter(num_speculative_tokens=2), folder)
         # No trace of the attempt either.
         assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
@@ -318,10 +320,41 @@ class TestWriting:
             replace(source, place)
 
         monkeypatch.setattr(checkpoint.os, "replace", move)
-        with pytest.raises(OSError, match="disk full"):
+        with pytest.raises(OutputError, match="cannot be written .disk full"):
             save_drafter(make_drafter(), tmp_path)
         assert moved == [WEIGHTS_FILE, CONFIG_FILE]
         assert [path.name for path in tmp_path.iterdir()] == [WEIGHTS_FILE]
+
+    @pytest.mark.parametrize("made", [{}, NO_WEIGHTS], ids=["weights", "no weights"])
+    def test_a_full_disk_leaves_no_half_drafter(
+        self, tmp_path: Path, made: dict[str, Any]
+    ) -> None:
+        """Wherever in its files the room ends."""
+        drafter = make_drafter(**made)
+        whole = save_drafter(drafter, tmp_path / "whole")
+        needed = max(path.stat().st_size for path in whole.iterdir())
+        for room in [0, 1, 7, 8, 15, 16, *range(17, needed, 97), needed - 1]:
+            folder = tmp_path / f"{room}"
+            with no_file_above(room), pytest.raises(OutputError) as caught:
+                save_drafter(drafter, folder)
+            assert f"{folder}: cannot be written" in str(caught.value)
+            assert not list(folder.iterdir())
+            with pytest.raises(CheckpointError):
+                load_drafter(folder)
+        with no_file_above(needed):
+            load_drafter(save_drafter(drafter, tmp_path / "fits"))
+
+    def test_a_full_disk_leaves_the_old_drafter(self, folder: Path) -> None:
+        before = {path.name: path.read_bytes() for path in folder.iterdir()}
+        for room in (0, 100, 5000):
+            with no_file_above(room), pytest.raises(OutputError):
+                save_drafter(make_drafter(num_speculative_tokens=2), folder)
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+    def test_a_place_that_is_no_folder_is_named(self, folder: Path) -> None:
+        for place in (folder / CONFIG_FILE, folder / CONFIG_FILE / "in-it"):
+            with pytest.raises(OutputError, match=f"^{place}: cannot be written"):
+                save_drafter(make_drafter(), place)
 
     def test_nothing_else_is_left_in_the_folder(self, folder: Path) -> None:
         assert {path.name for path in folder.iterdir()} == {CONFIG_FILE, WEIGHTS_FILE}

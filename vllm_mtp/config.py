@@ -10,10 +10,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from vllm_mtp.target import TargetFacts
+from vllm_mtp.target import MAX_SIZE, TargetFacts
 
 FORMAT_VERSION: Literal[1] = 1
 MAX_SPECULATIVE_TOKENS = 64
+# Far above any use. A drafter is laid out before its weights are read, so a config
+# alone must not be able to ask for much time or memory.
+MAX_LAYERS = 512
 
 LinearName = Literal[
     "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"
@@ -32,9 +35,11 @@ class _Strict(BaseModel):
 class LoRAConfig(_Strict):
     """Low-rank change of a shared layer, applied to placeholder rows only."""
 
-    rank: int = Field(ge=1, description="Rank of every low-rank pair.")
+    rank: int = Field(ge=1, le=MAX_SIZE, description="Rank of every low-rank pair.")
     alpha: float = Field(
-        gt=0, description="Scale: the change is multiplied by alpha / rank."
+        gt=0,
+        le=MAX_SIZE,
+        description="Scale: the change is multiplied by alpha / rank.",
     )
     modules: tuple[LinearName, ...] = Field(
         min_length=1,
@@ -74,8 +79,10 @@ class OwnLayerConfig(_Strict):
     target_layer: int = Field(
         ge=0, description="The target layer whose KV cache this layer reads."
     )
-    intermediate_size: int = Field(ge=1, description="Width of the SwiGLU MLP.")
-    rms_norm_eps: float = Field(gt=0, description="Epsilon of its RMSNorms.")
+    intermediate_size: int = Field(
+        ge=1, le=MAX_SIZE, description="Width of the SwiGLU MLP."
+    )
+    rms_norm_eps: float = Field(gt=0, le=1, description="Epsilon of its RMSNorms.")
     qkv_bias: bool = Field(
         default=False, description="Whether q, k and v projections have a bias."
     )
@@ -101,7 +108,7 @@ LayerConfig = Annotated[SharedLayerConfig | OwnLayerConfig, Field(discriminator=
 class MarkovConfig(_Strict):
     """Low-rank bias on a place's logits from the token drafted before it."""
 
-    rank: int = Field(ge=1, description="Rank of the bias.")
+    rank: int = Field(ge=1, le=MAX_SIZE, description="Rank of the bias.")
 
 
 class DrafterConfig(_Strict):
@@ -118,7 +125,9 @@ class DrafterConfig(_Strict):
         "prediction included. Fewer may be asked for when serving.",
     )
     layers: tuple[LayerConfig, ...] = Field(
-        min_length=1, description="The draft layers in the order they run."
+        min_length=1,
+        max_length=MAX_LAYERS,
+        description="The draft layers in the order they run.",
     )
     markov: MarkovConfig | None = Field(
         default=None, description="Markov correction, or null for none."

@@ -37,3 +37,7 @@ class UnsupportedVLLMError(MTPError):
 
 class DataError(MTPError):
     """Prompts cannot be read, or a folder of answers is not what was asked for."""
+
+
+class OutputError(MTPError):
+    """A file cannot be written: no room, no permission, or no such place."""

@@ -7,9 +7,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from vllm_mtp.errors import TargetMismatchError, UnsupportedTargetError
+
+# Far above any model; below it, no product of sizes leaves 64 bits.
+MAX_SIZE = 1 << 24
+MAX_COUNT = 1 << 16
 
 # Not part of the comparison: a copy of the target in another folder is the
 # same target, and weights are compared by `weights_fingerprint` on their own.
@@ -28,15 +32,22 @@ class TargetFacts(BaseModel):
         default=None, description="Name or path it was made from; informative."
     )
     model_type: str = Field(description="The target's `model_type`.")
-    num_hidden_layers: int = Field(ge=1, description="Number of layers.")
-    hidden_size: int = Field(ge=1, description="Width of the hidden state.")
-    intermediate_size: int | None = Field(
-        default=None, description="Width of the dense MLP; null for none."
+    num_hidden_layers: int = Field(ge=1, le=MAX_COUNT, description="Number of layers.")
+    hidden_size: int = Field(
+        ge=1, le=MAX_SIZE, description="Width of the hidden state."
     )
-    num_attention_heads: int = Field(ge=1, description="Query heads.")
-    num_key_value_heads: int = Field(ge=1, description="Key and value heads.")
-    head_dim: int = Field(ge=1, description="Size of one head.")
-    vocab_size: int = Field(ge=1, description="Size of the vocabulary.")
+    intermediate_size: int | None = Field(
+        default=None,
+        ge=1,
+        le=MAX_SIZE,
+        description="Width of the dense MLP; null for none.",
+    )
+    num_attention_heads: int = Field(ge=1, le=MAX_COUNT, description="Query heads.")
+    num_key_value_heads: int = Field(
+        ge=1, le=MAX_COUNT, description="Key and value heads."
+    )
+    head_dim: int = Field(ge=1, le=MAX_COUNT, description="Size of one head.")
+    vocab_size: int = Field(ge=1, le=MAX_SIZE, description="Size of the vocabulary.")
     rope_parameters: dict[str, JsonValue] = Field(
         description="RoPE settings as in the target's config."
     )
@@ -61,19 +72,13 @@ class TargetFacts(BaseModel):
         """
         text = hf_config.get_text_config()
         _refuse_unsupported(text)
-        heads = text.num_attention_heads
-        return cls(
-            name=name,
-            model_type=text.model_type,
-            num_hidden_layers=text.num_hidden_layers,
-            hidden_size=text.hidden_size,
-            intermediate_size=getattr(text, "intermediate_size", None),
-            num_attention_heads=heads,
-            num_key_value_heads=getattr(text, "num_key_value_heads", None) or heads,
-            head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
-            vocab_size=text.vocab_size,
-            rope_parameters=_rope_parameters(text),
-        )
+        try:
+            return cls(name=name, **_facts(text))
+        except (AttributeError, TypeError, ValidationError) as error:
+            raise UnsupportedTargetError(
+                f"target {getattr(text, 'model_type', name)!r}: its config does not "
+                f"give what drafters need ({error}). Use another target."
+            ) from None
 
     @classmethod
     def from_folder(cls, folder: Path) -> "TargetFacts":
@@ -147,6 +152,21 @@ def _refuse_unsupported(text: Any) -> None:
             "KV cache per head (a mamba or RNN model?), which our drafters read. "
             "Use a target with attention layers."
         )
+
+
+def _facts(text: Any) -> dict[str, Any]:
+    heads = text.num_attention_heads
+    return {
+        "model_type": text.model_type,
+        "num_hidden_layers": text.num_hidden_layers,
+        "hidden_size": text.hidden_size,
+        "intermediate_size": getattr(text, "intermediate_size", None) or None,
+        "num_attention_heads": heads,
+        "num_key_value_heads": getattr(text, "num_key_value_heads", None) or heads,
+        "head_dim": getattr(text, "head_dim", None) or text.hidden_size // heads,
+        "vocab_size": text.vocab_size,
+        "rope_parameters": _rope_parameters(text),
+    }
 
 
 def _rope_parameters(text: Any) -> dict[str, JsonValue]:

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from tests.full_disk import no_file_above
 from tests.tiny_targets import make_tiny_llama
 from vllm_mtp.data.settings import (
     EngineSettings,
@@ -34,7 +35,7 @@ from vllm_mtp.data.store import (
     read_split,
     require_made_by,
 )
-from vllm_mtp.errors import DataError, UnsupportedTargetError
+from vllm_mtp.errors import DataError, OutputError, UnsupportedTargetError
 from vllm_mtp.target import TargetFacts, weights_sample_sha256
 
 pytest.importorskip("datasets")
@@ -172,13 +173,33 @@ class Killed(BaseException):
     """Nothing catches it, as nothing catches a kill."""
 
 
+def test_a_full_disk_is_named_and_the_run_goes_on_later(tmp_path: Path) -> None:
+    """Wherever the room ends: at the start, in a part, or in the dataset."""
+    expected = contents(finished(tmp_path / "whole"))
+    for room in (0, 50, 1000, 1500):
+        folder = tmp_path / f"{room}"
+        with no_file_above(room), pytest.raises(OutputError) as caught:
+            finished(folder)
+        assert str(folder) in str(caught.value)
+        assert "cannot be written" in str(caught.value)
+        with pytest.raises(DataError, match=r"not finished|no generation\.json"):
+            read_provenance(folder)
+        assert contents(finished(folder)) == expected
+
+
+def test_a_folder_that_may_not_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match="file/out: cannot be written"):
+        Store(tmp_path / "file" / "out").start(run_file())
+
+
 @pytest.mark.parametrize(
     "moment",
     [
         "datasets.Dataset.from_generator",
         "datasets.DatasetDict.save_to_disk",
         "vllm_mtp.data.store._count",
-        "vllm_mtp.data.store._write",
+        "vllm_mtp.data.store.write_whole",
         "vllm_mtp.data.store.shutil.rmtree",
     ],
 )

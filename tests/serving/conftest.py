@@ -31,6 +31,7 @@ DRAFTERS: dict[str, tuple[str, int, DrafterOptions]] = {
     "own-some": ("own:0,3", 3, PLAIN),
     "own-random": ("own:1,3", 3, DrafterOptions(dtype="float32", own_start="random")),
     "mixed": ("shared:0-1,own:2,3", 4, ALL_OPTIONS),
+    "overflows": ("own:0,shared:1,own:3", 4, PLAIN),
 }
 
 
@@ -69,10 +70,19 @@ def tiny_drafter(
             drafter = new_drafter(tiny_targets[family], layers, k, options)
             if options is ALL_OPTIONS:
                 stir(drafter)
+            if name == "overflows":
+                blow_up(drafter)
             save_drafter(drafter, folder)
         return folder
 
     return make
+
+
+def blow_up(drafter: Drafter) -> None:
+    """Finite weights, of which the first forward makes infinity and NaN."""
+    for name, weight in drafter.named_parameters():
+        if name.endswith(("v_proj.weight", "down_proj.weight")):
+            weight.data.mul_(1e38)
 
 
 def stir(drafter: Drafter) -> None:

@@ -44,7 +44,7 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
         *("dtype", "hf_config", "max_model_len", "model", "uses_mrope"),
     ),
     "vllm.config:ParallelConfig": constant("config.py", "_PARALLEL_SIZES"),
-    "vllm.config:SpeculativeConfig": constant("config.py", "ALLOWED_KEYS"),
+    "vllm.config:SpeculativeConfig": constant("settings.py", "ALLOWED_KEYS"),
     "vllm.engine.arg_utils:EngineArgs": (
         *constant("config.py", "_REFUSED_SETTINGS"),
         *("speculative_config", "spec_method", "spec_model", "spec_tokens"),

@@ -56,7 +56,7 @@ RUN_FAMILIES = ["llama"] if ON_V2 else ["llama", "qwen3"]
 RUN_DRAFTERS = {
     "llama": ["shared-1", "mixed"]
     if ON_V2
-    else ["shared-1", "shared-4", "own-1", "own-some", "mixed"],
+    else ["shared-1", "shared-4", "own-1", "own-some", "mixed", "overflows"],
     "qwen3": ["shared-1", "own-1", "mixed"],
 }
 PAIRS = [(family, name) for family in RUN_FAMILIES for name in RUN_DRAFTERS[family]]

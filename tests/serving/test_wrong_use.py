@@ -21,7 +21,7 @@ from vllm.engine.arg_utils import EngineArgs
 
 from tests.tiny_targets import make_tiny_llama
 from vllm_mtp.errors import MTPError
-from vllm_mtp.serving.config import ALLOWED_KEYS
+from vllm_mtp.serving.settings import ALLOWED_KEYS
 
 Drafter = Callable[[str, str], Path]
 

@@ -12,9 +12,11 @@ import pytest
 import torch
 import yaml
 
+from tests.full_disk import no_file_above
 from tests.tiny_answers import MakeArguments
 from vllm_mtp.checkpoint import load_drafter, read_config
-from vllm_mtp.errors import DataError
+from vllm_mtp.errors import CheckpointError, DataError, OutputError
+from vllm_mtp.training.resume import newest_whole
 from vllm_mtp.training.run import train
 from vllm_mtp.training.states import TrainingInputError
 
@@ -58,6 +60,30 @@ class TestLearning:
         }
         if design["layers"] == "shared:all":
             assert metrics["eval_acceptance_place_1"] == 1.0
+
+
+class TestFullDisk:
+    @pytest.mark.parametrize("room", [30_000, 300_000])
+    def test_a_checkpoint_is_named_and_not_resumed(
+        self, arguments: MakeArguments, tiny_llama: Path, room: int
+    ) -> None:
+        args = arguments(
+            layers="shared:0,own:3", save_strategy="steps", save_steps=1, max_steps=1
+        )
+        with no_file_above(room), pytest.raises(OutputError) as caught:
+            train(args, tiny_llama)
+        assert f"{args.output_dir}/checkpoint-1: cannot be written" in str(caught.value)
+        assert newest_whole(Path(str(args.output_dir))) is None
+
+    def test_no_half_drafter_is_left(
+        self, arguments: MakeArguments, tiny_llama: Path
+    ) -> None:
+        args = arguments(layers="own:0,3", save_strategy="no", max_steps=1)
+        with no_file_above(30_000), pytest.raises(OutputError) as caught:
+            train(args, tiny_llama)
+        assert f"{args.output_dir}: cannot be written" in str(caught.value)
+        with pytest.raises(CheckpointError):
+            load_drafter(str(args.output_dir))
 
 
 class TestResume:

@@ -42,6 +42,7 @@ from vllm_mtp.data.settings import (
 )
 from vllm_mtp.data.split import is_held_out
 from vllm_mtp.errors import DataError
+from vllm_mtp.files import unfinished, write_whole, writing
 from vllm_mtp.target import TargetFacts, weights_sample_sha256
 
 if TYPE_CHECKING:
@@ -192,9 +193,9 @@ class Store:
 
     def _is_blank(self) -> bool:
         # A run that was killed at its very start leaves a file not yet renamed.
-        unfinished = _unfinished(self.folder / RUN_FILE).name
+        name = unfinished(self.folder / RUN_FILE).name
         return self.folder.is_dir() and all(
-            path.name == unfinished for path in self.folder.iterdir()
+            path.name == name for path in self.folder.iterdir()
         )
 
     def start(self, run: RunFile) -> None:
@@ -206,8 +207,9 @@ class Store:
         self.check(run.settings)
         path = self.folder / RUN_FILE
         if not path.is_file():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            _write(path, run.model_dump_json(indent=2) + "\n")
+            with writing(self.folder):
+                self.folder.mkdir(parents=True, exist_ok=True)
+            write_whole(path, run.model_dump_json(indent=2) + "\n")
             return
         found = _read(path, RunFile).prompts_sha256
         if found != run.prompts_sha256:
@@ -233,9 +235,10 @@ class Store:
 
     def write_part(self, number: int, rows: Sequence[Row]) -> None:
         """Store one chunk's rows, all of them or, if killed, none."""
-        self._parts.mkdir(exist_ok=True)
+        with writing(self._parts):
+            self._parts.mkdir(exist_ok=True)
         lines = (json.dumps(row, separators=(",", ":")) for row in rows)
-        _write(self._part(number), "".join(f"{line}\n" for line in lines))
+        write_whole(self._part(number), "".join(f"{line}\n" for line in lines))
 
     def rows(self, num_parts: int) -> Iterator[Row]:
         """Yield the rows of all parts in order, empty answers included."""
@@ -251,7 +254,8 @@ class Store:
         versions: dict[str, str],
     ) -> Provenance:
         """Make the dataset of all parts, and remove them."""
-        counts = self._write_dataset(num_parts, run.settings.held_out)
+        with writing(self.folder):
+            counts = self._write_dataset(num_parts, run.settings.held_out)
         provenance = Provenance(
             settings=run.settings,
             prompts_sha256=run.prompts_sha256,
@@ -261,7 +265,7 @@ class Store:
             splits=counts,
         )
         text = provenance.model_dump_json(indent=2) + "\n"
-        _write(self.folder / GENERATION_FILE, text)
+        write_whole(self.folder / GENERATION_FILE, text)
         shutil.rmtree(self._parts)
         return provenance
 
@@ -330,23 +334,10 @@ def _count(rows: "Dataset") -> SplitCounts:
 def _read(path: Path, model: type[_M]) -> _M:
     try:
         return model.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error})") from None
     except ValidationError as error:
         raise DataError(
             f"{path}: not a file that this version of vllm-mtp wrote ({error}); use "
             "the version that wrote it, or generate into another folder"
         ) from None
-
-
-def _unfinished(path: Path) -> Path:
-    """The name of a file until it is whole."""
-    return path.with_name(f".{path.name}.tmp")
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a file that is whole whenever it is there, power cuts included."""
-    temporary = _unfinished(path)
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

@@ -32,6 +32,7 @@ from vllm_mtp.evaluation.blocks import (
     choose_texts,
     run_in_torch,
 )
+from vllm_mtp.files import writing
 from vllm_mtp.modeling.drafter import BoundDrafter, Drafter
 
 PROBE_FILE = "probe.safetensors"
@@ -191,6 +192,12 @@ def _precision(bound: BoundDrafter) -> str:
 
 def _save(probe: Probe, folder: Path) -> Path:
     """Write the file whole, beside its place first."""
+    with writing(folder / PROBE_FILE):
+        _write(probe, folder)
+    return folder / PROBE_FILE
+
+
+def _write(probe: Probe, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as scratch:
         path = Path(scratch, PROBE_FILE)
@@ -199,7 +206,6 @@ def _save(probe: Probe, folder: Path) -> Path:
         plain.touch()
         shutil.copymode(plain, path)  # safetensors lets only the owner read
         os.replace(path, folder / PROBE_FILE)
-    return folder / PROBE_FILE
 
 
 def _tensors(probe: Probe) -> dict[str, torch.Tensor]:

@@ -124,6 +124,9 @@ def pick_block(
         scores = logits[:, place]
         if markov is not None and place > 0:
             scores = scores + markov(tokens[-1], hidden[:, place])
+        if spread_to is not None:
+            # Of a distribution that is NaN, rejection sampling makes other texts.
+            scores = scores.float().nan_to_num(0.0, 1e30, -1e30)
         index, distribution = pick(to_scores(scores))
         tokens.append(to_tokens(index))
         if distribution is not None:

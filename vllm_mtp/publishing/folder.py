@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The files that tell about a drafter, beside its config and weights."""
 
-import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from vllm_mtp.errors import DataError
 from vllm_mtp.evaluation.offline import OfflineResult
 from vllm_mtp.evaluation.report import JSON_FILE as EVALUATION_FILE
 from vllm_mtp.evaluation.report import PLOT_FILE, TABLE_FILE
+from vllm_mtp.files import write_whole
 from vllm_mtp.modeling.drafter import Drafter
 from vllm_mtp.publishing.card import CARD_FILE, is_made, license_of, make_card
 from vllm_mtp.publishing.names import public_value
@@ -63,12 +63,12 @@ def describe_folder(
             (folder / name).unlink(missing_ok=True)
     else:
         clean = replace(evaluation, settings=public_value(evaluation.settings))
-        _write(folder / EVALUATION_FILE, clean.to_json())
+        write_whole(folder / EVALUATION_FILE, clean.to_json())
     if provenance is None:
         (folder / PROVENANCE_FILE).unlink(missing_ok=True)
     else:
-        _write(folder / PROVENANCE_FILE, without_paths(provenance).to_json())
-    _write(folder / CARD_FILE, card_text(folder, license=license))
+        write_whole(folder / PROVENANCE_FILE, without_paths(provenance).to_json())
+    write_whole(folder / CARD_FILE, card_text(folder, license=license))
 
 
 def refresh_card(folder: Path | str) -> None:
@@ -77,7 +77,7 @@ def refresh_card(folder: Path | str) -> None:
     Raises:
         CheckpointError, DataError: A file of the folder is broken.
     """
-    _write(Path(folder, CARD_FILE), card_text(folder))
+    write_whole(Path(folder, CARD_FILE), card_text(folder))
 
 
 def card_text(
@@ -125,10 +125,3 @@ def read_evaluation(folder: Path | str) -> OfflineResult | None:
         return OfflineResult.from_json(path.read_bytes())
     except DataError as error:
         raise DataError(f"{path}: {error}") from None
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a file that is whole whenever it is there."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, "utf-8")
-    os.replace(temporary, path)

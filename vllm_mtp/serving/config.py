@@ -12,7 +12,6 @@ from vllm.config import SpeculativeConfig
 from vllm_mtp.checkpoint import load_drafter
 from vllm_mtp.config import DrafterConfig
 from vllm_mtp.errors import (
-    MethodConfigError,
     MTPError,
     UnsupportedTargetError,
     UnsupportedVLLMError,
@@ -22,22 +21,10 @@ from vllm_mtp.plugin import METHOD
 from vllm_mtp.serving import versions
 from vllm_mtp.serving.ledger import install_for_runner
 from vllm_mtp.serving.resolve import resolve_drafter
+from vllm_mtp.serving.settings import checked, num_speculative_tokens
 from vllm_mtp.target import TargetFacts
 
 logger = logging.getLogger("vllm.mtp_placeholder")
-
-# Settings of vLLM's SpeculativeConfig that mean something for this method. Any
-# other would be taken in silence and do nothing, so it is refused.
-ALLOWED_KEYS = (
-    "method",
-    "model",
-    "revision",
-    "num_speculative_tokens",
-    "num_speculative_tokens_per_batch_size",
-    "draft_sample_method",
-    "enforce_eager",
-)
-
 
 _PARALLEL_SIZES = (
     "pipeline_parallel_size",
@@ -124,28 +111,30 @@ def build_config(
         MTPError: Whatever is wrong with vLLM, settings, target or drafter.
     """
     _require_supported_vllm(versions.installed())
-    _require_known_keys(requested)
+    settings = checked(requested)
     _require_supported(engine_args, target_model_config, target_parallel_config)
     facts = TargetFacts.from_hf_config(
         target_model_config.hf_config, name=target_model_config.model
     )
     folder = resolve_drafter(
-        requested.get("model"),
+        settings.get("model"),
         target_model_config.model,
         facts,
-        revision=requested.get("revision"),
+        revision=settings.get("revision"),
     )
     # Everything that can be wrong with a drafter is found here, where the user
     # still sees it, and not in a worker's stack trace.
-    drafter_config = load_drafter(folder).config
+    drafter_config = load_drafter(folder, dtype=target_model_config.dtype).config
     try:
         drafter_config.target.require_same(facts)
         require_divisible(drafter_config, target_parallel_config.tensor_parallel_size)
+        num_tokens = num_speculative_tokens(
+            settings, drafter_config.num_speculative_tokens
+        )
     except MTPError as error:
         raise type(error)(f"{folder}: {error}") from None
-    num_tokens = _num_speculative_tokens(requested, drafter_config, folder)
     _log_start(folder, drafter_config, num_tokens)
-    settings = dict(requested) | {
+    settings |= {
         "method": "ngram",
         "model": str(folder),
         "num_speculative_tokens": num_tokens,
@@ -171,15 +160,6 @@ def _warn_once(text: str) -> None:
     logger.warning("%s", text)
 
 
-def _require_known_keys(requested: dict[str, Any]) -> None:
-    if unknown := sorted(set(requested) - set(ALLOWED_KEYS)):
-        raise MethodConfigError(
-            f"speculative_config: method {METHOD!r} does not take "
-            f"{', '.join(map(repr, unknown))}; it takes {', '.join(ALLOWED_KEYS)}. "
-            "Remove the others."
-        )
-
-
 def _require_supported(engine_args: Any, model: Any, parallel: Any) -> None:
     for size in _PARALLEL_SIZES:
         if getattr(parallel, size, 1) > 1:
@@ -198,28 +178,6 @@ def _require_supported(engine_args: Any, model: Any, parallel: Any) -> None:
             f"method {METHOD!r}: the target uses M-RoPE (several position axes), "
             "which is not supported. Serve it without this method."
         )
-
-
-def _num_speculative_tokens(
-    requested: dict[str, Any], config: DrafterConfig, folder: Path
-) -> int:
-    trained = config.num_speculative_tokens
-    wanted = requested.get("num_speculative_tokens")
-    if wanted is None:
-        return trained
-    if isinstance(wanted, bool) or not isinstance(wanted, int):
-        raise MethodConfigError(
-            f"speculative_config.num_speculative_tokens: got {wanted!r}, expected an "
-            f"integer from 1 to {trained}, or leave it out"
-        )
-    if not 1 <= wanted <= trained:
-        raise MethodConfigError(
-            f"speculative_config.num_speculative_tokens: got {wanted}, but the drafter "
-            f"in {folder} was made for 1 to {trained}. Ask for at most {trained}, "
-            f"leave it out (then it is {trained}), or make a drafter with more: "
-            "vllm-mtp init --num-speculative-tokens ..."
-        )
-    return wanted
 
 
 def _log_start(folder: Path, config: DrafterConfig, num_tokens: int) -> None:

@@ -36,7 +36,7 @@ def create_speculative_config(original: Callable[..., Any]) -> Callable[..., Any
 def _requested(engine_args: Any) -> dict[str, Any]:
     """The user's speculative settings, from the dict and the short flags."""
     settings = {
-        key.replace("-", "_"): value
+        key.replace("-", "_") if isinstance(key, str) else key: value
         for key, value in (engine_args.speculative_config or {}).items()
     }
     for flag, key in (

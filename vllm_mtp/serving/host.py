@@ -30,6 +30,7 @@ from vllm.model_executor.models.utils import extract_layer_index
 
 from vllm_mtp.errors import UnsupportedTargetError
 from vllm_mtp.modeling.hosts import Stream
+from vllm_mtp.modeling.shadow import shadow
 from vllm_mtp.modeling.sharding import Rank
 from vllm_mtp.target import TargetFacts
 
@@ -131,7 +132,12 @@ class VllmTarget:
                 f"{type(layer).__name__}.forward takes {list(found)[1:]}, expected "
                 f"{list(_LAYER_PARAMETERS)}; this architecture is not supported"
             )
-        return layer
+        stand_ins = {
+            path: _FiniteAttention(module)
+            for path, module in layer.named_modules()
+            if isinstance(module, Attention)
+        }
+        return shadow(layer, stand_ins)
 
     def run_layer(
         self, layer: nn.Module, index: int, stream: Stream, positions: torch.Tensor
@@ -155,7 +161,7 @@ class VllmTarget:
     def attend(
         self, index: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     ) -> torch.Tensor:
-        return self._attention[index](query, key, value)
+        return self._attention[index](query, _finite(key), _finite(value))
 
     def final_norm(self, stream: Stream) -> torch.Tensor:
         norm = self._decoder.norm
@@ -168,6 +174,39 @@ class VllmTarget:
 
     def logits_of_tokens(self, token_ids: torch.Tensor) -> nn.Module:
         return _SmallHead(self._model, token_ids, self._dtype)
+
+
+def _finite(states: torch.Tensor) -> torch.Tensor:
+    """Keys or values without NaN and infinity.
+
+    They go to scratch slots, which the target's attention masks and yet multiplies
+    with 0; of NaN and infinity that makes NaN in the target's own output.
+    """
+    return states.nan_to_num(0.0, 0.0, 0.0)
+
+
+class _FiniteAttention(nn.Module):
+    """A shared layer's attention, which writes what `_finite` leaves."""
+
+    def __init__(self, attention: Attention) -> None:
+        super().__init__()
+        self._modules["attention"] = attention
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        return self.attention(query, _finite(key), _finite(value), *args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("attention"), name)
 
 
 class _SmallHead(nn.Module):

@@ -1,13 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Find the drafter: the one that the user names, else one that fits the target."""
 
+import stat
+from functools import partial
 from pathlib import Path
 
 from vllm_mtp.checkpoint import CONFIG_FILE, WEIGHTS_FILE, read_config
 from vllm_mtp.errors import DrafterNotFoundError
 from vllm_mtp.plugin import METHOD
 from vllm_mtp.references import reference_folders
+from vllm_mtp.serving.settings import shown
 from vllm_mtp.target import TargetFacts, fingerprint_of_shapes, weights_fingerprint
+
+_HUB_SECONDS = 10.0
 
 
 def resolve_drafter(
@@ -27,46 +32,92 @@ def resolve_drafter(
     if model is not None:
         return _named(model, revision)
     inside = Path(target) / METHOD
-    if (inside / CONFIG_FILE).is_file():
+    if _is_there(inside / CONFIG_FILE):
         return inside
     return _reference(target, facts, tried=[f"{inside}: no {CONFIG_FILE} there"])
 
 
+def _is_there(file: Path) -> bool:
+    try:
+        return file.is_file()
+    except OSError:  # no permission, say: whoever reads it will tell
+        return True
+
+
 def _named(model: str, revision: str | None) -> Path:
-    path = Path(model).expanduser()
-    if path.is_dir():
+    try:
+        path = Path(model).expanduser()
+        mode = path.stat().st_mode
+    except (OSError, ValueError, RuntimeError) as error:
+        missing = isinstance(error, (FileNotFoundError, NotADirectoryError))
+        if missing and not _is_path(model):
+            return _from_hub(model, revision)
+        raise DrafterNotFoundError(
+            f"speculative_config.model: no such folder: {shown(model)} "
+            f"({_reason(error)}). Give the drafter's folder, which holds {CONFIG_FILE} "
+            f"and {WEIGHTS_FILE}, or a hub id."
+        ) from None
+    if stat.S_ISDIR(mode):
         return path
-    if path.exists():
-        raise DrafterNotFoundError(
-            f"speculative_config.model: {model!r} is a file; give the drafter's "
-            f"folder, which holds {CONFIG_FILE} and {WEIGHTS_FILE}"
-        )
-    if model.startswith(("/", ".", "~")):
-        raise DrafterNotFoundError(
-            f"speculative_config.model: no such folder: {model!r}. Give the drafter's "
-            f"folder, which holds {CONFIG_FILE} and {WEIGHTS_FILE}, or a hub id."
-        )
-    return _from_hub(model, revision)
+    raise DrafterNotFoundError(
+        f"speculative_config.model: {shown(model)} is a file; give the drafter's "
+        f"folder, which holds {CONFIG_FILE} and {WEIGHTS_FILE}"
+    )
+
+
+def _is_path(model: str) -> bool:
+    return str(model).startswith(("/", ".", "~"))
+
+
+def _reason(error: Exception) -> str:
+    """Without the path, which the message has already and which may be long."""
+    return getattr(error, "strerror", None) or str(error)
 
 
 def _from_hub(repo_id: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-
     try:
-        # Only our two files: nothing else of a repository is ever needed or run.
-        return Path(
-            snapshot_download(
-                repo_id,
-                revision=revision,
-                allow_patterns=[CONFIG_FILE, WEIGHTS_FILE],
-            )
-        )
+        return _snapshot(repo_id, revision)
     except Exception as error:  # the hub client raises many kinds
         raise DrafterNotFoundError(
-            f"speculative_config.model: {repo_id!r} is no folder here, and it could "
-            f"not be fetched from the hub ({type(error).__name__}: {error}). Give an "
-            "existing drafter folder or hub id."
+            f"speculative_config.model: {shown(repo_id)} is no folder here, and it "
+            f"could not be fetched from the hub ({type(error).__name__}: "
+            f"{str(error)[:500]}). Give an existing drafter folder or hub id."
         ) from None
+
+
+def _snapshot(repo_id: str, revision: str | None) -> Path:
+    """From the hub, or from its cache where the hub does not answer."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        HFValidationError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    # Only our two files: nothing else of a repository is ever needed or run.
+    fetch = partial(
+        snapshot_download,
+        repo_id,
+        revision=revision,
+        allow_patterns=[CONFIG_FILE, WEIGHTS_FILE],
+    )
+    try:
+        _ask_hub(repo_id, revision)
+    except (HFValidationError, RepositoryNotFoundError, RevisionNotFoundError):
+        raise
+    except Exception as silence:
+        try:
+            return Path(fetch(local_files_only=True))
+        except Exception:
+            raise silence from None  # which says more than an empty cache
+    return Path(fetch())
+
+
+def _ask_hub(repo_id: str, revision: str | None = None) -> None:
+    """Raise unless the hub answers: its client would wait for ever for a silent one."""
+    from huggingface_hub import HfApi
+
+    HfApi().repo_info(repo_id, revision=revision, timeout=_HUB_SECONDS)
 
 
 def _reference(target: str, facts: TargetFacts, tried: list[str]) -> Path:
@@ -100,6 +151,7 @@ def _fingerprint(target: str) -> str | None:
     from huggingface_hub import get_safetensors_metadata
 
     try:
+        _ask_hub(target)
         metadata = get_safetensors_metadata(target).files_metadata
     except Exception:  # offline, private, no safetensors: then nothing matches
         return None

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.utils import SAFE_WEIGHTS_NAME
 
@@ -48,7 +48,14 @@ def checkpoint_to_resume(
             f"resume_from_checkpoint {checkpoint}: no whole checkpoint there; name a "
             f"checkpoint-STEP folder, or {LAST!r} for the newest in output_dir"
         )
-    if problem := _difference(checkpoint, learner):
+    try:
+        problem = _difference(checkpoint, learner)
+    except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
+        raise TrainingInputError(
+            f"{checkpoint}: cannot be read ({type(error).__name__}: {error}); name "
+            "another checkpoint, or begin anew"
+        ) from None
+    if problem:
         raise TrainingInputError(
             f"{checkpoint}: not of a drafter with these settings ({problem}); resume "
             "with the run's own settings"

@@ -16,6 +16,7 @@ from transformers import AutoTokenizer
 from vllm_mtp.checkpoint import CONFIG_FILE, load_drafter, read_config
 from vllm_mtp.data.store import read_split, require_made_by
 from vllm_mtp.errors import MTPError
+from vllm_mtp.files import writing
 from vllm_mtp.modeling.cost import draft_cost
 from vllm_mtp.modeling.drafter import Drafter
 from vllm_mtp.modeling.hf_target import HFTarget, load_frozen
@@ -213,7 +214,8 @@ def fit(run: TrainingRun, args: DrafterTrainingArguments) -> Fitted:
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     metrics = trainer.evaluate()
     trainer.log(_costs(drafter))
-    trainer.save_state()
+    with writing(str(args.output_dir)):
+        trainer.save_state()
     return Fitted(trainer, metrics, checkpoint)
 
 

@@ -3,6 +3,7 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
 from vllm_mtp.block import possible_anchors, span_ends
+from vllm_mtp.files import writing
 from vllm_mtp.metrics import AcceptanceCounts, count_accepted
 from vllm_mtp.modeling.heads import pick_greedy
 from vllm_mtp.modeling.texts import TextBlocks, forward_texts
@@ -151,6 +153,11 @@ class DrafterTrainer(Trainer):
                 logs[f"loss_{name}"] = torch.stack(values).mean().item()
             self._parts = {}
         super().log(logs, *args, **kwargs)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        folder = Path(str(self.args.output_dir), f"checkpoint-{self.state.global_step}")
+        with writing(folder, RuntimeError):  # torch.save's word for a full disk
+            super()._save_checkpoint(*args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)

@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writing files: whole or not at all, and with an error that names the file."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from vllm_mtp.errors import OutputError
+
+
+@contextmanager
+def writing(path: Path | str, *also: type[Exception]) -> Iterator[None]:
+    """Name the file or folder when it cannot be written.
+
+    Args:
+        path: The file or folder.
+        also: Other errors by which a library says so.
+
+    Raises:
+        OutputError: The disk is full, the folder may not be written to, or the like.
+    """
+    failures: tuple[type[Exception], ...] = (OSError, SafetensorError, *also)
+    try:
+        yield
+    except failures as error:
+        raise OutputError(
+            f"{path}: cannot be written ({error}). Make room there, or name a folder "
+            "that can be written to"
+        ) from error
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that is whole whenever it is there, power cuts included.
+
+    Raises:
+        OutputError: It cannot be written; what was there before is still there.
+    """
+    temporary = unfinished(path)
+    with writing(path):
+        try:
+            with temporary.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+def unfinished(path: Path) -> Path:
+    """The name of a file until it is whole."""
+    return path.with_name(f".{path.name}.tmp")
