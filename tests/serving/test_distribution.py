@@ -58,10 +58,10 @@ def chi_squared(tokens: list[int], probabilities: torch.Tensor) -> float:
     return float(((seen - expected) ** 2 / expected).sum())
 
 
-def draw_second_tokens(llm: LLM) -> list[int]:
-    """Of `NUM_SAMPLES` answers to the prompt, each with a seed of its own."""
+def draw_second_tokens(llm: LLM, num_samples: int = NUM_SAMPLES) -> list[int]:
+    """Of so many answers to the prompt, each with a seed of its own."""
     tokens: list[int] = []
-    for start in range(0, NUM_SAMPLES, BATCH):
+    for start in range(0, num_samples, BATCH):
         outputs = llm.generate(
             [{"prompt_token_ids": PROMPT}] * BATCH,
             [

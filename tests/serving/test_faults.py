@@ -40,6 +40,7 @@ LENGTHS = [150, 30, 151] if ON_V2 else [150, 30, 151, 97, 200, 10]
 PROMPTS = [[(7 * i + 3 * j) % 512 for i in range(n)] for j, n in enumerate(LENGTHS)]
 MAX_TOKENS = 10 if ON_V2 else 30
 PENALTY = {"repetition_penalty": 1.3}
+NUM_DRAWN = 2 * BATCH if ON_V2 else NUM_SAMPLES
 # With penalties, vLLM also reads the drafts on the host.
 WAYS: list[dict[str, Any]] = [{}, PENALTY]
 
@@ -212,14 +213,14 @@ def test_fillers_do_not_change_how_tokens_are_drawn(
         max_num_seqs=BATCH,
         spec={"draft_sample_method": method},
     ) as (llm, faults):
-        drafted = generate(llm, [PROMPT] * BATCH, 4, temperature=1.0)
+        drafted = generate(llm, [PROMPT] * 8, 4, temperature=1.0)
         assert drafted.counts.accepted_tokens > 0
         faults.at = lambda _: True
         before = _counters(llm)[0]
-        tokens = draw_second_tokens(llm)
+        tokens = draw_second_tokens(llm, NUM_DRAWN)
         counts = _counters(llm)[0] - before
         assert guard_of(llm).is_off
-    assert counts.drafts >= NUM_SAMPLES
+    assert counts.drafts >= NUM_DRAWN
     assert chi_squared(tokens, second_token(tiny_targets["llama"], 1.0)) < LIMIT
 
 
