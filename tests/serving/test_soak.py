@@ -94,6 +94,8 @@ def busy_server(
 def test_mixed_load(seconds: int, busy_server: Server, target: Path) -> None:
     soak = Soak(busy_server.url, str(target), busy_server.process.pid)
     figures = asyncio.run(soak.run(seconds))
+    if figures.errors:
+        print(*figures.errors[:40], sep="\n")
     assert not figures.errors, figures.errors[:5]
     require_idle(busy_server)
     counts = busy_server.acceptance()
