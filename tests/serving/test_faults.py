@@ -36,9 +36,9 @@ from vllm_mtp.serving.faults import COUNTER_NAME, MAX_FAILURES, DraftGuard
 LOGGER = "vllm.mtp_placeholder"
 # Long prompts in small pieces, beside requests that decode.
 CHUNKS = {"max_num_batched_tokens": 64, "max_num_seqs": 4}
-LENGTHS = [150, 30, 151] if ON_V2 else [150, 30, 151, 97, 200, 10]
+LENGTHS = [100, 30, 70] if ON_V2 else [150, 30, 151, 97, 200, 10]
 PROMPTS = [[(7 * i + 3 * j) % 512 for i in range(n)] for j, n in enumerate(LENGTHS)]
-MAX_TOKENS = 10 if ON_V2 else 30
+MAX_TOKENS = 8 if ON_V2 else 30
 PENALTY = {"repetition_penalty": 1.3}
 NUM_DRAWN = 2 * BATCH if ON_V2 else NUM_SAMPLES
 # With penalties, vLLM also reads the drafts on the host.
@@ -104,7 +104,13 @@ def _log_reaches_caplog(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
 
 
-@pytest.fixture(params=["planned", "ahead"])
+# V2 verifies fillers in either case.
+@pytest.fixture(
+    params=[
+        pytest.param("planned", marks=pytest.mark.slow if ON_V2 else ()),
+        "ahead",
+    ]
+)
 def scheduling(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "ahead":
         force_async_scheduling(monkeypatch)

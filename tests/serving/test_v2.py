@@ -27,7 +27,9 @@ OTHERS = ("test_parity.py", "test_host_syncs.py", "test_faults.py", "v2_cases.py
         (["test_exact.py"], "not slow"),
         (OTHERS, "not slow"),
         (["test_families.py"], "not slow"),
-        pytest.param(["test_families.py"], "slow", marks=pytest.mark.slow),
+        pytest.param(
+            ["test_families.py", "test_faults.py"], "slow", marks=pytest.mark.slow
+        ),
         pytest.param(
             ["test_async.py", "test_distribution.py"],
             "not slow",

@@ -163,18 +163,10 @@ class MTPPlaceholderSpeculator(DraftModelSpeculator):
         num_reqs = input_batch.num_reqs
         if num_speculative_tokens == 0:
             return self.draft_tokens[:num_reqs]
+        tokens = num_sampled, num_rejected, last_sampled, next_prefill_tokens
+        rest = temperature, seeds, dummy_run, skip_attn_for_dummy_run
         draft = functools.partial(
-            self._propose,
-            input_batch,
-            last_hidden_states,
-            num_sampled,
-            num_rejected,
-            last_sampled,
-            next_prefill_tokens,
-            temperature,
-            seeds,
-            dummy_run,
-            skip_attn_for_dummy_run,
+            self._propose, input_batch, last_hidden_states, *tokens, *rest
         )
         if dummy_run or input_batch.req_ids[0].startswith(_WARMUP_REQUESTS):
             return draft()  # a drafter that fails at start must not be served
