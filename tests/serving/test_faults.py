@@ -31,7 +31,13 @@ from tests.serving.test_distribution import (
     draw_second_tokens,
     second_token,
 )
-from vllm_mtp.serving.faults import COUNTER_NAME, MAX_FAILURES, DraftGuard
+from tests.tiny_targets import VOCAB_SIZE
+from vllm_mtp.serving.faults import (
+    COUNTER_NAME,
+    FILLER_TOKEN,
+    MAX_FAILURES,
+    DraftGuard,
+)
 
 LOGGER = "vllm.mtp_placeholder"
 # Long prompts in small pieces, beside requests that decode.
@@ -40,7 +46,6 @@ LENGTHS = [100, 30, 70] if ON_V2 else [150, 30, 151, 97, 200, 10]
 PROMPTS = [[(7 * i + 3 * j) % 512 for i in range(n)] for j, n in enumerate(LENGTHS)]
 MAX_TOKENS = 8 if ON_V2 else 30
 PENALTY = {"repetition_penalty": 1.3}
-NUM_DRAWN = 2 * BATCH if ON_V2 else NUM_SAMPLES
 # With penalties, vLLM also reads the drafts on the host.
 WAYS: list[dict[str, Any]] = [{}, PENALTY]
 
@@ -200,17 +205,40 @@ def test_speculation_stays_off_after_too_many_failures(
 
 
 @pytest.mark.engine
-@pytest.mark.parametrize(
-    "method",
-    [pytest.param("greedy", marks=pytest.mark.slow if ON_V2 else ()), "probabilistic"],
-)
+@pytest.mark.skipif(not ON_V2, reason="V1 drops the probabilities with the drafts")
+def test_fillers_are_certain(
+    tiny_targets: dict[str, Path], tiny_drafter: Callable[[str, str], Path]
+) -> None:
+    """What vLLM reads beside a draft, where earlier drafts were sampled."""
+    with drafting(
+        tiny_drafter,
+        tiny_targets["llama"],
+        "mixed",
+        spec={"draft_sample_method": "probabilistic"},
+    ) as (llm, faults):
+        generate(llm, [PROMPT] * 2, 4, temperature=1.0)
+        speculator = runner_of(llm).speculator
+        used = speculator.draft_logits.flatten(1).ne(0).any(dim=1)
+        assert used.sum() == 2  # requests
+        faults.at = lambda _: True
+        generate(llm, [PROMPT] * 2, 4, temperature=1.0)
+        tokens = speculator.draft_tokens[:2]
+        logits = speculator.draft_logits[used]
+    assert (tokens == FILLER_TOKEN).all()
+    filler = torch.full((VOCAB_SIZE,), FILLER_TOKEN) == torch.arange(VOCAB_SIZE)
+    assert torch.equal(logits.softmax(-1), filler.float().expand_as(logits))
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("method", ["greedy", "probabilistic"])
+@(pytest.mark.slow if ON_V2 else pytest.mark.engine)
 def test_fillers_do_not_change_how_tokens_are_drawn(
     method: str,
     tiny_targets: dict[str, Path],
     tiny_drafter: Callable[[str, str], Path],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """They were certain: no distribution of earlier drafts may stand beside them."""
+    """They were certain, so no distribution of earlier drafts may stand beside them."""
     force_async_scheduling(monkeypatch)
     with drafting(
         tiny_drafter,
@@ -219,14 +247,14 @@ def test_fillers_do_not_change_how_tokens_are_drawn(
         max_num_seqs=BATCH,
         spec={"draft_sample_method": method},
     ) as (llm, faults):
-        drafted = generate(llm, [PROMPT] * 8, 4, temperature=1.0)
+        drafted = generate(llm, [PROMPT] * BATCH, 4, temperature=1.0)
         assert drafted.counts.accepted_tokens > 0
         faults.at = lambda _: True
         before = _counters(llm)[0]
-        tokens = draw_second_tokens(llm, NUM_DRAWN)
+        tokens = draw_second_tokens(llm)
         counts = _counters(llm)[0] - before
         assert guard_of(llm).is_off
-    assert counts.drafts >= NUM_DRAWN
+    assert counts.drafts >= NUM_SAMPLES
     assert chi_squared(tokens, second_token(tiny_targets["llama"], 1.0)) < LIMIT
 
 

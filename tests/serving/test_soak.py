@@ -40,7 +40,7 @@ from vllm_mtp.metrics import AcceptanceCounts
 
 pytestmark = pytest.mark.engine
 
-SECONDS = int(os.environ.get("VLLM_MTP_SOAK_SECONDS", "60"))
+SECONDS = int(os.environ.get("VLLM_MTP_SOAK_SECONDS", "45"))
 # Of the resident memory of all the server's processes together, from the second third
 # of the time to the last.
 MEMORY_MARGIN = 0.03
