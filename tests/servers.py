@@ -13,11 +13,12 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -47,20 +48,29 @@ class Server:
     def running(self) -> bool:
         return self.process.poll() is None
 
-    def acceptance(self) -> AcceptanceCounts:
-        """The counters in /metrics, as they stand now."""
+    def metric(self, name: str) -> float:
+        """One value in /metrics, as it stands now, over all labels."""
+        values = [s.value for s in self._samples() if s.name == f"vllm:{name}"]
+        assert values, f"no metric vllm:{name}"
+        return sum(values)
+
+    def _samples(self) -> list[Any]:
         # Comes with vLLM; this file is imported for tests without vLLM too.
         from prometheus_client.parser import text_string_to_metric_families
 
         with urllib.request.urlopen(f"{self.url}/metrics", timeout=30) as response:
             text = response.read().decode()
+        families = text_string_to_metric_families(text)
+        return [sample for family in families for sample in family.samples]
+
+    def acceptance(self) -> AcceptanceCounts:
+        """The counters in /metrics, as they stand now."""
         values = {
             (
                 sample.name.removeprefix("vllm:spec_decode_num_"),
                 int(sample.labels.get("position", 0)),
             ): int(sample.value)
-            for family in text_string_to_metric_families(text)
-            for sample in family.samples
+            for sample in self._samples()
             if sample.name.startswith("vllm:spec_decode_num_")
             and sample.name.endswith("_total")
         }
@@ -99,7 +109,9 @@ def user_environment() -> dict[str, str]:
     return kept | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
 
 
-def start_server(target: Path, folder: Path) -> Server:
+def start_server(
+    target: Path, folder: Path, arguments: Sequence[str] = SERVER_ARGUMENTS
+) -> Server:
     """Start a server and wait until it answers; its log goes to ``folder``."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -108,7 +120,7 @@ def start_server(target: Path, folder: Path) -> Server:
     address = ("--host", "127.0.0.1", "--port", str(port))
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [*serve_command(target), *SERVER_ARGUMENTS, *address],
+            [*serve_command(target), *arguments, *address],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,

@@ -43,7 +43,11 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "vllm.config:ModelConfig": (
         *("dtype", "hf_config", "max_model_len", "model", "uses_mrope"),
     ),
-    "vllm.config:ParallelConfig": constant("config.py", "_PARALLEL_SIZES"),
+    "vllm.config:ParallelConfig": (
+        *constant("config.py", "_PARALLEL_SIZES"),
+        "world_size",
+    ),
+    "vllm.config:SchedulerConfig": ("async_scheduling",),
     "vllm.config:SpeculativeConfig": constant("settings.py", "ALLOWED_KEYS"),
     "vllm.engine.arg_utils:EngineArgs": (
         *constant("config.py", "_REFUSED_SETTINGS"),

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
-from vllm import SamplingParams
+from vllm import LLM, SamplingParams
 
 from tests.serving.engines import counters, engine
 from tests.tiny_targets import VOCAB_SIZE
@@ -58,6 +58,28 @@ def chi_squared(tokens: list[int], probabilities: torch.Tensor) -> float:
     return float(((seen - expected) ** 2 / expected).sum())
 
 
+def draw_second_tokens(llm: LLM, num_samples: int = NUM_SAMPLES) -> list[int]:
+    """Of so many answers to the prompt, each with a seed of its own."""
+    tokens: list[int] = []
+    for start in range(0, num_samples, BATCH):
+        outputs = llm.generate(
+            [{"prompt_token_ids": PROMPT}] * BATCH,
+            [
+                SamplingParams(
+                    temperature=1.0,
+                    seed=seed,
+                    max_tokens=3,
+                    ignore_eos=True,
+                    detokenize=False,
+                )
+                for seed in range(start, start + BATCH)
+            ],
+            use_tqdm=False,
+        )
+        tokens += [output.outputs[0].token_ids[1] for output in outputs]
+    return tokens
+
+
 @pytest.mark.parametrize("method", ["greedy", "probabilistic"])
 def test_the_second_token_is_drawn_as_the_target_draws_it(
     method: str,
@@ -69,25 +91,9 @@ def test_the_second_token_is_drawn_as_the_target_draws_it(
         "model": str(tiny_drafter("llama", "mixed")),
         "draft_sample_method": method,
     }
-    tokens: list[int] = []
     with engine(tiny_targets["llama"], spec, max_num_seqs=BATCH) as llm:
         before = counters(llm)[0]
-        for start in range(0, NUM_SAMPLES, BATCH):
-            outputs = llm.generate(
-                [{"prompt_token_ids": PROMPT}] * BATCH,
-                [
-                    SamplingParams(
-                        temperature=1.0,
-                        seed=seed,
-                        max_tokens=3,
-                        ignore_eos=True,
-                        detokenize=False,
-                    )
-                    for seed in range(start, start + BATCH)
-                ],
-                use_tqdm=False,
-            )
-            tokens += [output.outputs[0].token_ids[1] for output in outputs]
+        tokens = draw_second_tokens(llm)
         counts = counters(llm)[0] - before
     rejected = counts.drafts - counts.accepted_per_place[0]
     assert counts.accepted_per_place[0] > 0

@@ -9,6 +9,7 @@ and shorter requests.
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ import pytest
 pytestmark = pytest.mark.engine
 
 HERE = Path(__file__).parent
+OTHERS = ("test_parity.py", "test_host_syncs.py", "test_faults.py", "v2_cases.py")
 
 
 @pytest.mark.timeout(1500)
@@ -23,9 +25,11 @@ HERE = Path(__file__).parent
     ("names", "which"),
     [
         (["test_exact.py"], "not slow"),
-        (["test_parity.py", "test_host_syncs.py", "v2_cases.py"], "not slow"),
+        (OTHERS, "not slow"),
         (["test_families.py"], "not slow"),
-        pytest.param(["test_families.py"], "slow", marks=pytest.mark.slow),
+        pytest.param(
+            ["test_families.py", "test_faults.py"], "slow", marks=pytest.mark.slow
+        ),
         pytest.param(
             ["test_async.py", "test_distribution.py"],
             "not slow",
@@ -34,7 +38,7 @@ HERE = Path(__file__).parent
     ],
     ids=["exact", "other", "families", "slow-families", "slow-others"],
 )
-def test_the_same_tests_pass_on_v2(names: list[str], which: str) -> None:
+def test_the_same_tests_pass_on_v2(names: Sequence[str], which: str) -> None:
     path = [str(HERE / "triton_interpreter"), os.environ.get("PYTHONPATH", "")]
     files = [str(HERE / name) for name in names]
     done = subprocess.run(

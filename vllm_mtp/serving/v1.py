@@ -22,6 +22,7 @@ from vllm_mtp.block import (
 )
 from vllm_mtp.modeling.heads import pick_greedy
 from vllm_mtp.plugin import METHOD
+from vllm_mtp.serving.faults import FILLER_TOKEN, DraftGuard
 from vllm_mtp.serving.loading import load_bound_drafter
 
 logger = logging.getLogger("vllm.mtp_placeholder")
@@ -47,9 +48,12 @@ class _NoTokenIds:
 class MTPPlaceholderProposer(DraftModelProposer):
     """Drafts all tokens of a step in one forward over the target's KV cache."""
 
+    faults: DraftGuard
+
     def __init__(self, vllm_config: VllmConfig, device: torch.device, runner: Any):
         super().__init__(vllm_config, device, runner)
         self._runner = runner  # the base class does not keep it
+        self.faults = DraftGuard(alone=vllm_config.parallel_config.world_size == 1)
 
     def load_model(self, target_model: torch.nn.Module) -> None:
         """Load the drafter and bind it to the loaded target."""
@@ -151,13 +155,52 @@ class MTPPlaceholderProposer(DraftModelProposer):
             slot_mappings: Not used.
 
         Returns:
-            ``[B, k]`` int64 token ids.
+            ``[B, k]`` int64 token ids; of another width only where `_no_drafts`
+            says so.
         """
         self.num_speculative_tokens = num_speculative_tokens
         self._last_draft_probs = None
         if num_speculative_tokens == 0:
             return next_token_ids.new_empty(len(next_token_ids), 0, dtype=torch.int64)
-        metadata = common_attn_metadata
+        tokens = self.faults.attempt(
+            lambda: self._propose(
+                num_speculative_tokens,
+                target_hidden_states,
+                next_token_ids,
+                token_indices_to_sample,
+                common_attn_metadata,
+                sampling_metadata,
+                num_rejected_tokens_gpu,
+            )
+        )
+        return self._no_drafts(next_token_ids) if tokens is None else tokens
+
+    def _no_drafts(self, next_token_ids: torch.Tensor) -> torch.Tensor:
+        """What says that nothing was drafted, where k tokens were asked for.
+
+        ``[B, 0]`` int64: the scheduler then plans no drafts. Scheduled ahead, it has
+        already planned k of them, and the runner reads as many. So they are fillers,
+        ``[B, k]`` int64, without probabilities: vLLM takes such drafts for certain
+        choices, and verifies, rejects and counts them like any other.
+        """
+        ahead = self.vllm_config.scheduler_config.async_scheduling
+        return next_token_ids.new_full(
+            (len(next_token_ids), self.num_speculative_tokens if ahead else 0),
+            FILLER_TOKEN,
+            dtype=torch.int64,
+        )
+
+    def _propose(
+        self,
+        num_speculative_tokens: int,
+        target_hidden_states: torch.Tensor,
+        next_token_ids: torch.Tensor,
+        token_indices_to_sample: torch.Tensor | None,
+        metadata: CommonAttentionMetadata,
+        sampling_metadata: SamplingMetadata,
+        num_rejected_tokens_gpu: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """As `propose`, for at least one token. ``[B, k]`` int64."""
         prefix_lens = metadata.seq_lens
         if num_rejected_tokens_gpu is not None:
             prefix_lens = prefix_lens - num_rejected_tokens_gpu
@@ -227,9 +270,10 @@ class MTPPlaceholderProposer(DraftModelProposer):
         """Attention metadata by layer name."""
         every_group = self.draft_attn_groups
         self.draft_attn_groups = alike.attention_groups
-        _, per_layer = self.build_per_group_and_layer_attn_metadata(metadata)
-        self.draft_attn_groups = every_group
-        return per_layer
+        try:
+            return self.build_per_group_and_layer_attn_metadata(metadata)[1]
+        finally:
+            self.draft_attn_groups = every_group
 
     def _block_metadata(
         self,

@@ -8,6 +8,7 @@ the same way without one. Nothing waits for the device, and no shape depends on 
 is in a tensor.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -31,12 +32,18 @@ from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 from vllm_mtp.block import PAD_SLOT, fit_blocks
 from vllm_mtp.modeling.heads import pick_greedy
 from vllm_mtp.plugin import METHOD
+from vllm_mtp.serving.faults import FILLER_TOKEN, DraftGuard
 from vllm_mtp.serving.loading import load_bound_drafter
 from vllm_mtp.serving.v2_graphs import draft_graphs
+
+# vLLM's names for the requests of its warm-up, which run like real ones.
+_WARMUP_REQUESTS = ("_warmup_", "_v2_mixed_warmup_")
 
 
 class MTPPlaceholderSpeculator(DraftModelSpeculator):
     """Drafts all tokens of a step in one forward over the target's KV cache."""
+
+    faults: DraftGuard
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
         super().__init__(vllm_config, device)
@@ -58,6 +65,7 @@ class MTPPlaceholderSpeculator(DraftModelSpeculator):
         # Before `set_attn` only the memory profile runs, without a cache.
         self._limit = self._readable_len = vllm_config.model_config.max_model_len
         self._graphs: CudaGraphManager | None = None
+        self.faults = DraftGuard(alone=vllm_config.parallel_config.world_size == 1)
 
     def load_draft_model(
         self, target_model: torch.nn.Module, target_attn_layer_names: set[str]
@@ -155,6 +163,46 @@ class MTPPlaceholderSpeculator(DraftModelSpeculator):
         num_reqs = input_batch.num_reqs
         if num_speculative_tokens == 0:
             return self.draft_tokens[:num_reqs]
+        tokens = num_sampled, num_rejected, last_sampled, next_prefill_tokens
+        rest = temperature, seeds, dummy_run, skip_attn_for_dummy_run
+        draft = functools.partial(
+            self._propose, input_batch, last_hidden_states, *tokens, *rest
+        )
+        if dummy_run or input_batch.req_ids[0].startswith(_WARMUP_REQUESTS):
+            return draft()  # a drafter that fails at start must not be served
+        tokens = self.faults.attempt(draft)
+        return self._no_drafts(input_batch) if tokens is None else tokens
+
+    def _no_drafts(self, input_batch: InputBatch) -> torch.Tensor:
+        """Fillers, since this runner always verifies k drafts. ``[B, k]`` int64.
+
+        They are verified, rejected and counted like any other draft. Where drafts are
+        sampled, vLLM also reads the distribution that a draft came from: it is all on
+        the filler, or the tokens drawn in its place would not be the target's.
+        """
+        num_reqs = input_batch.num_reqs
+        self.draft_tokens[:num_reqs].fill_(FILLER_TOKEN)
+        if self.draft_logits is not None:
+            certain = self.draft_logits.new_full((self.vocab_size,), -torch.inf)
+            certain[FILLER_TOKEN] = 0.0
+            self.draft_logits[input_batch.idx_mapping[:num_reqs].long()] = certain
+        return self.draft_tokens[:num_reqs]
+
+    def _propose(
+        self,
+        input_batch: InputBatch,
+        last_hidden_states: torch.Tensor,
+        num_sampled: torch.Tensor,
+        num_rejected: torch.Tensor,
+        last_sampled: torch.Tensor,
+        next_prefill_tokens: torch.Tensor,
+        temperature: torch.Tensor,
+        seeds: torch.Tensor,
+        dummy_run: bool,
+        skip_attn_for_dummy_run: bool,
+    ) -> torch.Tensor:
+        """As `propose`, for at least one token. ``[B, k]`` int64."""
+        num_reqs = input_batch.num_reqs
         slots = input_batch.idx_mapping[:num_reqs].long()
         self._copy_request_inputs(
             num_reqs, slots, temperature, seeds, dummy_run=dummy_run

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.tiny_targets import VOCAB_SIZE, make_tiny_llama
+from tests.tiny_tokenizer import save_tiny_tokenizer
 
 MAX_MODEL_LEN = 256
 NUM_PROMPTS = 32
@@ -90,27 +91,8 @@ def tiny_subject(target: Path, drafter: Path, *, on_v2: bool) -> Subject:
 def make_tiny_speaker(folder: Path) -> Path:
     """A tiny Llama with a tokenizer of its own, and many tokens that end an answer."""
     make_tiny_llama(folder)
-    _byte_tokenizer().save_pretrained(folder)
+    save_tiny_tokenizer(folder)
     # One token in 16, so that answers end at any place of a draft.
     ends = {"eos_token_id": list(range(0, VOCAB_SIZE, 16))}
     (folder / "generation_config.json").write_text(json.dumps(ends), "utf-8")
     return folder
-
-
-def _byte_tokenizer() -> Any:
-    """Every byte and the commonest pairs of this file's text: 512 tokens."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        special_tokens=["<end>"],
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator([Path(__file__).read_text("utf-8")], trainer)
-    assert tokenizer.get_vocab_size() == VOCAB_SIZE
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>")
