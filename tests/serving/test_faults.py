@@ -16,8 +16,8 @@ from tests.serving.async_scheduling import force_async_scheduling
 from tests.serving.engines import (
     ON_V2,
     Run,
-    counters,
     bound_drafter_of,
+    counters,
     engine,
     generate,
     runner_of,

@@ -18,6 +18,7 @@ pytestmark = pytest.mark.engine
 
 HERE = Path(__file__).parent
 OTHERS = ("test_parity.py", "test_host_syncs.py", "test_faults.py", "v2_cases.py")
+LOSSLESS = ("test_lossless.py", "test_stateless.py")
 
 
 @pytest.mark.timeout(1500)
@@ -27,6 +28,8 @@ OTHERS = ("test_parity.py", "test_host_syncs.py", "test_faults.py", "v2_cases.py
         (["test_exact.py"], "not slow"),
         (OTHERS, "not slow"),
         (["test_families.py"], "not slow"),
+        (LOSSLESS, "not slow"),
+        pytest.param(["test_tensor_parallel.py"], "not slow", marks=pytest.mark.slow),
         pytest.param(
             ["test_families.py", "test_faults.py"], "slow", marks=pytest.mark.slow
         ),
@@ -36,7 +39,10 @@ OTHERS = ("test_parity.py", "test_host_syncs.py", "test_faults.py", "v2_cases.py
             marks=pytest.mark.slow,
         ),
     ],
-    ids=["exact", "other", "families", "slow-families", "slow-others"],
+    ids=[
+        *("exact", "other", "families", "lossless"),
+        *("tensor-parallel", "slow-families", "slow-others"),
+    ],
 )
 def test_the_same_tests_pass_on_v2(names: Sequence[str], which: str) -> None:
     path = [str(HERE / "triton_interpreter"), os.environ.get("PYTHONPATH", "")]

@@ -115,7 +115,7 @@ class MTPPlaceholderProposer(DraftModelProposer):
         The base class asks every request for a token of its prompt, and one whose
         prompt came as embeddings would end the engine.
         """
-        known = {
+        known: dict[str, Any] = {
             name: _NoTokenIds() if request.prompt_token_ids is None else request
             for name, request in requests.items()
         }

@@ -170,8 +170,8 @@ class MTPPlaceholderSpeculator(DraftModelSpeculator):
         )
         if dummy_run or input_batch.req_ids[0].startswith(_WARMUP_REQUESTS):
             return draft()  # a drafter that fails at start must not be served
-        tokens = self.faults.attempt(draft)
-        return self._no_drafts(input_batch) if tokens is None else tokens
+        drafts = self.faults.attempt(draft)
+        return self._no_drafts(input_batch) if drafts is None else drafts
 
     def _no_drafts(self, input_batch: InputBatch) -> torch.Tensor:
         """Fillers, since this runner always verifies k drafts. ``[B, k]`` int64.
