@@ -60,15 +60,20 @@ def chi_squared(tokens: list[int], probabilities: torch.Tensor) -> float:
 
 def draw_second_tokens(llm: LLM, num_samples: int = NUM_SAMPLES) -> list[int]:
     """Of so many answers to the prompt, each with a seed of its own."""
-    tokens: list[int] = []
-    for start in range(0, num_samples, BATCH):
+    return [answer[1] for answer in draw_answers(llm, range(num_samples))]
+
+
+def draw_answers(llm: LLM, seeds: range, num_tokens: int = 3) -> list[list[int]]:
+    """An answer to the prompt for each seed."""
+    answers: list[list[int]] = []
+    for start in range(seeds.start, seeds.stop, BATCH):
         outputs = llm.generate(
             [{"prompt_token_ids": PROMPT}] * BATCH,
             [
                 SamplingParams(
                     temperature=1.0,
                     seed=seed,
-                    max_tokens=3,
+                    max_tokens=num_tokens,
                     ignore_eos=True,
                     detokenize=False,
                 )
@@ -76,8 +81,8 @@ def draw_second_tokens(llm: LLM, num_samples: int = NUM_SAMPLES) -> list[int]:
             ],
             use_tqdm=False,
         )
-        tokens += [output.outputs[0].token_ids[1] for output in outputs]
-    return tokens
+        answers += [list(output.outputs[0].token_ids) for output in outputs]
+    return answers
 
 
 @pytest.mark.parametrize("method", ["greedy", "probabilistic"])
@@ -101,3 +106,65 @@ def test_the_second_token_is_drawn_as_the_target_draws_it(
     assert chi_squared(tokens, second_token(tiny_targets["llama"], 1.0)) < LIMIT
     # It would see a target that is a little cooler.
     assert chi_squared(tokens, second_token(tiny_targets["llama"], 0.8)) > LIMIT
+
+
+MANY_SAMPLES = 20_480
+COOLER = 0.95
+"""What the large test must notice: a temperature of 0.95 instead of 1."""
+
+
+def counts_by_place(answers: list[list[int]], groups: torch.Tensor) -> torch.Tensor:
+    """How often each place has a token of each group. ``[places, 12]`` int64."""
+    tokens = torch.tensor(answers)
+    return torch.stack([groups[place].bincount(minlength=12) for place in tokens.T])
+
+
+def two_samples(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """Chi-squared of two samples of the same size. ``[..., 12]`` to ``[...]``."""
+    return ((one - other) ** 2 / (one + other).clamp(min=1)).sum(-1)
+
+
+def power(target: Path, groups: torch.Tensor, num_trials: int = 500) -> float:
+    """Part of the trials in which a target that is a little cooler is noticed."""
+    generator = torch.Generator().manual_seed(0)
+
+    def samples(temperature: float) -> torch.Tensor:
+        zeros = torch.zeros(12, dtype=torch.float64)
+        parts = zeros.index_add(0, groups, second_token(target, temperature))
+        drawn = torch.multinomial(
+            parts.expand(num_trials, -1), MANY_SAMPLES, True, generator=generator
+        )
+        return torch.stack([row.bincount(minlength=12) for row in drawn])
+
+    return float((two_samples(samples(1.0), samples(COOLER)) > LIMIT).double().mean())
+
+
+@pytest.mark.slow
+def test_four_places_are_drawn_as_by_the_target_alone(
+    tiny_targets: dict[str, Path], tiny_drafter: Callable[[str, str], Path]
+) -> None:
+    target = tiny_targets["llama"]
+    groups = groups_of(second_token(target, 1.0))
+    with engine(target, max_num_seqs=BATCH) as llm:
+        seeds = range(10**6, 10**6 + MANY_SAMPLES)  # others than the drafter's engine
+        plain = counts_by_place(draw_answers(llm, seeds, 4), groups)
+    found = power(target, groups)
+    assert found > 0.99
+    for method in ("greedy", "probabilistic"):
+        spec = {
+            "method": "mtp_placeholder",
+            "model": str(tiny_drafter("llama", "mixed")),
+            "draft_sample_method": method,
+        }
+        with engine(target, spec, max_num_seqs=BATCH) as llm:
+            before = counters(llm)[0]
+            answers = draw_answers(llm, range(MANY_SAMPLES), 4)
+            counts = counters(llm)[0] - before
+        assert 0 < counts.accepted_tokens < counts.draft_tokens
+        statistics = two_samples(counts_by_place(answers, groups), plain)
+        print(
+            f"{method}: chi-squared by place {statistics.tolist()}, limit {LIMIT}, "
+            f"power {found:.3f}, {counts.drafts} drafts, of which "
+            f"{counts.accepted_per_place[0]} had the first place accepted"
+        )
+        assert (statistics < LIMIT).all()

@@ -5,11 +5,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from vllm.exceptions import VLLMValidationError
 
-from tests.serving.engines import ON_V2
+from tests.serving.engines import ON_V2, engine
 from tests.serving.lossless.matrix import Result, run_rows
+from tests.serving.lossless.plays import Stage
 from tests.serving.lossless.rows import ROWS, Row
-from tests.serving.lossless.subjects import Subject, make_tiny_speaker, tiny_subject
+from tests.serving.lossless.subjects import (
+    MAX_MODEL_LEN,
+    Subject,
+    make_tiny_speaker,
+    tiny_subject,
+)
 
 pytestmark = pytest.mark.engine
 
@@ -46,3 +53,22 @@ def test_nothing_changes(row: Row, results: Results) -> None:
     result = results[row.engine][row.name]
     assert result.problems == []
     print(f"{result.num('equal')} equal, {result.drafted.facts}")
+
+
+REFUSED = {
+    "min-p": {"min_p": 0.5, "temperature": 1.0},
+    "logit bias": {"logit_bias": {3: 50.0}},
+}
+
+
+def test_what_vllm_refuses_with_any_speculation(subject: Subject) -> None:
+    """docs/lossless.md names these; a release that takes them needs rows for them."""
+    settings = {"max_model_len": MAX_MODEL_LEN} | subject.settings
+    with engine(subject.target, subject.spec, **settings) as llm:
+        stage = Stage(llm, subject)
+        for sampling in REFUSED.values():
+            with pytest.raises(VLLMValidationError, match="with speculative"):
+                stage.ask([[1, 2, 3]], **sampling)
+        with pytest.raises(ValueError, match="[Pp]ooling"):
+            llm.encode([{"prompt_token_ids": [1, 2, 3]}], pooling_task="embed")
+        assert stage.ask([[1, 2, 3]])  # and goes on

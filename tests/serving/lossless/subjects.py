@@ -10,6 +10,8 @@ from typing import Any
 
 from tests.tiny_targets import VOCAB_SIZE, make_tiny_llama
 from tests.tiny_tokenizer import save_tiny_tokenizer
+from vllm_mtp.checkpoint import save_drafter
+from vllm_mtp.modeling.init import DrafterOptions, new_drafter
 
 MAX_MODEL_LEN = 256
 NUM_PROMPTS = 32
@@ -86,6 +88,36 @@ def tiny_subject(target: Path, drafter: Path, *, on_v2: bool) -> Subject:
     if on_v2:  # Triton's interpreter takes about 0.2 s per step
         return Subject("tiny", target, spec, random_stream, 4, 8, (3, 33, 64, 100))
     return Subject("tiny", target, spec, random_stream)
+
+
+def tiny_speaker_subject(folder: Path) -> Subject:
+    """The tiny subject, with target and drafter made in ``folder``."""
+    target = make_tiny_speaker(folder / "target")
+    options = DrafterOptions(dtype="float32")
+    drafter = new_drafter(target, "shared:all", 4, options)
+    return tiny_subject(target, save_drafter(drafter, folder / "drafter"), on_v2=False)
+
+
+def smollm2_subject() -> Subject:
+    """The demo target in float32 on real prompts, with the drafter that it finds."""
+    from transformers import AutoTokenizer
+
+    from vllm_mtp.demo.prompts import sharegpt_prompts
+    from vllm_mtp.demo.target import ensure_demo_target
+
+    target = ensure_demo_target()
+    tokenizer = AutoTokenizer.from_pretrained(target)
+    texts = [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": text}],
+            add_generation_prompt=True,
+            return_dict=False,
+        )
+        for text in sharegpt_prompts(64)
+    ]
+    spec = {"method": "mtp_placeholder"}
+    # A step takes a hundred times longer than a tiny target's.
+    return Subject("SmolLM2", target, spec, text_stream(texts), 8, 16)
 
 
 def make_tiny_speaker(folder: Path) -> Path:

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Run the matrix of tests/serving/lossless and write its table, docs/lossless.md.
+
+    python -m tools.lossless                  the tiny float32 target, every row
+    python -m tools.lossless --smollm2        SmolLM2-135M-Instruct and `shared`
+    python -m tools.lossless --only "stop strings" ...
+
+With several calls, each target keeps its last table. The exit code is 1 when anything
+is not the target's.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tests.serving.lossless.matrix import Result
+
+ROOT = Path(__file__).parents[1]
+PAGE, DATA = ROOT / "docs" / "lossless.md", ROOT / "docs" / "lossless.json"
+START, END = "<!-- generated: lossless -->\n", "<!-- end: lossless -->"
+HEAD = (
+    *("Row", "Answers", "Equal", "Float ties", "Different", "Drafts"),
+    *("Tokens accepted", "Also seen"),
+)
+
+
+def main() -> int:
+    """Run from the command line; returns the exit code."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--smollm2", action="store_true", help="the real target")
+    parser.add_argument("--only", nargs="*", help="these rows; nothing is written")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        lines, problems = run(Path(folder), options.smollm2, options.only)
+    print("\n".join(problems), file=sys.stderr)
+    if not options.only:
+        tables = json.loads(DATA.read_text("utf-8")) if DATA.exists() else {}
+        tables["smollm2" if options.smollm2 else "tiny"] = lines
+        DATA.write_text(json.dumps(tables, indent=1) + "\n", "utf-8")
+        PAGE.write_text(renewed(PAGE.read_text("utf-8"), tables), "utf-8")
+    return bool(problems)
+
+
+def run(
+    folder: Path, smollm2: bool, only: list[str] | None
+) -> tuple[list[list[str]], list[str]]:
+    """The table's lines, and everything that is not as it should be."""
+    # Here, since vLLM reads its environment when it is imported.
+    from tests.serving.lossless.matrix import run_rows
+    from tests.serving.lossless.rows import ROWS
+    from tests.serving.lossless.subjects import smollm2_subject, tiny_speaker_subject
+
+    subject = smollm2_subject() if smollm2 else tiny_speaker_subject(folder)
+    lines, problems = [], []
+    for result in run_rows(subject, [r for r in ROWS if not only or r.name in only]):
+        lines.append(line_of(result))
+        print(*lines[-1], sep=" | ", flush=True)
+        problems += [f"{result.row.name}: {text}" for text in result.problems]
+    return lines, problems
+
+
+def line_of(result: "Result") -> list[str]:
+    """One row of the table."""
+    facts = result.drafted.facts
+    seen = [f"{getattr(facts, name)} {name}" for name in result.row.shows]
+    return [
+        result.row.name,
+        str(len(result.comparisons)),
+        *(str(result.num(verdict)) for verdict in ("equal", "tie", "different")),
+        str(facts.counts.drafts),
+        str(facts.counts.accepted_tokens),
+        ", ".join(seen).replace("_", " "),
+    ]
+
+
+def renewed(page: str, tables: dict[str, list[list[str]]]) -> str:
+    """The page with its tables made anew."""
+    before, _, rest = page.partition(START)
+    _, _, after = rest.partition(END)
+    parts = [
+        f"### {title}\n\n{table(tables[name])}\n"
+        for name, title in (
+            ("tiny", "A tiny Llama in float32"),
+            ("smollm2", "SmolLM2-135M-Instruct in float32, drafter `shared`"),
+        )
+        if name in tables
+    ]
+    return before + START + "\n" + "\n".join(parts) + "\n" + END + after
+
+
+def table(lines: list[list[str]]) -> str:
+    """Markdown."""
+    rows = [HEAD, ("---",) * len(HEAD), *lines]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
