@@ -5,11 +5,14 @@ With it, a step is scheduled before the tokens of the last one are known on the 
 what a drafter reads of them on the host would be wrong, or late.
 """
 
+import importlib
 from typing import Any
 
 import pytest
 import torch
 from vllm.platforms.cpu import CpuPlatform
+
+from tests.serving.engines import ON_V2
 
 
 class _Nothing:
@@ -36,6 +39,9 @@ def force_async_scheduling(monkeypatch: pytest.MonkeyPatch) -> None:
     The CPU's V1 runner has no stand-ins for CUDA's streams after its construction,
     since it never needs them without async scheduling.
     """
+    if ON_V2:
+        # It puts stand-ins of its own in place, once; they must outlive the test.
+        importlib.import_module("vllm.v1.worker.cpu.shm")
     original = CpuPlatform.check_and_update_config
 
     def keep_it_on(vllm_config: Any) -> None:

@@ -296,6 +296,7 @@ if __name__ == "__main__":
     script.write_text(code, "utf-8")
     done = fresh_process(str(script), VLLM_ENABLE_V1_MULTIPROCESSING="1")
     assert done.returncode == 0, done.stderr[-3000:]
-    words = done.stdout.strip().splitlines()[-1].split()
-    assert words[0] == "accepted"
-    assert words[1] == words[3] != "0"
+    # vLLM may log behind it.
+    said = [line for line in done.stdout.splitlines() if line.startswith("accepted")]
+    _, accepted, _, drafted = said[-1].split()
+    assert accepted == drafted != "0"
