@@ -85,6 +85,7 @@ def draw_answers(llm: LLM, seeds: range, num_tokens: int = 3) -> list[list[int]]
     return answers
 
 
+@pytest.mark.timeout(1400)  # Triton's interpreter samples slowly
 @pytest.mark.parametrize("method", ["greedy", "probabilistic"])
 def test_the_second_token_is_drawn_as_the_target_draws_it(
     method: str,
