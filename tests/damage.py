@@ -436,7 +436,8 @@ def other_keys(draw: st.DrawFn, good: Good) -> Damage:
         value = draw(st.sampled_from([1, None, {}, "../../x", [[]], "x" * 5000]))
         where[draw(st.sampled_from(names))] = value
         return _with_config("unknown key", json.dumps(config).encode())
-    required = [key for key in where if key not in _OPTIONAL and where[key]]
+    optional = (*_OPTIONAL, "intermediate_size") if path == ("target",) else _OPTIONAL
+    required = [key for key in where if key not in optional and where[key]]
     key = draw(st.sampled_from(required))
     if how == "missing":
         del where[key]
