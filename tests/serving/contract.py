@@ -41,7 +41,8 @@ def constant(file: str, name: str) -> tuple[str, ...]:
 # Attributes that our code reads where no annotation tells the class.
 ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "vllm.config:ModelConfig": (
-        *("dtype", "hf_config", "max_model_len", "model", "uses_mrope"),
+        *("dtype", "enable_prompt_embeds", "hf_config", "max_model_len", "model"),
+        "uses_mrope",
     ),
     "vllm.config:ParallelConfig": (
         *constant("config.py", "_PARALLEL_SIZES"),

@@ -115,12 +115,13 @@ class MTPPlaceholderProposer(DraftModelProposer):
         The base class asks every request for a token of its prompt, and one whose
         prompt came as embeddings would end the engine.
         """
-        known: dict[str, Any] = {
-            name: _NoTokenIds() if request.prompt_token_ids is None else request
-            for name, request in requests.items()
-        }
+        if self.vllm_config.model_config.enable_prompt_embeds:
+            requests = {
+                name: _NoTokenIds() if request.prompt_token_ids is None else request
+                for name, request in requests.items()
+            }
         return super().prepare_next_token_ids_padded(
-            sampled_token_ids, known, gpu_input_batch, discard_request_mask
+            sampled_token_ids, requests, gpu_input_batch, discard_request_mask
         )
 
     @torch.inference_mode()
