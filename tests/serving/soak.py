@@ -81,6 +81,10 @@ class Soak:
         places = asyncio.Semaphore(CONCURRENCY)
         watch = asyncio.create_task(self._watch_memory())
         async with asyncio.TaskGroup() as group:
+            # How many run at a time later on depends on the machine.
+            for _ in range(CONCURRENCY):
+                group.create_task(self._guarded(self._greedy_to_limit))
+        async with asyncio.TaskGroup() as group:
             while time.monotonic() < end:
                 await places.acquire()
                 task = group.create_task(self._one())
@@ -110,6 +114,9 @@ class Soak:
             self._disconnected: 3,
         }
         (kind,) = self._rng.choices(list(kinds), list(kinds.values()))
+        await self._guarded(kind)
+
+    async def _guarded(self, kind: Callable[[], Coroutine[Any, Any, None]]) -> None:
         name = kind.__name__.strip("_")
         try:
             await kind()
@@ -151,6 +158,14 @@ class Soak:
         if logprobs:
             _require_logprobs(choice)
         self._keep(prompt, choice.token_ids, whole=True, settings=settings)
+
+    async def _greedy_to_limit(self) -> None:
+        """As many of these as there are places do not fit into the cache by far."""
+        prompt = self._rng.choice([p for p in self._pool if len(p) <= 33])
+        room = MAX_MODEL_LEN - len(prompt)
+        answer = await self._ask(prompt, room, temperature=0)
+        (choice,) = answer.choices
+        self._keep(prompt, choice.token_ids, whole=True)
 
     async def _greedy_streamed(self) -> None:
         """Every other one is left before it ends."""

@@ -42,8 +42,8 @@ pytestmark = pytest.mark.engine
 
 SECONDS = int(os.environ.get("VLLM_MTP_SOAK_SECONDS", "45"))
 # Of the resident memory of all the server's processes together, from the second third
-# of the time to the last.
-MEMORY_MARGIN = 0.03
+# of the time to the last. A short run ends while vLLM's own caches still fill.
+MEMORY_MARGIN, SHORT_MEMORY_MARGIN, SHORT_SECONDS = 0.03, 0.06, 120
 BLOCK_SIZE = 32
 # A request at the limit needs 8 blocks of 32 tokens; 16 such do not fit by far.
 NUM_BLOCKS = 41
@@ -112,7 +112,8 @@ def test_mixed_load(seconds: int, busy_server: Server, target: Path) -> None:
     assert prefix_hits > 0
     assert figures.at_limit > 0
     assert set(figures.given_up) == {"stream closed", "disconnected"}
-    assert end <= start * (1 + MEMORY_MARGIN)
+    margin = SHORT_MEMORY_MARGIN if seconds < SHORT_SECONDS else MEMORY_MARGIN
+    assert end <= start * (1 + margin)
     require_quiet_log(busy_server)
 
 
