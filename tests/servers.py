@@ -13,6 +13,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -54,6 +55,14 @@ class Server:
         assert values, f"no metric vllm:{name}"
         return sum(values)
 
+    def per_engine(self, name: str) -> dict[str, float]:
+        """One value in /metrics for each of the data-parallel engines."""
+        return {
+            sample.labels["engine"]: sample.value
+            for sample in self._samples()
+            if sample.name == f"vllm:{name}"
+        }
+
     def _samples(self) -> list[Any]:
         # Comes with vLLM; this file is imported for tests without vLLM too.
         from prometheus_client.parser import text_string_to_metric_families
@@ -65,15 +74,15 @@ class Server:
 
     def acceptance(self) -> AcceptanceCounts:
         """The counters in /metrics, as they stand now."""
-        values = {
-            (
-                sample.name.removeprefix("vllm:spec_decode_num_"),
-                int(sample.labels.get("position", 0)),
-            ): int(sample.value)
-            for sample in self._samples()
-            if sample.name.startswith("vllm:spec_decode_num_")
-            and sample.name.endswith("_total")
-        }
+        values: Counter[tuple[str, int]] = Counter()
+        for sample in self._samples():
+            name = sample.name
+            if name.startswith("vllm:spec_decode_num_") and name.endswith("_total"):
+                place = int(sample.labels.get("position", 0))
+                # With data parallelism each engine has its own.
+                values[name.removeprefix("vllm:spec_decode_num_"), place] += int(
+                    sample.value
+                )
         places = [place for name, place in values if "per_pos" in name]
         counts = AcceptanceCounts(
             values["drafts_total", 0],

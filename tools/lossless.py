@@ -50,16 +50,22 @@ def run(
 ) -> tuple[list[list[str]], list[str]]:
     """The table's lines, and everything that is not as it should be."""
     # Here, since vLLM reads its environment when it is imported.
+    from tests.serving.engines import cannot_here
     from tests.serving.lossless.matrix import run_rows
-    from tests.serving.lossless.rows import ROWS
+    from tests.serving.lossless.rows import ENGINES, ROWS
     from tests.serving.lossless.subjects import smollm2_subject, tiny_speaker_subject
 
     subject = smollm2_subject() if smollm2 else tiny_speaker_subject(folder)
     lines, problems = [], []
-    for result in run_rows(subject, [r for r in ROWS if not only or r.name in only]):
+    wanted = [r for r in ROWS if not only or r.name in only]
+    reasons = {r.name: cannot_here(ENGINES[r.engine].settings) for r in wanted}
+    for result in run_rows(subject, [r for r in wanted if not reasons[r.name]]):
         lines.append(line_of(result))
         print(*lines[-1], sep=" | ", flush=True)
         problems += [f"{result.row.name}: {text}" for text in result.problems]
+    for name, reason in reasons.items():
+        if reason:
+            lines.append([name, *["-"] * (len(HEAD) - 2), f"not run: {reason}"])
     return lines, problems
 
 

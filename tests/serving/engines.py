@@ -3,7 +3,7 @@
 
 import gc
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +15,24 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "0-1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
+import torch
 from vllm import LLM, SamplingParams
 
 from vllm_mtp.metrics import AcceptanceCounts, read_vllm_counters
 
 # Set by `triton_interpreter/sitecustomize.py`, see test_v2.py.
 ON_V2 = os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1"
+
+
+def cannot_here(settings: Mapping[str, Any]) -> str | None:
+    """Why this machine cannot run an engine of these settings, if so."""
+    if str(settings.get("kv_cache_dtype", "")).startswith("fp8"):
+        # `_get_attn_isa` in vllm/v1/attention/backends/cpu_attn.py.
+        if torch.cpu._is_avx512_supported() or torch.cpu._is_amx_tile_supported():
+            return None
+        return "vLLM's fp8 KV cache on CPUs needs AVX-512 or AMX"
+    return None
+
 
 SETTINGS: dict[str, Any] = {
     "dtype": "float32",

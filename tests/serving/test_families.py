@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from tests.serving.engines import ON_V2
+from tests.serving.engines import ON_V2, cannot_here
 from tests.serving.scenarios import (
     Scenario,
     Side,
@@ -114,6 +114,8 @@ def sides(
 ) -> Sides:
     name, drafter = request.param
     case = CASES[name]
+    if reason := cannot_here(case.settings):
+        pytest.skip(reason)
     target = tiny_targets[case.family]
     tight = {
         "max_num_batched_tokens": 64,

@@ -209,11 +209,6 @@ WRONG_USE: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
         {"pipeline_parallel_size": 2},
         ["pipeline_parallel_size=2", "Use 1"],
     ),
-    "data parallel": (
-        {},
-        {"data_parallel_size": 2},
-        ["data_parallel_size=2", "Use 1"],
-    ),
     "LoRA on the target": ({}, {"enable_lora": True}, ["enable_lora", "rows"]),
     "KV connector": (
         {},
@@ -242,6 +237,19 @@ def test_wrong_use_is_refused(
     with pytest.raises(MTPError) as error:
         start(tiny_targets["llama"], good | spec, **settings)
     for text in expected:
+        assert text in str(error.value)
+
+
+def test_replicas_of_a_mixture_of_experts_are_refused(
+    tiny_targets: dict[str, Path], tiny_drafter: Drafter
+) -> None:
+    with pytest.raises(MTPError) as error:
+        start(
+            tiny_targets["qwen3_moe"],
+            {"model": str(tiny_drafter("llama", "shared-4"))},
+            data_parallel_size=2,
+        )
+    for text in ("data_parallel_size=2", "dense targets only", "Use 1"):
         assert text in str(error.value)
 
 

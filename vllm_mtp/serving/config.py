@@ -28,7 +28,6 @@ logger = logging.getLogger("vllm.mtp_placeholder")
 
 _PARALLEL_SIZES = (
     "pipeline_parallel_size",
-    "data_parallel_size",
     "decode_context_parallel_size",
     "prefill_context_parallel_size",
 )
@@ -167,6 +166,14 @@ def _require_supported(engine_args: Any, model: Any, parallel: Any) -> None:
                 f"method {METHOD!r}: {size}={getattr(parallel, size)} is not supported "
                 "yet. Use 1."
             )
+    # Replicas of a dense target do not know of each other. Those of a mixture of
+    # experts step together, and would wait for each other inside a draft too.
+    if parallel.data_parallel_size > 1 and model.is_moe:
+        raise UnsupportedTargetError(
+            f"method {METHOD!r}: data_parallel_size={parallel.data_parallel_size} is "
+            "supported for dense targets only, and this one is a mixture of experts. "
+            "Use 1."
+        )
     for setting, reason in _REFUSED_SETTINGS.items():
         if getattr(engine_args, setting, None):
             raise UnsupportedTargetError(
