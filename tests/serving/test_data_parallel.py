@@ -14,10 +14,11 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.servers import Server, kill_server, start_server
+from tests.servers import start_server
 from tests.serving.engines import engine, generate
 from tests.tiny_targets import make_tiny
 from tests.tiny_tokenizer import save_tiny_tokenizer
+from vllm_mtp.bench.servers import Server, kill_server
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(900)]
 

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 from openai import OpenAI
 
-from tests.servers import (
+from tests.servers import user_environment
+from vllm_mtp.bench.servers import (
     STOP_SECONDS,
     Server,
     group_is_gone,
     serve_command,
-    user_environment,
 )
 
 pytestmark = pytest.mark.engine

@@ -25,7 +25,7 @@ from typing import Any
 
 import pytest
 
-from tests.servers import Server, kill_server, start_server
+from tests.servers import start_server
 from tests.serving.engines import engine, generate
 from tests.serving.soak import (
     CONCURRENCY,
@@ -36,6 +36,7 @@ from tests.serving.soak import (
 )
 from tests.tiny_targets import make_tiny
 from tests.tiny_tokenizer import save_tiny_tokenizer
+from vllm_mtp.bench.servers import Server, kill_server
 from vllm_mtp.metrics import AcceptanceCounts
 
 pytestmark = pytest.mark.engine
