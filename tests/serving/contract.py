@@ -42,11 +42,11 @@ def constant(file: str, name: str) -> tuple[str, ...]:
 ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "vllm.config:ModelConfig": (
         *("dtype", "enable_prompt_embeds", "hf_config", "max_model_len", "model"),
-        "uses_mrope",
+        *("is_moe", "uses_mrope"),
     ),
     "vllm.config:ParallelConfig": (
         *constant("config.py", "_PARALLEL_SIZES"),
-        "world_size",
+        *("data_parallel_size", "world_size"),
     ),
     "vllm.config:SchedulerConfig": ("async_scheduling",),
     "vllm.config:SpeculativeConfig": constant("settings.py", "ALLOWED_KEYS"),

@@ -32,6 +32,7 @@ from vllm_mtp.errors import UnsupportedTargetError
 from vllm_mtp.modeling.hosts import Stream
 from vllm_mtp.modeling.shadow import shadow
 from vllm_mtp.modeling.sharding import Rank
+from vllm_mtp.serving.gemm import prepare, product
 from vllm_mtp.target import TargetFacts
 
 _LAYER_PARAMETERS = ("positions", "hidden_states", "residual")
@@ -237,10 +238,11 @@ class _SmallHead(nn.Module):
         self.weight = nn.Parameter(_share_of_this_rank(rows), requires_grad=False)
         self.scale: float = processor.scale
         self.soft_cap: float | None = processor.soft_cap
+        prepare(self)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """``[rows, hidden_size]`` to ``[rows, tokens]``."""
-        logits = nn.functional.linear(hidden, self.weight)
+        logits = product(self, hidden)
         logits = tensor_model_parallel_all_gather(logits)[:, : self.num_tokens]
         if self.soft_cap is not None:
             logits = torch.tanh(logits / self.soft_cap) * self.soft_cap

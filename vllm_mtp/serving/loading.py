@@ -9,6 +9,7 @@ from vllm.config import VllmConfig
 from vllm_mtp.checkpoint import load_drafter
 from vllm_mtp.modeling.drafter import BoundDrafter
 from vllm_mtp.modeling.sharding import part_of
+from vllm_mtp.serving.gemm import use_vllm_kernels
 from vllm_mtp.serving.host import VllmTarget, this_rank
 
 
@@ -33,6 +34,7 @@ def load_bound_drafter(
     # Cut before it is moved: the device never holds more than the rank's part.
     whole = load_drafter(Path(spec_config.model), dtype=dtype)
     drafter = part_of(whole, this_rank()).to(device)
+    use_vllm_kernels(drafter)
     config = drafter.config
     host = VllmTarget(target_model, vllm_config, config.target, config.bound_layers)
     return BoundDrafter(drafter, host), host
