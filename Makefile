@@ -2,7 +2,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo train-demo test test-versions lint format clean
+.PHONY: help setup demo train-demo bench test test-versions lint format clean
 
 PYTHON ?= python3
 METADATA := requirements/vllm-metadata
@@ -28,6 +28,9 @@ demo: $(READY) ## Run the demo
 train-demo: $(READY) ## Generate, train, check and measure a drafter in .train-demo
 	@BIN=$(BIN) sh examples/train/demo.sh .train-demo
 
+bench: $(READY) ## Measure speed beside stock vLLM, into bench-report
+	@$(BIN)/vllm-mtp bench --out bench-report
+
 test: lint ## Run the lint, then the tests
 	@$(BIN)/python -m pytest -q
 
@@ -45,7 +48,7 @@ format: $(READY) ## Fix what the linter can fix, and format
 	@$(BIN)/ruff format --quiet .
 
 clean: ## Remove .venv, caches and build outputs
-	@rm -rf $(VENV) .train-demo .vllm-versions build dist *.egg-info $(METADATA)/build \
+	@rm -rf $(VENV) .train-demo bench-report .vllm-versions build dist *.egg-info $(METADATA)/build \
 		$(METADATA)/*.egg-info .mypy_cache .pytest_cache .ruff_cache \
 		.hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

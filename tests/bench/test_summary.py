@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Records to medians and ratios, schedules and reports."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from vllm_mtp.bench.measure import Record
+from vllm_mtp.bench.plan import (
+    Load,
+    Plan,
+    Side,
+    calibrated_side,
+    drafter_side,
+    ngram_side,
+    plain_side,
+    require_enough,
+    self_draft_side,
+)
+from vllm_mtp.bench.report import Report, Stage, markdown, write
+from vllm_mtp.bench.summary import best_schedule, lines_of
+from vllm_mtp.errors import MTPError
+from vllm_mtp.metrics import AcceptanceCounts
+from vllm_mtp.serving.load import LoadResult
+from vllm_mtp.serving.settings import checked
+
+OURS = tuple(drafter_side("ours", "/drafters/ours", k) for k in (1, 2, 4))
+LOADS = (Load("1 at once", ("a", "b"), 1, 8), Load("4 at once", ("a",) * 4, 4, 8))
+PLAN = Plan("/targets/tiny", "float32", 256, 2, (plain_side(), OURS[1]), LOADS)
+
+
+def record(side: Side, load: Load, number: int, speed: float, ttft: float) -> Record:
+    drafting = side.speculative_config is not None
+    counts = (
+        AcceptanceCounts(10, 20, (6, 3)) if drafting else AcceptanceCounts(0, 0, ())
+    )
+    texts = tuple(f"answer {i}" for i in range(len(load.prompts)))
+    result = LoadResult(speed, 16, 16 / speed, ttft, 50.0, texts)
+    return Record(side.name, load.name, number, result, counts, 0, 0)
+
+
+@pytest.fixture
+def records() -> list[Record]:
+    """The machine is half as fast in the second round; the ratios are 1.5 and 1.7."""
+    plain, ours = PLAN.sides
+    return [
+        found
+        for load in LOADS
+        for found in (
+            record(ours, load, 1, 8.5, 220.0),
+            record(plain, load, 0, 10.0, 100.0),
+            record(plain, load, 1, 5.0, 200.0),
+            record(ours, load, 0, 15.0, 90.0),
+        )
+    ]
+
+
+def test_ratios_are_taken_within_a_round(records: list[Record]) -> None:
+    lines = lines_of(PLAN, records)
+    assert [(line.load, line.side) for line in lines] == [
+        (load.name, side.name) for load in LOADS for side in PLAN.sides
+    ]
+    plain, ours = lines[:2]
+    assert plain.ratio.low == plain.ratio.high == 1
+    assert ours.ratio.low == pytest.approx(1.5)
+    assert ours.ratio.high == pytest.approx(1.7)
+    assert ours.ttft_ratio.median == pytest.approx(1.0)
+    assert ours.counts == AcceptanceCounts(20, 40, (12, 6))
+    assert (ours.same_texts, ours.texts) == (4, 4)
+
+
+def test_another_text_is_counted(records: list[Record]) -> None:
+    changed = records[0].result.__class__(
+        **(vars(records[0].result) | {"texts": ("answer 0", "something else")})
+    )
+    records[0] = Record(**(vars(records[0]) | {"result": changed}))
+    assert lines_of(PLAN, records)[1].same_texts == 3
+
+
+def test_best_schedule_takes_what_is_fastest_and_covers_every_batch() -> None:
+    gains = {
+        1: (1.2, 1.5, 1.4),
+        2: (1.2, 1.3, 1.1),
+        4: (1.05, 1.01, 0.8),
+        8: (0.9,) * 3,
+    }
+    ratios = {
+        (side.name, batch): ratio
+        for batch, row in gains.items()
+        for side, ratio in zip(OURS, row, strict=True)
+    }
+    schedule = best_schedule(OURS, ratios)
+    assert schedule == [(1, 2, 2), (3, 4, 1), (5, 8, 0)]
+    side = calibrated_side("ours", "/drafters/ours", schedule)
+    assert side.speculative_config is not None
+    assert side.speculative_config["num_speculative_tokens"] == 2
+    assert checked(side.speculative_config)  # as the server will
+
+
+def test_a_drafter_that_never_pays_off_drafts_nothing() -> None:
+    ratios = {(side.name, batch): 1.01 for side in OURS for batch in (1, 4)}
+    schedule = best_schedule(OURS, ratios)
+    assert schedule == [(1, 4, 0)]
+    side = calibrated_side("ours", "/drafters/ours", schedule)
+    assert side.speculative_config is not None
+    assert checked(side.speculative_config)["num_speculative_tokens"] == 1
+
+
+def test_report_says_everything_and_no_folders(
+    records: list[Record], tmp_path: Path
+) -> None:
+    pytest.importorskip("matplotlib")
+    stage = Stage("Side by side", PLAN, lines_of(PLAN, records), {"none": 9, "ours": 9})
+    report = Report("vllm-mtp bench", {"device": "a"}, [stage], {"ours": [(1, 4, 2)]})
+    files = write(report, tmp_path / "out")
+    assert all(file.stat().st_size for file in files)
+    text = markdown(report)
+    for part in (
+        "| 4 at once | ours k=2 | 11.8 | 1.60 (1.50 to 1.70) |",
+        "[[1, 4, 2]]",
+    ):
+        assert part in text
+    assert "9 blocks on every side" in text
+    found = json.loads(files[0].read_text("utf-8"))
+    assert found["stages"][0]["lines"][1]["ratio"]["high"] == pytest.approx(1.7)
+    assert "/targets" not in files[0].read_text("utf-8")
+    assert "/drafters" not in files[0].read_text("utf-8")
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    report = Report("vllm-mtp bench", {}, [], {})
+    with pytest.raises(MTPError, match="--out .*name another folder"):
+        write(report, tmp_path / "file" / "out")
+
+
+def test_stock_sides_are_as_vllm_takes_them() -> None:
+    assert ngram_side(4).speculative_config == {
+        "method": "ngram",
+        "num_speculative_tokens": 4,
+        "prompt_lookup_max": 4,
+    }
+    config = self_draft_side("/targets/tiny", 4).speculative_config
+    assert config is not None
+    assert config["model"] == "/targets/tiny"
+
+
+def test_too_few_prompts() -> None:
+    with pytest.raises(MTPError, match="--prompts x: got 1 prompts, expected 3"):
+        require_enough(["one"], 3, "x")

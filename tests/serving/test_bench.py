@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vllm-mtp bench` with servers: ``pytest -m slow tests/serving/test_bench.py``."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.tiny_targets import make_tiny
+from tests.tiny_tokenizer import save_tiny_tokenizer
+from vllm_mtp.cli import main
+
+pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(1500)]
+
+
+def test_a_whole_benchmark(
+    tmp_path: Path, tiny_drafter: Callable[[str, str], Path]
+) -> None:
+    target = make_tiny("llama", tmp_path / "llama")
+    save_tiny_tokenizer(target)
+    prompts = tmp_path / "prompts.jsonl"
+    lines = [json.dumps({"prompt": text}) for text in ("one two", "three", "four")]
+    prompts.write_text("\n".join(lines) + "\n")
+    drafter = tiny_drafter("llama", "shared-4")
+    out = tmp_path / "out"
+    arguments = ["--target", target, "--drafters", drafter, "--prompts", prompts]
+    settings = "--baselines ngram --concurrency 1 2 --num-speculative-tokens 1 2 "
+    settings += "--rounds 1 --num-prompts 2 --max-tokens 24 --max-model-len 256 "
+    settings += "--dtype float32 --enforce-eager"
+    command = [*map(str, arguments), *settings.split(), "--out", str(out)]
+    assert main(["bench", *command]) == 0
+    report = json.loads((out / "benchmark.json").read_text())
+    first, calibrated = report["stages"]
+    sides = [line["side"] for line in first["lines"][: len(first["plan"]["sides"])]]
+    name = drafter.name
+    assert sides == ["none", "ngram k=2", f"{name} k=1", f"{name} k=2"]
+    assert len(set(first["kv_blocks"].values())) == 1
+    for line in first["lines"]:
+        assert line["tokens_per_s"]["median"] > 0
+        assert line["same_texts"] == line["texts"] == 2
+        if name in line["side"]:  # the whole target drafts: its first draft is right
+            counts = line["counts"]
+            assert counts["accepted_per_place"][0] > 0.8 * counts["drafts"] > 0
+    assert [side["name"] for side in calibrated["plan"]["sides"]][0] == "none"
+    (schedule,) = report["schedules"].values()
+    assert schedule[0][0] == 1
+    assert schedule[-1][1] == 2

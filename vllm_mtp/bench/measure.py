@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measure: all sides' servers at once, each load by one side after the other."""
+
+import json
+import os
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from vllm_mtp.bench.plan import Load, Plan, Side
+from vllm_mtp.bench.servers import Server, kill_server, start_server
+from vllm_mtp.metrics import AcceptanceCounts
+from vllm_mtp.serving.load import LoadResult, run_load
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Record:
+    """One side under one load, once.
+
+    Attributes:
+        side: Its name.
+        load: Its name.
+        round: From 0.
+        result: Times and answers.
+        counts: Acceptance; no drafts without speculation.
+        prefix_hits: Prompt tokens found in the prefix cache.
+        preemptions: Requests thrown out of the cache.
+    """
+
+    side: str
+    load: str
+    round: int
+    result: LoadResult
+    counts: AcceptanceCounts
+    prefix_hits: int
+    preemptions: int
+
+
+@dataclass(frozen=True)
+class Measured:
+    """All records, and what does not change from one to the next."""
+
+    records: list[Record]
+    kv_blocks: dict[str, int]  # by side
+
+
+@contextmanager
+def running(plan: Plan, logs: Path, progress: Progress) -> Iterator[dict[str, Server]]:
+    """A server for each side, by its name; all are ended with the block."""
+    with ExitStack() as stack:
+        servers = {}
+        for side in plan.sides:
+            progress(f"starting {side.name}")
+            servers[side.name] = _start(plan, side, logs)
+            stack.callback(kill_server, servers[side.name])
+        yield servers
+
+
+def measure(plan: Plan, servers: dict[str, Server], progress: Progress) -> Measured:
+    """Every side under every load, `Plan.rounds` times, after one to warm up.
+
+    The order of the sides turns round from one round to the next, so that a machine
+    that gets slower is not held against those that come last.
+    """
+    records = []
+    for load in plan.loads:
+        for side in plan.sides:
+            progress(f"warming up: {side.name}, {load.name}")
+            _once(plan, servers[side.name], side, _shortened(load), -1)
+        for number in range(plan.rounds):
+            for side in plan.sides[:: -1 if number % 2 else 1]:
+                progress(f"{load.name}, round {number + 1}: {side.name}")
+                records.append(_once(plan, servers[side.name], side, load, number))
+    blocks = {name: server.num_kv_blocks() for name, server in servers.items()}
+    return Measured(records, blocks)
+
+
+def num_steps(plan: Plan) -> int:
+    """How often `running` and `measure` report progress."""
+    return len(plan.sides) * (1 + len(plan.loads) * (1 + plan.rounds))
+
+
+def _start(plan: Plan, side: Side, logs: Path) -> Server:
+    arguments = [
+        *("--dtype", plan.dtype, "--max-model-len", str(plan.max_model_len)),
+        *("--max-num-seqs", str(plan.largest_batch)),
+        *plan.server_arguments,
+    ]
+    if side.speculative_config is not None:
+        arguments += ["--speculative-config", json.dumps(side.speculative_config)]
+    # The dev mode lets the prefix cache be emptied. The cache is kept small, since
+    # all servers live side by side.
+    environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    environment |= os.environ | {"VLLM_SERVER_DEV_MODE": "1"}
+    return start_server(Path(plan.target), logs, arguments, environment)
+
+
+def _shortened(load: Load) -> Load:
+    return Load(load.name, load.prompts[: load.concurrency], load.concurrency, 8)
+
+
+def _once(plan: Plan, server: Server, side: Side, load: Load, number: int) -> Record:
+    # A cached prompt would make the second round another measurement.
+    request = urllib.request.Request(f"{server.url}/reset_prefix_cache", method="POST")
+    urllib.request.urlopen(request, timeout=60).close()
+    before = _counters(server, side)
+    result = run_load(
+        server.url,
+        plan.target,
+        load.prompts,
+        load.concurrency,
+        load.output_tokens,
+        chat_template=plan.chat_template,
+    )
+    after = _counters(server, side)
+    return Record(
+        side.name,
+        load.name,
+        number,
+        result,
+        after.counts - before.counts,
+        after.prefix_hits - before.prefix_hits,
+        after.preemptions - before.preemptions,
+    )
+
+
+@dataclass(frozen=True)
+class _Counters:
+    counts: AcceptanceCounts
+    prefix_hits: int
+    preemptions: int
+
+
+def _counters(server: Server, side: Side) -> _Counters:
+    drafting = side.speculative_config is not None
+    return _Counters(
+        server.acceptance() if drafting else AcceptanceCounts(0, 0, ()),
+        int(server.metric("prefix_cache_hits_total")),
+        int(server.metric("num_preemptions_total")),
+    )

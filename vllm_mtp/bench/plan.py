@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a benchmark compares: sides under the same loads."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from vllm_mtp.errors import MTPError
+
+PLAIN = "none"
+"""The side without speculation, which all others are held against."""
+
+
+@dataclass(frozen=True)
+class Side:
+    """One server.
+
+    Attributes:
+        name: As the report shows it.
+        speculative_config: As a user gives it to vLLM; None for no speculation.
+        family: Sides that differ only in their number of tokens.
+        num_speculative_tokens: 0 without speculation; None where the batch size
+            decides.
+    """
+
+    name: str
+    speculative_config: dict[str, Any] | None = None
+    family: str = ""
+    num_speculative_tokens: int | None = 0
+
+
+@dataclass(frozen=True)
+class Load:
+    """Requests that every side answers.
+
+    Attributes:
+        name: As the report shows it.
+        prompts: User messages; the target's chat template is applied, if it has one.
+        concurrency: Requests in flight at once.
+        output_tokens: Longest answer.
+        varies: What the loads of one table differ in: ``concurrency``, ``context``
+            or ``category``.
+    """
+
+    name: str
+    prompts: tuple[str, ...]
+    concurrency: int
+    output_tokens: int
+    varies: str = "concurrency"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A whole benchmark.
+
+    Attributes:
+        target: The target's folder.
+        dtype: The servers' type.
+        max_model_len: The servers' limit, in tokens.
+        rounds: How often each side meets each load; the sides take turns.
+        server_arguments: More flags for ``vllm serve``, for all sides.
+        chat_template: Whether the target has one.
+    """
+
+    target: str
+    dtype: str
+    max_model_len: int
+    rounds: int
+    sides: tuple[Side, ...]
+    loads: tuple[Load, ...]
+    server_arguments: tuple[str, ...] = field(default=())
+    chat_template: bool = True
+
+    @property
+    def largest_batch(self) -> int:
+        """Most requests at once."""
+        return max(load.concurrency for load in self.loads)
+
+
+def plain_side() -> Side:
+    """The target alone."""
+    return Side(PLAIN, family=PLAIN)
+
+
+def ngram_side(k: int) -> Side:
+    """vLLM's n-gram lookup, which needs no model."""
+    config = {"method": "ngram", "num_speculative_tokens": k, "prompt_lookup_max": 4}
+    return Side(f"ngram k={k}", config, "ngram", k)
+
+
+def self_draft_side(target: str, k: int) -> Side:
+    """The target as its own ``draft_model``: with a KV cache of its own, and k
+    forwards per draft."""
+    config = {"method": "draft_model", "model": target, "num_speculative_tokens": k}
+    return Side(f"draft_model k={k}", config, "draft_model", k)
+
+
+def drafter_side(name: str, folder: str, k: int) -> Side:
+    """One of our drafters."""
+    config = {"method": "mtp_placeholder", "model": folder, "num_speculative_tokens": k}
+    return Side(f"{name} k={k}", config, name, k)
+
+
+def calibrated_side(
+    name: str, folder: str, schedule: Sequence[tuple[int, int, int]]
+) -> Side:
+    """One of our drafters, with a number of tokens for each batch size.
+
+    Args:
+        name: The drafter's.
+        folder: The drafter's.
+        schedule: (first batch size, last, tokens), as
+            ``num_speculative_tokens_per_batch_size`` takes it.
+    """
+    config = {
+        "method": "mtp_placeholder",
+        "model": folder,
+        # More were slower at every batch size.
+        "num_speculative_tokens": max(1, *(tokens for _, _, tokens in schedule)),
+        "num_speculative_tokens_per_batch_size": [list(entry) for entry in schedule],
+    }
+    return Side(f"{name} calibrated", config, f"{name} calibrated", None)
+
+
+def require_enough(prompts: Sequence[str], wanted: int, source: str) -> None:
+    """Raise unless there are so many prompts.
+
+    Raises:
+        MTPError: Names the source.
+    """
+    if len(prompts) < wanted:
+        raise MTPError(
+            f"--prompts {source}: got {len(prompts)} prompts, expected {wanted} or "
+            "more; ask for less concurrency or take a larger source"
+        )

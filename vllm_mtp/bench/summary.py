@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From records to what a report says: medians, spreads, ratios, the best number of
+tokens for each batch size."""
+
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from vllm_mtp.bench.measure import Record
+from vllm_mtp.bench.plan import PLAIN, Plan, Side
+from vllm_mtp.metrics import AcceptanceCounts
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Several measurements of one thing."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Spread":
+        """Of at least one value."""
+        return cls(statistics.median(values), min(values), max(values))
+
+
+@dataclass(frozen=True)
+class Line:
+    """One side under one load, over all rounds.
+
+    Attributes:
+        side: Its name.
+        load: Its name.
+        tokens_per_s: Output tokens of all requests per second.
+        ratio: Tokens/s over those of the side without speculation in the same round.
+        ttft_ratio: Time to the first token, likewise: below 1 is sooner.
+        counts: Acceptance over all rounds.
+        prefix_hits: Prompt tokens found in the prefix cache, over all rounds.
+        same_texts: Answers that are those of the side without speculation.
+        texts: Answers in all.
+    """
+
+    side: str
+    load: str
+    tokens_per_s: Spread
+    ratio: Spread
+    ttft_ratio: Spread
+    counts: AcceptanceCounts
+    prefix_hits: int
+    same_texts: int
+    texts: int
+
+
+def lines_of(plan: Plan, records: Iterable[Record]) -> list[Line]:
+    """A line for each load and side, in the plan's order."""
+    by_place: dict[tuple[str, str], list[Record]] = {}
+    for record in sorted(records, key=lambda record: record.round):
+        by_place.setdefault((record.load, record.side), []).append(record)
+    return [
+        _line(by_place[load.name, side.name], by_place[load.name, PLAIN])
+        for load in plan.loads
+        for side in plan.sides
+    ]
+
+
+def _line(own: list[Record], plain: list[Record]) -> Line:
+    pairs = list(zip(own, plain, strict=True))
+    texts = [
+        one == other
+        for record, base in pairs
+        for one, other in zip(record.result.texts, base.result.texts, strict=True)
+    ]
+    return Line(
+        side=own[0].side,
+        load=own[0].load,
+        tokens_per_s=Spread.of([record.result.tokens_per_s for record in own]),
+        ratio=Spread.of(
+            [r.result.tokens_per_s / b.result.tokens_per_s for r, b in pairs]
+        ),
+        ttft_ratio=Spread.of([r.result.ttft_ms / b.result.ttft_ms for r, b in pairs]),
+        counts=sum((record.counts for record in own), AcceptanceCounts(0, 0, ())),
+        prefix_hits=sum(record.prefix_hits for record in own),
+        same_texts=sum(texts),
+        texts=len(texts),
+    )
+
+
+def best_schedule(
+    sides: Sequence[Side], ratios: dict[tuple[str, int], float], margin: float = 0.03
+) -> list[tuple[int, int, int]]:
+    """The number of tokens for each batch size, from what was measured.
+
+    Between two measured batch sizes, those of the larger hold: drafting pays off less
+    the more requests there are.
+
+    Args:
+        sides: One drafter with several numbers of tokens.
+        ratios: Median ratio to no speculation, by (side, concurrency).
+        margin: What drafting must gain at least; below it no token is drafted.
+
+    Returns:
+        (first batch size, last, tokens) without gaps from 1 on, as vLLM's
+        ``num_speculative_tokens_per_batch_size`` takes it.
+    """
+    schedule: list[tuple[int, int, int]] = []
+    first = 1
+    for batch in sorted({batch for _, batch in ratios}):
+        best = max(sides, key=lambda side: ratios[side.name, batch])
+        gain = ratios[best.name, batch] - 1
+        tokens = (best.num_speculative_tokens or 0) if gain >= margin else 0
+        if schedule and schedule[-1][2] == tokens:
+            schedule[-1] = (schedule[-1][0], batch, tokens)
+        else:
+            schedule.append((first, batch, tokens))
+        first = batch + 1
+    return schedule
