@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from vllm_mtp.bench import measure as measuring
 from vllm_mtp.bench.measure import Measured, Progress, measure, running
 from vllm_mtp.bench.plan import Plan, calibrated_side, plain_side
 from vllm_mtp.bench.report import Report, Stage
@@ -51,6 +52,13 @@ def run(
         again = replace(plan, sides=(plain_side(), side))
         stages.append(_stage("Calibrated", again, logs, progress))
     return Report(command, machine(plan), stages, schedules)
+
+
+def num_steps(plan: Plan, drafters: Drafters) -> int:
+    """How often `run` reports progress."""
+    two = replace(plan, sides=plan.sides[:2])
+    again = measuring.num_steps(two) if drafters.calibrate is not None else 0
+    return measuring.num_steps(plan) + again
 
 
 def _stage(title: str, plan: Plan, logs: Path, progress: Progress) -> Stage:

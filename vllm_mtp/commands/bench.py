@@ -39,10 +39,10 @@ class Bench:
     baselines: list[str] = flag(
         "stock methods to compare with: ngram, draft_model", ["ngram", "draft_model"]
     )
-    concurrency: list[int] = flag("requests at once", [1, 2, 4, 8])
+    concurrency: list[int] = flag("requests at once", [1, 4, 8])
     prompts: str = flag("JSONL file of prompts, or sharegpt", "sharegpt")
     num_prompts: int = flag("prompts per load, at least; as many as are at once", 4)
-    max_tokens: int = flag("longest answer, in tokens", 64)
+    max_tokens: int = flag("longest answer, in tokens", 48)
     rounds: int = flag("how often each side meets each load", 3)
     max_model_len: int = flag("the servers' limit, in tokens", 1024)
     dtype: Literal["auto", "bfloat16", "float16", "float32"] | None = flag(
@@ -54,9 +54,8 @@ class Bench:
     def run(self) -> int:
         from tqdm import tqdm
 
-        from vllm_mtp.bench.measure import num_steps
         from vllm_mtp.bench.report import markdown, write
-        from vllm_mtp.bench.run import run
+        from vllm_mtp.bench.run import num_steps, run
         from vllm_mtp.evaluation.report import require_matplotlib
 
         require_matplotlib()  # before the work, not after it
@@ -64,7 +63,7 @@ class Bench:
         plan = self._plan(drafters)
         with (
             tempfile.TemporaryDirectory() as logs,
-            tqdm(total=num_steps(plan), unit="step") as bar,
+            tqdm(total=num_steps(plan, drafters), unit="step") as bar,
         ):
 
             def progress(text: str) -> None:
