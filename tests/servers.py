@@ -6,8 +6,9 @@ always gone at the end, with every process that it started.
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -32,6 +33,11 @@ def user_environment() -> dict[str, str]:
         if not name.startswith("VLLM_") or name.startswith("VLLM_MTP_")
     }
     return kept | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
+
+
+def flags_of(settings: Mapping[str, Any]) -> list[str]:
+    """An engine's settings as flags of ``vllm serve``."""
+    return [f"--{key.replace('_', '-')}={value}" for key, value in settings.items()]
 
 
 def start_server(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from vllm_mtp.errors import OutputError
+from vllm_mtp.errors import MTPError, OutputError
 
 
 @contextmanager
@@ -30,6 +30,22 @@ def writing(path: Path | str, *also: type[Exception]) -> Iterator[None]:
             f"{path}: cannot be written ({error}). Make room there, or name a folder "
             "that can be written to"
         ) from error
+
+
+@contextmanager
+def report_folder(folder: Path) -> Iterator[None]:
+    """Make the folder of ``--out``, and name it when it cannot be written.
+
+    Raises:
+        MTPError: Says to name another folder.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        raise MTPError(
+            f"--out {folder}: cannot be written ({error}); name another folder"
+        ) from None
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.servers import start_server
+from tests.servers import flags_of, start_server
 from tests.serving.engines import engine, generate
 from tests.tiny_targets import make_tiny
 from tests.tiny_tokenizer import save_tiny_tokenizer
@@ -44,7 +44,7 @@ def replicas(
         "method": "mtp_placeholder",
         "model": str(tiny_drafter("llama", "shared-4")),
     }
-    flags = [f"--{key.replace('_', '-')}={value}" for key, value in SETTINGS.items()]
+    flags = flags_of(SETTINGS)
     flags += ["--speculative-config", json.dumps(spec), "--data-parallel-size", "2"]
     folder = tmp_path_factory.mktemp("replicas")
     server = start_server(target, folder, [*flags, "--enforce-eager"])

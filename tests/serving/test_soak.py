@@ -25,7 +25,7 @@ from typing import Any
 
 import pytest
 
-from tests.servers import start_server
+from tests.servers import flags_of, start_server
 from tests.serving.engines import engine, generate
 from tests.serving.soak import (
     CONCURRENCY,
@@ -76,7 +76,7 @@ def busy_server(
         "model": str(tiny_drafter("llama", "shared-4")),
         "draft_sample_method": "probabilistic",
     }
-    flags = [f"--{key.replace('_', '-')}={value}" for key, value in SETTINGS.items()]
+    flags = flags_of(SETTINGS)
     server = start_server(
         target,
         tmp_path,

@@ -107,7 +107,7 @@ def _once(plan: Plan, server: Server, side: Side, load: Load, number: int) -> Re
     # A cached prompt would make the second round another measurement.
     request = urllib.request.Request(f"{server.url}/reset_prefix_cache", method="POST")
     urllib.request.urlopen(request, timeout=60).close()
-    before = _counters(server, side)
+    before = _counters(server)
     result = run_load(
         server.url,
         plan.target,
@@ -116,7 +116,7 @@ def _once(plan: Plan, server: Server, side: Side, load: Load, number: int) -> Re
         load.output_tokens,
         chat_template=plan.chat_template,
     )
-    after = _counters(server, side)
+    after = _counters(server)
     return Record(
         side.name,
         load.name,
@@ -135,10 +135,9 @@ class _Counters:
     preemptions: int
 
 
-def _counters(server: Server, side: Side) -> _Counters:
-    drafting = side.speculative_config is not None
+def _counters(server: Server) -> _Counters:
     return _Counters(
-        server.acceptance() if drafting else AcceptanceCounts(0, 0, ()),
+        server.acceptance(),
         int(server.metric("prefix_cache_hits_total")),
         int(server.metric("num_preemptions_total")),
     )

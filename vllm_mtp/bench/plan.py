@@ -2,7 +2,7 @@
 """What a benchmark compares: sides under the same loads."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from vllm_mtp.errors import MTPError
@@ -68,7 +68,7 @@ class Plan:
     rounds: int
     sides: tuple[Side, ...]
     loads: tuple[Load, ...]
-    server_arguments: tuple[str, ...] = field(default=())
+    server_arguments: tuple[str, ...] = ()
     chat_template: bool = True
 
     @property

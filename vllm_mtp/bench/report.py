@@ -9,7 +9,7 @@ from typing import Any
 
 from vllm_mtp.bench.plan import PLAIN, Plan
 from vllm_mtp.bench.summary import Line, Spread
-from vllm_mtp.errors import MTPError
+from vllm_mtp.files import report_folder
 
 JSON_FILE = "benchmark.json"
 TABLE_FILE = "benchmark.md"
@@ -61,15 +61,10 @@ def write(report: Report, folder: Path) -> list[Path]:
         MTPError: The folder cannot be written.
     """
     files = [folder / name for name in (JSON_FILE, TABLE_FILE, PLOT_FILE)]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
+    with report_folder(folder):
         files[0].write_text(as_json(report), "utf-8")
         files[1].write_text(markdown(report), "utf-8")
         plot(report, files[2])
-    except OSError as error:
-        raise MTPError(
-            f"--out {folder}: cannot be written ({error}); name another folder"
-        ) from None
     return files
 
 

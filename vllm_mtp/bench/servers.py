@@ -72,7 +72,7 @@ class Server:
         return [sample for family in families for sample in family.samples]
 
     def acceptance(self) -> AcceptanceCounts:
-        """The counters in /metrics, as they stand now."""
+        """The counters in /metrics, as they stand now; 0 without speculation."""
         values: Counter[tuple[str, int]] = Counter()
         for sample in self._samples():
             name = sample.name

@@ -5,7 +5,7 @@ import shlex
 import sys
 import tempfile
 from dataclasses import dataclass
-from itertools import islice
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -13,6 +13,8 @@ from vllm_mtp.commands import flag
 from vllm_mtp.errors import MTPError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from vllm_mtp.bench.plan import Load, Plan, Side
     from vllm_mtp.bench.run import Drafters
 
@@ -119,9 +121,9 @@ class Bench:
         from vllm_mtp.bench import plan
         from vllm_mtp.checkpoint import read_config
 
-        stock = {
-            "ngram": lambda k: plan.ngram_side(k),
-            "draft_model": lambda k: plan.self_draft_side(target, k),
+        stock: dict[str, Callable[[int], Side]] = {
+            "ngram": plan.ngram_side,
+            "draft_model": partial(plan.self_draft_side, target),
         }
         if unknown := set(self.baselines) - set(stock):
             raise MTPError(
@@ -159,5 +161,5 @@ class Bench:
         if self.prompts == "sharegpt":
             found = sharegpt_prompts(num, skip=_FIRST_UNSEEN_PROMPT, max_chars=1000)
             return tuple(found)
-        rows = islice(read_prompts(SourceSettings(prompts=self.prompts)), num)
+        rows = read_prompts(SourceSettings(prompts=self.prompts, limit=num))
         return tuple(row.messages[-1]["content"] for row in rows)

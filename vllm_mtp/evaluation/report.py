@@ -7,6 +7,7 @@ from pathlib import Path
 
 from vllm_mtp.errors import MTPError
 from vllm_mtp.evaluation.offline import CategoryResult, OfflineResult
+from vllm_mtp.files import report_folder
 from vllm_mtp.metrics import AcceptanceCounts
 
 JSON_FILE = "evaluation.json"
@@ -33,15 +34,10 @@ def write_report(result: OfflineResult, folder: Path | str) -> list[Path]:
     require_matplotlib()
     folder = Path(folder)
     files = [folder / name for name in (JSON_FILE, TABLE_FILE, PLOT_FILE)]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
+    with report_folder(folder):
         files[0].write_text(result.to_json(), "utf-8")
         files[1].write_text(markdown(result) + "\n", "utf-8")
         plot(result, files[2])
-    except OSError as error:
-        raise MTPError(
-            f"--out {folder}: cannot be written ({error}); name another folder"
-        ) from None
     return files
 
 

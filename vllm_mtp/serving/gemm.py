@@ -6,7 +6,8 @@ On a CPU these are oneDNN's with weights laid out once (or SGLang's). torch's
 takes as long again as reading it (docs/benchmark.md). On GPUs nothing changes.
 """
 
-from functools import partial
+from collections.abc import Callable
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -42,5 +43,10 @@ def prepare(layer: nn.Module) -> None:
 
 def product(layer: Any, x: torch.Tensor) -> torch.Tensor:
     """``[rows, in]`` to ``[rows, out]``, for a layer that was prepared."""
-    gemm = dispatch_unquantized_gemm()
-    return gemm(layer, x, layer.weight, getattr(layer, "bias", None))
+    return _kernel()(layer, x, layer.weight, getattr(layer, "bias", None))
+
+
+@cache
+def _kernel() -> Callable[..., torch.Tensor]:
+    """Chosen once, and not for every product of every draft."""
+    return dispatch_unquantized_gemm()
