@@ -50,6 +50,28 @@ def test_what_does_not_fit_is_named(tiny_llama: Path, trained: Drafter) -> None:
         assert other.state_dict()[name].equal(start[name])
 
 
+def test_the_markov_correction_follows_its_tokens(tiny_llama: Path) -> None:
+    few = new_drafter(
+        tiny_llama, "own:1", 2, OPTIONS._replace(draft_token_ids=(3, 5, 9))
+    )
+    fill_weights(few, 0.2, salt="few ")
+    more = new_drafter(
+        tiny_llama, "own:1", 2, OPTIONS._replace(draft_token_ids=(3, 4, 9, 11))
+    )
+    assert warm_start(more, few) == []
+    assert more.draft_vocab is not None
+    assert more.markov is not None
+    assert few.markov is not None
+    assert more.draft_vocab.token_ids.tolist() == [3, 4, 9, 11]
+    ours, theirs = more.markov.unembed.weight, few.markov.unembed.weight
+    assert ours[[0, 2]].equal(theirs[[0, 2]])
+    assert not ours[[1, 3]].any()
+    whole = new_drafter(tiny_llama, "own:1", 2, OPTIONS)
+    assert warm_start(whole, few) == []
+    assert whole.markov is not None
+    assert whole.markov.unembed.weight[[3, 5, 9]].equal(theirs)
+
+
 def test_nothing_that_fits_is_refused(tiny_llama: Path, trained: Drafter) -> None:
     other = new_drafter(tiny_llama, "own:3", 1, DrafterOptions(dtype="float32"))
     with pytest.raises(TrainingInputError, match="no weight of that drafter fits"):

@@ -4,13 +4,18 @@
 import json
 import os
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from vllm_mtp.bench.plan import Load, Plan, Side
-from vllm_mtp.bench.servers import Server, kill_server, start_server
+from vllm_mtp.bench.servers import (
+    Server,
+    kill_server,
+    launch_server,
+    wait_for_health,
+)
 from vllm_mtp.metrics import AcceptanceCounts
 from vllm_mtp.serving.load import LoadResult, run_load
 
@@ -53,11 +58,20 @@ def running(plan: Plan, logs: Path, progress: Progress) -> Iterator[dict[str, Se
     """A server for each side, by its name; all are ended with the block."""
     with ExitStack() as stack:
         servers = {}
-        for side in plan.sides:
-            progress(f"starting {side.name}")
-            servers[side.name] = _start(plan, side, logs)
-            stack.callback(kill_server, servers[side.name])
+        for sides in _some_at_once(plan.sides):
+            for side in sides:
+                servers[side.name] = _launch(plan, side, logs)
+                stack.callback(kill_server, servers[side.name])
+            for side in sides:
+                progress(f"starting {side.name}")
+                wait_for_health(servers[side.name])
         yield servers
+
+
+def _some_at_once(sides: Sequence[Side]) -> Iterator[Sequence[Side]]:
+    """Most of a start is one core's work; more at once would take too much memory."""
+    for first in range(0, len(sides), 2):
+        yield sides[first : first + 2]
 
 
 def measure(plan: Plan, servers: dict[str, Server], progress: Progress) -> Measured:
@@ -84,11 +98,11 @@ def num_steps(plan: Plan) -> int:
     return len(plan.sides) * (1 + len(plan.loads) * (1 + plan.rounds))
 
 
-def _start(plan: Plan, side: Side, logs: Path) -> Server:
+def _launch(plan: Plan, side: Side, logs: Path) -> Server:
     arguments = [
         *("--dtype", plan.dtype, "--max-model-len", str(plan.max_model_len)),
         *("--max-num-seqs", str(plan.largest_batch)),
-        *plan.server_arguments,
+        *(["--enforce-eager"] if plan.enforce_eager else []),
     ]
     if side.speculative_config is not None:
         arguments += ["--speculative-config", json.dumps(side.speculative_config)]
@@ -96,7 +110,7 @@ def _start(plan: Plan, side: Side, logs: Path) -> Server:
     # all servers live side by side.
     environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
     environment |= os.environ | {"VLLM_SERVER_DEV_MODE": "1"}
-    return start_server(Path(plan.target), logs, arguments, environment)
+    return launch_server(Path(plan.target), logs, arguments, environment)
 
 
 def _shortened(load: Load) -> Load:

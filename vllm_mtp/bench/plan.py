@@ -58,8 +58,9 @@ class Plan:
         dtype: The servers' type.
         max_model_len: The servers' limit, in tokens.
         rounds: How often each side meets each load; the sides take turns.
-        server_arguments: More flags for ``vllm serve``, for all sides.
+        enforce_eager: Whether the servers do not compile.
         chat_template: Whether the target has one.
+        profiled_steps: How many decoding steps to profile; 0 for no profile.
     """
 
     target: str
@@ -68,8 +69,13 @@ class Plan:
     rounds: int
     sides: tuple[Side, ...]
     loads: tuple[Load, ...]
-    server_arguments: tuple[str, ...] = ()
+    enforce_eager: bool = False
     chat_template: bool = True
+    profiled_steps: int = 0
+
+    def loads_of(self, kind: str) -> tuple[Load, ...]:
+        """Those of one table, see `Load.varies`."""
+        return tuple(load for load in self.loads if load.varies == kind)
 
     @property
     def largest_batch(self) -> int:

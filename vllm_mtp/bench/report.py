@@ -3,11 +3,14 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vllm_mtp.bench import profile
+from vllm_mtp.bench.loads import CONCURRENCY
 from vllm_mtp.bench.plan import PLAIN, Plan
+from vllm_mtp.bench.profile import StepProfile
 from vllm_mtp.bench.summary import Line, Spread
 from vllm_mtp.files import report_folder
 
@@ -24,6 +27,11 @@ _NOTE = (
     "acceptance length, bonus token included. Same text: answers that are those of "
     "`none`, as text; two tokens can tie in rounding. Prefix hits: prompt tokens found "
     "in the prefix cache, which is emptied before each measurement."
+)
+_PROFILE_NOTE = (
+    "Milliseconds of decoding steps, V1 runner in one process, under torch's profiler, "
+    "which makes them longer (last row). Every moment counts for the innermost scope; "
+    "`scheduling, engine loop` is what the engine's step spends outside the runner."
 )
 
 
@@ -46,12 +54,14 @@ class Report:
         machine: What it ran on, by name.
         stages: In the order in which they ran.
         schedules: The calibrated number of tokens for each batch size, by drafter.
+        profiles: Where the time of a step goes, if that was asked for.
     """
 
     command: str
     machine: dict[str, str]
     stages: list[Stage]
     schedules: dict[str, list[tuple[int, int, int]]]
+    profiles: list[StepProfile] = field(default_factory=list)
 
 
 def write(report: Report, folder: Path) -> list[Path]:
@@ -90,8 +100,11 @@ def markdown(report: Report) -> str:
     parts = ["# Benchmark", f"    {report.command}"]
     parts.append("\n".join(f"- {key}: {text}" for key, text in report.machine.items()))
     for stage in report.stages:
-        parts += [f"## {stage.title}", _settings(stage), _table(stage.lines)]
+        parts += [f"## {stage.title}", _settings(stage), *_tables(stage)]
     parts.append(_NOTE)
+    if report.profiles:
+        parts += ["## Where a step's time goes", profile.table(report.profiles)]
+        parts.append(_PROFILE_NOTE)
     for name, schedule in report.schedules.items():
         setting = json.dumps([list(entry) for entry in schedule])
         parts.append(
@@ -105,12 +118,19 @@ def _settings(stage: Stage) -> str:
     plan = stage.plan
     pools = sorted(set(stage.kv_blocks.values()))
     pool = f"{pools[0]} blocks on every side" if len(pools) == 1 else stage.kv_blocks
-    flags = " ".join(plan.server_arguments) or "none beside type and lengths"
     return (
-        f"Type {plan.dtype}, {plan.rounds} rounds, flags: {flags}. KV pool: {pool}. "
+        f"Type {plan.dtype}, {'eager' if plan.enforce_eager else 'compiled'}, "
+        f"{plan.rounds} rounds. KV pool: {pool}. "
         f"Answers of up to {max(load.output_tokens for load in plan.loads)} tokens to "
         f"{', '.join(str(len(load.prompts)) for load in plan.loads)} prompts."
     )
+
+
+def _tables(stage: Stage) -> list[str]:
+    """One for each thing that loads differ in."""
+    kinds = dict.fromkeys(load.varies for load in stage.plan.loads)
+    names = [{load.name for load in stage.plan.loads_of(kind)} for kind in kinds]
+    return [_table([line for line in stage.lines if line.load in of]) for of in names]
 
 
 def _table(lines: Sequence[Line]) -> str:
@@ -146,9 +166,11 @@ def plot(report: Report, path: Path) -> None:
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     for stage in report.stages:
-        batches = {load.name: load.concurrency for load in stage.plan.loads}
+        loads = stage.plan.loads_of(CONCURRENCY)
+        batches = {load.name: load.concurrency for load in loads}
+        lines = [line for line in stage.lines if line.load in batches]
         for side in stage.plan.sides:
-            mine = [line for line in stage.lines if line.side == side.name]
+            mine = [line for line in lines if line.side == side.name]
             if side.name != PLAIN:
                 _draw(axes, side.name, [batches[line.load] for line in mine], mine)
     axes.axhline(1, color="k", linewidth=1)

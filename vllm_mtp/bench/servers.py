@@ -126,6 +126,22 @@ def start_server(
     Raises:
         ServerError: It ended or took too long; the message has the log's end.
     """
+    server = launch_server(target, folder, arguments, environment)
+    try:
+        wait_for_health(server, start_seconds)
+    except BaseException:
+        kill_server(server)
+        raise
+    return server
+
+
+def launch_server(
+    target: Path,
+    folder: Path,
+    arguments: Sequence[str],
+    environment: Mapping[str, str],
+) -> Server:
+    """As `start_server`, but does not wait."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -140,16 +156,15 @@ def start_server(
             env=dict(environment),
             start_new_session=True,  # a process group of its own, to end it whole
         )
-    server = Server(process, f"http://127.0.0.1:{port}", target, log)
-    try:
-        _wait_for_health(server, start_seconds)
-    except BaseException:
-        kill_server(server)
-        raise
-    return server
+    return Server(process, f"http://127.0.0.1:{port}", target, log)
 
 
-def _wait_for_health(server: Server, seconds: float) -> None:
+def wait_for_health(server: Server, seconds: float = START_SECONDS) -> None:
+    """Wait until a server answers.
+
+    Raises:
+        ServerError: It ended or took too long; the message has the log's end.
+    """
     deadline = time.monotonic() + seconds
     while not _healthy(server.url):
         if not server.running or time.monotonic() > deadline:

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 # Behind every prompt that the shipped drafters were trained on or chosen by.
 _FIRST_UNSEEN_PROMPT = 9000
+_PROFILED_STEPS = 40
+_TEXTS_BEFORE = 40  # prompts that make up the text of a long context
+_ROOM_AROUND = 128  # tokens of the chat template, and of text that encodes to more
 
 
 @dataclass
@@ -43,6 +46,18 @@ class Bench:
     )
     concurrency: list[int] = flag("requests at once", [1, 4, 8])
     prompts: str = flag("JSONL file of prompts, or sharegpt", "sharegpt")
+    contexts: list[int] = flag(
+        "also one request at a time behind so many tokens of text", []
+    )
+    categories: str | None = flag(
+        "also one request at a time of each category in this JSONL file", None
+    )
+    profile: bool = flag("also show where the time of a step goes (CPU)", False)
+    full: bool = flag(
+        "all of it: 1 to 16 requests, 512 to 7936 tokens before, one to four tokens "
+        "per draft, the profile; takes hours on a CPU",
+        False,
+    )
     num_prompts: int = flag("prompts per load, at least; as many as are at once", 4)
     max_tokens: int = flag("longest answer, in tokens", 48)
     rounds: int = flag("how often each side meets each load", 3)
@@ -61,6 +76,8 @@ class Bench:
         from vllm_mtp.evaluation.report import require_matplotlib
 
         require_matplotlib()  # before the work, not after it
+        if self.full:
+            self._ask_for_all()
         drafters = self._drafters()
         plan = self._plan(drafters)
         with (
@@ -77,6 +94,12 @@ class Bench:
         print(markdown(report))
         print("written: " + ", ".join(map(str, write(report, Path(self.out)))))
         return 0
+
+    def _ask_for_all(self) -> None:
+        self.concurrency = [1, 2, 4, 8, 16]
+        self.contexts = self.contexts or [512, 2048, 7936]
+        self.num_speculative_tokens = [1, 2, 3, 4]
+        self.profile = True
 
     def _drafters(self) -> "Drafters":
         from vllm_mtp.bench.run import Drafters
@@ -101,20 +124,23 @@ class Bench:
 
     def _plan(self, drafters: "Drafters") -> "Plan":
         from vllm_mtp.bench.plan import Plan
-        from vllm_mtp.bench.run import fastest_dtype, has_chat_template
+        from vllm_mtp.bench.run import fastest_dtype, tokenizer_of
         from vllm_mtp.commands.targets import target_folder
         from vllm_mtp.demo.target import ensure_demo_target
 
-        target = target_folder(self.target) if self.target else ensure_demo_target()
+        given = target_folder(self.target) if self.target else ensure_demo_target()
+        target = Path(given)
+        longest = max(self.contexts, default=0) + self.max_tokens + _ROOM_AROUND
         return Plan(
             target=str(target),
             dtype=self.dtype or fastest_dtype(),
-            max_model_len=self.max_model_len,
+            max_model_len=max(self.max_model_len, longest if self.contexts else 0),
             rounds=self.rounds,
             sides=self._sides(str(target), drafters),
-            loads=self._loads(),
-            server_arguments=("--enforce-eager",) if self.enforce_eager else (),
-            chat_template=has_chat_template(Path(target)),
+            loads=self._loads(target),
+            enforce_eager=self.enforce_eager,
+            chat_template=tokenizer_of(target).chat_template is not None,
+            profiled_steps=_PROFILED_STEPS if self.profile else 0,
         )
 
     def _sides(self, target: str, drafters: "Drafters") -> "tuple[Side, ...]":
@@ -142,24 +168,44 @@ class Bench:
             ]
         return tuple(sides)
 
-    def _loads(self) -> "tuple[Load, ...]":
-        from vllm_mtp.bench.plan import Load, require_enough
+    def _loads(self, target: Path) -> "tuple[Load, ...]":
+        from vllm_mtp.bench import loads
+        from vllm_mtp.bench.run import tokenizer_of
 
-        wanted = {batch: max(self.num_prompts, batch) for batch in self.concurrency}
-        prompts = self._prompts(max(wanted.values()))
-        require_enough(prompts, max(wanted.values()), self.prompts)
-        return tuple(
-            Load(f"{batch} at once", prompts[:num], batch, self.max_tokens)
-            for batch, num in wanted.items()
+        most = max(self.num_prompts, *self.concurrency)
+        prompts = self._prompts(most + _TEXTS_BEFORE if self.contexts else most)
+        wanted = loads.concurrency_loads(
+            prompts, self.concurrency, self.num_prompts, self.max_tokens, self.prompts
         )
+        if self.contexts:
+            wanted += loads.context_loads(
+                tokenizer_of(target), prompts, self.contexts, self.max_tokens
+            )
+        if self.categories:
+            wanted += loads.category_loads(
+                self._by_category(), self.num_prompts, self.max_tokens
+            )
+        return tuple(wanted)
 
     def _prompts(self, num: int) -> tuple[str, ...]:
-        from vllm_mtp.data.prompts import read_prompts
-        from vllm_mtp.data.settings import SourceSettings
         from vllm_mtp.demo.prompts import sharegpt_prompts
 
         if self.prompts == "sharegpt":
             found = sharegpt_prompts(num, skip=_FIRST_UNSEEN_PROMPT, max_chars=1000)
             return tuple(found)
-        rows = read_prompts(SourceSettings(prompts=self.prompts, limit=num))
-        return tuple(row.messages[-1]["content"] for row in rows)
+        return tuple(text for _, text in _read(self.prompts, num))
+
+    def _by_category(self) -> dict[str, list[str]]:
+        found: dict[str, list[str]] = {}
+        for category, text in _read(str(self.categories)):
+            found.setdefault(category, []).append(text)
+        return found
+
+
+def _read(file: str, limit: int | None = None) -> list[tuple[str, str]]:
+    """Category and text of each prompt."""
+    from vllm_mtp.data.prompts import read_prompts
+    from vllm_mtp.data.settings import SourceSettings
+
+    rows = read_prompts(SourceSettings(prompts=file, limit=limit))
+    return [(row.category, row.messages[-1]["content"]) for row in rows]

@@ -13,6 +13,7 @@ from vllm_mtp.modeling.heads import DraftVocab, MarkovCorrection, Pick, pick_blo
 from vllm_mtp.modeling.hosts import Stream, TargetHost
 from vllm_mtp.modeling.layers import OwnLayer, SharedLayer
 from vllm_mtp.modeling.lora import RowGate
+from vllm_mtp.modeling.scopes import CHOICE, HEAD, LAYERS, scope
 
 
 class Traced(IntEnum):
@@ -28,6 +29,14 @@ class Traced(IntEnum):
 Trace = Callable[[int, torch.Tensor], None]
 """Called with a layer's index and the stream behind it, ``[B * k, hidden_size]``, and
 with each of `Traced`; positions first, drafts last."""
+
+
+RunLayers = Callable[
+    [torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor], torch.Tensor
+]
+"""From the embedded rows ``[rows, hidden_size]``, their positions ``[rows]`` int64, the
+boundary hidden state of each row's block ``[rows, hidden_size]`` or None, and LoRA's
+gate ``[rows, 1]``, to the last hidden states ``[rows, hidden_size]``."""
 
 
 class Drafter(nn.Module):
@@ -81,12 +90,14 @@ class BoundDrafter:
 
     Attributes:
         trace: Set it to see what every stage of a forward computes.
+        layers_runner: Runs the layers; a host may put a compiled one in its place.
     """
 
     def __init__(self, drafter: Drafter, target: TargetHost) -> None:
         self.trace: Trace | None = None
         self.drafter = drafter
         self.target = target
+        self.layers_runner: RunLayers = self._run_layers
         self._gate = RowGate()
         self._shared = {
             index: layer.bind(target, self._gate)
@@ -115,40 +126,63 @@ class BoundDrafter:
         Returns:
             Last hidden states ``[B, k, hidden_size]``, after the final norm.
         """
+        with scope(LAYERS):
+            return self._forward(anchor_ids, positions, boundary)
+
+    def _forward(
+        self,
+        anchor_ids: torch.Tensor | None,
+        positions: torch.Tensor,
+        boundary: torch.Tensor | None,
+    ) -> torch.Tensor:
         num_places = positions.shape[1]
         rows = positions.reshape(-1)
-        stream = Stream(self._embed(anchor_ids, *positions.shape))
-        self._gate.rows = self._gated(anchor_ids is None, rows, num_places).to(
-            stream.hidden.dtype
-        )
+        embedded = self._embed(anchor_ids, *positions.shape)
+        gate = self._gated(anchor_ids is None, rows, num_places).to(embedded.dtype)
         if boundary is not None:
             boundary = boundary.repeat_interleave(num_places, dim=0)
         if self.trace is not None:
-            self._trace_input(self.trace, anchor_ids, positions, stream)
+            self._trace_input(self.trace, anchor_ids, positions, embedded)
+        # A trace is called from between the layers, so it needs them uncompiled.
+        run = self._run_layers if self.trace is not None else self.layers_runner
+        return run(embedded, rows, boundary, gate).unflatten(0, (-1, num_places))
+
+    def _run_layers(
+        self,
+        embedded: torch.Tensor,
+        positions: torch.Tensor,
+        boundary: torch.Tensor | None,
+        gate: torch.Tensor,
+    ) -> torch.Tensor:
+        """See `RunLayers`."""
+        self._gate.rows = gate
+        stream = Stream(embedded)
         for index, layer in enumerate(self.drafter.layers):
             if isinstance(layer, OwnLayer):
-                stream = layer(self.target, stream, rows, boundary)
+                stream = layer(self.target, stream, positions, boundary)
             else:
                 bound = self.drafter.config.layers[index].target_layer
-                stream = self.target.run_layer(self._shared[index], bound, stream, rows)
+                stream = self.target.run_layer(
+                    self._shared[index], bound, stream, positions
+                )
             if self.trace is not None:
                 self.trace(index, stream.summed())
         hidden = self.target.final_norm(stream)
         if self.trace is not None:
             self.trace(Traced.FINAL_NORM, hidden)
-        return hidden.unflatten(0, (-1, num_places))
+        return hidden
 
     @staticmethod
     def _trace_input(
         trace: Trace,
         anchor_ids: torch.Tensor | None,
         positions: torch.Tensor,
-        stream: Stream,
+        embedded: torch.Tensor,
     ) -> None:
         trace(Traced.POSITIONS, positions)
         if anchor_ids is not None:
             trace(Traced.ANCHORS, anchor_ids)
-        trace(Traced.INPUT, stream.summed())
+        trace(Traced.INPUT, embedded)
 
     def _gated(
         self, all_placeholders: bool, rows: torch.Tensor, num_places: int
@@ -201,14 +235,19 @@ class BoundDrafter:
             Token ids ``[B, k]`` int64 of the target's vocabulary, and the
             distributions ``[B, k, V]`` where ``pick`` keeps them.
         """
-        tokens, distributions = pick_block(
-            self.logits(hidden),
-            hidden,
-            self.drafter.markov,
-            self.drafter.draft_vocab,
-            pick,
-            spread_to=self.drafter.config.target.vocab_size if whole_vocab else None,
-        )
+        with scope(HEAD):
+            logits = self.logits(hidden)
+        with scope(CHOICE):
+            tokens, distributions = pick_block(
+                logits,
+                hidden,
+                self.drafter.markov,
+                self.drafter.draft_vocab,
+                pick,
+                spread_to=self.drafter.config.target.vocab_size
+                if whole_vocab
+                else None,
+            )
         if self.trace is not None:
             self.trace(Traced.DRAFTS, tokens)
         return tokens, distributions

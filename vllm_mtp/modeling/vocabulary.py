@@ -27,24 +27,25 @@ def most_frequent_tokens(
 
 
 def frequent_tokens(
-    counts: Counter[int], special: Iterable[int], size: int, vocab_size: int
+    counts: Counter[int], first: Iterable[int], size: int, vocab_size: int
 ) -> tuple[int, ...]:
-    """The most frequent tokens of a count.
+    """The most frequent tokens of a count, behind those that must be there.
 
-    Special tokens come first: a drafter that cannot end a turn wastes the last
-    draft of every answer. Tokens that were never seen follow by id, since byte-pair
-    vocabularies number common pieces first.
+    Tokens that were never seen follow by id, since byte-pair vocabularies number common
+    pieces first.
 
     Args:
         counts: How often each token was seen.
-        special: Ids of special tokens; those beyond the vocabulary are left out.
+        first: Ids that are taken before all others; those beyond the vocabulary are
+            left out. Special tokens belong here: a drafter that cannot end a turn
+            wastes the last draft of every answer.
         size: How many tokens to choose.
         vocab_size: Size of the target's vocabulary.
 
     Returns:
         ``size`` ascending token ids.
     """
-    special = [i for i in sorted(special) if i < vocab_size]
+    required = [i for i in first if i < vocab_size]
     ranked = [token for token, _ in counts.most_common()]
-    order = dict.fromkeys([*special, *ranked, *range(vocab_size)])
+    order = dict.fromkeys([*required, *ranked, *range(vocab_size)])
     return tuple(sorted(list(order)[:size]))

@@ -6,8 +6,7 @@ On a CPU these are oneDNN's with weights laid out once (or SGLang's). torch's
 takes as long again as reading it (docs/benchmark.md). On GPUs nothing changes.
 """
 
-from collections.abc import Callable
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,7 +29,7 @@ def use_vllm_kernels(module: nn.Module) -> None:
             linear.forward = partial(product, linear)  # type: ignore[method-assign]
 
 
-def prepare(layer: nn.Module) -> None:
+def prepare(layer: Any) -> None:
     """Lay a layer's ``weight`` out for `product`, as vLLM does after loading its own.
 
     Args:
@@ -39,14 +38,10 @@ def prepare(layer: nn.Module) -> None:
     if current_platform.is_cpu():
         # Kept, since `vllm-mtp check` and tensor parallelism look at it.
         dispatch_cpu_unquantized_gemm(layer, remove_weight=False)
+    # Chosen once, and not for every product of every draft.
+    layer.kernel = dispatch_unquantized_gemm()
 
 
 def product(layer: Any, x: torch.Tensor) -> torch.Tensor:
     """``[rows, in]`` to ``[rows, out]``, for a layer that was prepared."""
-    return _kernel()(layer, x, layer.weight, getattr(layer, "bias", None))
-
-
-@cache
-def _kernel() -> Callable[..., torch.Tensor]:
-    """Chosen once, and not for every product of every draft."""
-    return dispatch_unquantized_gemm()
+    return layer.kernel(layer, x, layer.weight, getattr(layer, "bias", None))

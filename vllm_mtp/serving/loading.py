@@ -9,6 +9,7 @@ from vllm.config import VllmConfig
 from vllm_mtp.checkpoint import load_drafter
 from vllm_mtp.modeling.drafter import BoundDrafter
 from vllm_mtp.modeling.sharding import part_of
+from vllm_mtp.serving.compiled import compile_layers
 from vllm_mtp.serving.gemm import use_vllm_kernels
 from vllm_mtp.serving.host import VllmTarget, this_rank
 
@@ -37,4 +38,6 @@ def load_bound_drafter(
     use_vllm_kernels(drafter)
     config = drafter.config
     host = VllmTarget(target_model, vllm_config, config.target, config.bound_layers)
-    return BoundDrafter(drafter, host), host
+    bound = BoundDrafter(drafter, host)
+    compile_layers(bound, vllm_config)
+    return bound, host

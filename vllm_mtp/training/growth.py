@@ -2,11 +2,16 @@
 """Start a drafter from a trained one: fewer layers, or more places."""
 
 from collections import defaultdict
+from pathlib import Path
 
 import torch
 
+from vllm_mtp.checkpoint import load_drafter
 from vllm_mtp.modeling.drafter import Drafter
 from vllm_mtp.training.states import TrainingInputError
+
+_TOKENS = "draft_vocab.token_ids"
+_ROWS_BY_TOKEN = "markov.unembed.weight"  # shape: [output tokens, rank]
 
 
 @torch.no_grad()
@@ -15,7 +20,9 @@ def warm_start(drafter: Drafter, source: Drafter) -> list[str]:
 
     Layers fit by kind and target layer, in the order they come, so layers can be
     left out ("healing"). Placeholders are taken from the first on; added ones go
-    round the trained ones again (looped extension, MTP-D, 2603.23911).
+    round the trained ones again (looped extension, MTP-D, 2603.23911). What the Markov
+    correction has for a token that can be drafted is found by the token, so the
+    vocabularies may differ; that of ``drafter`` stays.
 
     Args:
         drafter: Changed in place.
@@ -34,6 +41,10 @@ def warm_start(drafter: Drafter, source: Drafter) -> list[str]:
     left: list[str] = []
     for name, tensor in drafter.state_dict().items():
         origin = weights.get(_name_in_source(name, taken))
+        if name == _TOKENS:
+            continue
+        if name == _ROWS_BY_TOKEN and origin is not None:
+            origin = _rows_of_tokens(tensor, drafter, origin, source)
         if name == "placeholders" and origin is not None:
             rows = torch.arange(len(tensor)) % len(origin)
             tensor.copy_(origin[rows])
@@ -41,13 +52,41 @@ def warm_start(drafter: Drafter, source: Drafter) -> list[str]:
             tensor.copy_(origin)
         else:
             left.append(name)
-    if len(left) == len(drafter.state_dict()):
+    if len(left) == len([name for name in drafter.state_dict() if name != _TOKENS]):
         raise TrainingInputError(
             "warm_start: no weight of that drafter fits this one's layers; it has "
             f"{[layer.target_layer for layer in source.config.layers]} of target "
             "layers. Use another drafter, or none"
         )
     return left
+
+
+def draft_tokens(folder: str | Path) -> tuple[int, ...] | None:
+    """The reduced vocabulary of a drafter; None where it drafts every token."""
+    vocab = load_drafter(Path(folder), dtype=torch.float32).draft_vocab
+    return None if vocab is None else tuple(vocab.token_ids.tolist())
+
+
+def _rows_of_tokens(
+    rows: torch.Tensor, drafter: Drafter, origin: torch.Tensor, source: Drafter
+) -> torch.Tensor:
+    """Rows ``[V, rank]`` for the drafter's tokens, from those that ``source`` has.
+
+    A token that ``source`` could not draft keeps its start value, which is no
+    correction.
+    """
+    if rows.shape[1] != origin.shape[1]:
+        return origin
+    by_token = rows.new_zeros(drafter.config.target.vocab_size, rows.shape[1])
+    by_token[_drafted(drafter)] = rows
+    by_token[_drafted(source)] = origin
+    return by_token[_drafted(drafter)]
+
+
+def _drafted(drafter: Drafter) -> torch.Tensor | slice:
+    """Where the drafter's output tokens stand in the target's vocabulary."""
+    vocab = drafter.draft_vocab
+    return slice(None) if vocab is None else vocab.token_ids
 
 
 def _require_same_lora_scale(drafter: Drafter, source: Drafter) -> None:

@@ -3,6 +3,7 @@
 
 import logging
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
 from functools import cached_property
@@ -28,6 +29,7 @@ from vllm_mtp.training.bridges import bridged_layers, fit_bridges
 from vllm_mtp.training.candidates import Candidates, own_token_counts
 from vllm_mtp.training.finish import finish
 from vllm_mtp.training.growth import (
+    draft_tokens,
     freeze_all_but_new_places,
     require_same_but_places,
     warm_start,
@@ -62,8 +64,13 @@ class TrainingRun:
         # Goes through all texts, and only small vocabularies ask for it.
         return own_token_counts(self.train_rows)
 
-    def frequent(self, size: int) -> tuple[int, ...]:
-        """The target's most frequent tokens in the training texts."""
+    def frequent(self, size: int, first: Sequence[int] = ()) -> tuple[int, ...]:
+        """The target's most frequent tokens in the training texts.
+
+        Args:
+            size: How many.
+            first: Ids that are taken before all others.
+        """
         vocab_size = self.facts.vocab_size
         if not 0 < size <= vocab_size:
             raise MTPError(
@@ -71,16 +78,24 @@ class TrainingRun:
                 f"{vocab_size}, the size of the target's vocabulary"
             )
         special = _special_tokens(self.target)
-        return frequent_tokens(self._counts, special, size, vocab_size)
+        return frequent_tokens(self._counts, [*first, *special], size, vocab_size)
+
+    def _draft_tokens(self, args: DrafterTrainingArguments) -> tuple[int, ...] | None:
+        """The reduced vocabulary: what ``warm_start`` can draft, and then by count."""
+        size = args.draft_vocab_size
+        if not size:
+            return None
+        known = draft_tokens(args.warm_start) if args.warm_start else None
+        fits = known is not None and len(known) <= size
+        return self.frequent(size, known if known is not None and fits else ())
 
     def new_drafter(self, args: DrafterTrainingArguments) -> Drafter:
         """A new drafter of one stage, with trainable weights in float32."""
-        size = args.draft_vocab_size
         drafter = new_drafter(
             self.target,
             args.layers,
             args.num_speculative_tokens,
-            args.options(self.frequent(size) if size else None, args.seed),
+            args.options(self._draft_tokens(args), args.seed),
         )
         return drafter.float().to(args.device)
 

@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The drafter's layers as one compiled function, where vLLM compiles the target.
+
+Run one by one, the small operations of a layer (norms, RoPE, activations) and Python
+between them take as long as its products (docs/benchmark.md).
+"""
+
+import torch
+from vllm.config import CompilationMode, VllmConfig
+from vllm.platforms import current_platform
+
+from vllm_mtp.modeling.drafter import BoundDrafter, RunLayers
+
+
+def compile_layers(bound: BoundDrafter, vllm_config: VllmConfig) -> None:
+    """Compile the layers if the target is compiled as well, on a CPU.
+
+    On GPUs the V2 runner's graphs take Python out of a draft, and nothing of this was
+    run on one. ``enforce_eager`` of the engine or of the drafter turns it off.
+    """
+    spec_config = vllm_config.speculative_config
+    eager = spec_config is not None and spec_config.enforce_eager
+    target_is_eager = vllm_config.compilation_config.mode == CompilationMode.NONE
+    if eager or target_is_eager or not current_platform.is_cpu():
+        return
+    bound.layers_runner = _Compiled(bound.layers_runner)
+
+
+class _Compiled:
+    """A `RunLayers` that is compiled once for all numbers of rows but one.
+
+    A single row would be compiled anew, as dynamo takes a size of 1 for a constant. It
+    occurs only where one request drafts one token.
+    """
+
+    def __init__(self, run: RunLayers) -> None:
+        self._run = run
+        # Weights, layers and types are the same in every call, so nothing needs to be
+        # looked at again before it (which takes milliseconds).
+        self._compiled = torch.compile(
+            run,
+            fullgraph=True,
+            dynamic=True,
+            options={"guard_filter_fn": torch.compiler.skip_all_guards_unsafe},
+        )
+
+    def __call__(
+        self,
+        embedded: torch.Tensor,
+        positions: torch.Tensor,
+        boundary: torch.Tensor | None,
+        gate: torch.Tensor,
+    ) -> torch.Tensor:
+        run = self._run if len(positions) == 1 else self._compiled
+        return run(embedded, positions, boundary, gate)
