@@ -2,10 +2,12 @@
 """Records to medians and ratios, schedules and reports."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from vllm_mtp.bench.loads import CONTEXT
 from vllm_mtp.bench.measure import Record
 from vllm_mtp.bench.plan import (
     Load,
@@ -19,7 +21,7 @@ from vllm_mtp.bench.plan import (
     self_draft_side,
 )
 from vllm_mtp.bench.report import Report, Stage, markdown, write
-from vllm_mtp.bench.summary import best_schedule, lines_of
+from vllm_mtp.bench.summary import best_schedule, lines_of, speed_record
 from vllm_mtp.errors import MTPError
 from vllm_mtp.metrics import AcceptanceCounts
 from vllm_mtp.serving.load import LoadResult
@@ -149,3 +151,17 @@ def test_stock_sides_are_as_vllm_takes_them() -> None:
 def test_too_few_prompts() -> None:
     with pytest.raises(MTPError, match="--prompts x: got 1 prompts, expected 3"):
         require_enough(["one"], 3, "x")
+
+
+def test_a_card_gets_the_loads_at_once(records: list[Record]) -> None:
+    context = Load("512 tokens before", ("a",), 1, 8, CONTEXT)
+    plan = replace(PLAN, loads=(*LOADS, context))
+    more = [record(side, context, n, 5.0, 1.0) for side in plan.sides for n in (0, 1)]
+    lines = lines_of(plan, records + more)
+    machine = {"device": "CPU", "versions": "vllm 0.32.0", "target": "tiny"}
+    speed = speed_record(machine, plan, lines, [(1, 4, 2)])
+    assert [row.requests for row in speed.rows] == [1, 4]
+    assert speed.rows[0].ratio == pytest.approx(1.6)
+    assert (speed.rows[0].low, speed.rows[0].high) == pytest.approx((1.5, 1.7))
+    assert speed.rows[0].acceptance_length == pytest.approx(1.9)
+    assert (speed.dtype, speed.compiled, speed.rounds) == ("float32", True, 2)

@@ -3,6 +3,7 @@
 sees anything of it. On either runner."""
 
 import logging
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from prometheus_client import REGISTRY
+from vllm.sampling_params import StructuredOutputsParams
 
 from tests.serving.async_scheduling import force_async_scheduling
 from tests.serving.engines import (
@@ -32,6 +34,7 @@ from tests.serving.test_distribution import (
     second_token,
 )
 from tests.tiny_targets import VOCAB_SIZE
+from tests.tiny_tokenizer import save_tiny_tokenizer
 from vllm_mtp.serving.faults import (
     COUNTER_NAME,
     FILLER_TOKEN,
@@ -46,8 +49,12 @@ LENGTHS = [100, 30, 70] if ON_V2 else [150, 30, 151, 97, 200, 10]
 PROMPTS = [[(7 * i + 3 * j) % 512 for i in range(n)] for j, n in enumerate(LENGTHS)]
 MAX_TOKENS = 8 if ON_V2 else 30
 PENALTY = {"repetition_penalty": 1.3}
-# With penalties, vLLM also reads the drafts on the host.
-WAYS: list[dict[str, Any]] = [{}, PENALTY]
+# With penalties, vLLM also reads the drafts on the host; a grammar checks them.
+WAYS: list[dict[str, Any]] = [
+    {},
+    PENALTY,
+    {"structured_outputs": StructuredOutputsParams(regex="[a-f]([0-9]|[a-f]{2}){200}")},
+]
 
 
 class Injected(RuntimeError):
@@ -125,11 +132,22 @@ def scheduling(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
 plain_runs: list[list[list[int]]] = []
 
 
+@pytest.fixture(scope="module")
+def llama(
+    tiny_targets: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A target with a tokenizer, which a grammar needs."""
+    folder = tmp_path_factory.mktemp("with-tokenizer") / "llama"
+    shutil.copytree(tiny_targets["llama"], folder)
+    save_tiny_tokenizer(folder)
+    return folder
+
+
 @pytest.fixture
-def plain(tiny_targets: dict[str, Path]) -> list[list[list[int]]]:
+def plain(llama: Path) -> list[list[list[int]]]:
     """The target alone, in each of `WAYS`."""
     if not plain_runs:
-        with engine(tiny_targets["llama"], **CHUNKS) as llm:
+        with engine(llama, **CHUNKS) as llm:
             runs = [generate(llm, PROMPTS, MAX_TOKENS, **way) for way in WAYS]
         assert runs[0].chunked > 0
         plain_runs.extend(run.token_ids for run in runs)
@@ -152,26 +170,28 @@ def messages(caplog: pytest.LogCaptureFixture, level: int) -> list[str]:
 def test_one_failure_costs_one_step(
     plain: list[list[list[int]]],
     scheduling: str,
-    tiny_targets: dict[str, Path],
+    llama: Path,
     tiny_drafter: Callable[[str, str], Path],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     settings = CHUNKS | {"enable_prefix_caching": False}
-    with drafting(tiny_drafter, tiny_targets["llama"], **settings) as (llm, faults):
+    with drafting(tiny_drafter, llama, **settings) as (llm, faults):
         before = all_ways(llm)
-        failing = faults.calls + faults.calls // (2 * len(WAYS))
-        faults.at = lambda call: call == failing
+        # In the middle of the first way, and of the last.
+        half = faults.calls // (2 * len(WAYS))
+        failing = [faults.calls + half, 2 * faults.calls - half]
+        faults.at = lambda call: call in failing
         during = all_ways(llm)
         after = all_ways(llm)
         guard = guard_of(llm)
     for runs in (before, during, after):
         assert [run.token_ids for run in runs] == plain
-    assert (guard.failures, guard.is_off) == (1, False)
+    assert (guard.failures, guard.is_off) == (2, False)
     assert [run.counts for run in after] == [run.counts for run in before]
     accepted = during[0].counts.accepted_tokens
     assert 0 < accepted < before[0].counts.accepted_tokens
     (error,) = messages(caplog, logging.ERROR)
-    assert f"Injected: call {failing}" in error
+    assert f"Injected: call {failing[0]}" in error
     assert not messages(caplog, logging.WARNING)
 
 
@@ -179,11 +199,11 @@ def test_one_failure_costs_one_step(
 def test_speculation_stays_off_after_too_many_failures(
     plain: list[list[list[int]]],
     scheduling: str,
-    tiny_targets: dict[str, Path],
+    llama: Path,
     tiny_drafter: Callable[[str, str], Path],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    with drafting(tiny_drafter, tiny_targets["llama"], **CHUNKS) as (llm, faults):
+    with drafting(tiny_drafter, llama, **CHUNKS) as (llm, faults):
         faults.at = lambda _: True
         runs = all_ways(llm)
         faults.at = lambda _: False  # too late

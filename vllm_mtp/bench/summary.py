@@ -3,12 +3,14 @@
 tokens for each batch size."""
 
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from vllm_mtp.bench.loads import CONCURRENCY
 from vllm_mtp.bench.measure import Record
 from vllm_mtp.bench.plan import PLAIN, Plan, Side
 from vllm_mtp.metrics import AcceptanceCounts
+from vllm_mtp.publishing.speed import SpeedRecord, SpeedRow
 
 
 @dataclass(frozen=True)
@@ -115,3 +117,39 @@ def best_schedule(
             schedule.append((first, batch, tokens))
         first = batch + 1
     return schedule
+
+
+def speed_record(
+    machine: Mapping[str, str],
+    plan: Plan,
+    lines: Sequence[Line],
+    schedule: Sequence[tuple[int, int, int]],
+) -> SpeedRecord:
+    """What a drafter's card says of a calibrated side.
+
+    Args:
+        machine: With ``device`` and ``versions``.
+        plan: What was measured: no speculation, and the calibrated drafter.
+        lines: What came of it.
+        schedule: The calibration.
+    """
+    batches = {load.name: load.concurrency for load in plan.loads_of(CONCURRENCY)}
+    return SpeedRecord(
+        device=machine["device"],
+        versions=machine["versions"],
+        dtype=plan.dtype,
+        compiled=not plan.enforce_eager,
+        rounds=plan.rounds,
+        schedule=list(schedule),
+        rows=[
+            SpeedRow(
+                requests=batches[line.load],
+                ratio=line.ratio.median,
+                low=line.ratio.low,
+                high=line.ratio.high,
+                acceptance_length=line.counts.acceptance_length,
+            )
+            for line in lines
+            if line.side != PLAIN and line.load in batches
+        ],
+    )

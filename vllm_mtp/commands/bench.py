@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from vllm_mtp.bench.plan import Load, Plan, Side
+    from vllm_mtp.bench.report import Report
     from vllm_mtp.bench.run import Drafters
 
 # Behind every prompt that the shipped drafters were trained on or chosen by.
@@ -66,6 +67,9 @@ class Bench:
         "the servers' type (default: in which this machine is fastest)", None
     )
     enforce_eager: bool = flag("do not compile; slower, but starts sooner", False)
+    into_card: bool = flag(
+        "write the calibration into the drafter's folder and card as well", False
+    )
     out: str = flag("folder for benchmark.json, benchmark.md, speed.png", "bench")
 
     def run(self) -> int:
@@ -92,8 +96,21 @@ class Bench:
             command = shlex.join(["vllm-mtp", *sys.argv[1:]])
             report = run(plan, drafters, command, Path(logs), progress)
         print(markdown(report))
+        if self.into_card and drafters.calibrate is not None:
+            self._tell(report, drafters.folders[drafters.calibrate])
         print("written: " + ", ".join(map(str, write(report, Path(self.out)))))
         return 0
+
+    @staticmethod
+    def _tell(report: "Report", folder: str) -> None:
+        from vllm_mtp.bench.summary import speed_record
+        from vllm_mtp.publishing.folder import write_speed
+
+        stage = report.stages[-1]
+        (schedule,) = report.schedules.values()
+        speed = speed_record(report.machine, stage.plan, stage.lines, schedule)
+        write_speed(folder, speed)
+        print(f"written: {folder}/speed.json, and its README.md")
 
     def _ask_for_all(self) -> None:
         self.concurrency = [1, 2, 4, 8, 16]

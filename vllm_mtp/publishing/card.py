@@ -20,6 +20,7 @@ from vllm_mtp.publishing.provenance import (
     utc,
     without_paths,
 )
+from vllm_mtp.publishing.speed import SpeedRecord
 
 CARD_FILE = "README.md"
 
@@ -54,6 +55,7 @@ def make_card(
     config: DrafterConfig,
     provenance: DrafterProvenance | None = None,
     evaluation: OfflineResult | None = None,
+    speed: SpeedRecord | None = None,
     *,
     name: str = "drafter",
     repo_id: str | None = None,
@@ -65,6 +67,7 @@ def make_card(
         config: The drafter's.
         provenance: How it was made, if that is known.
         evaluation: Its acceptance, if that is known.
+        speed: What a benchmark found, if there was one.
         name: Of its folder.
         repo_id: Hub repository that it can be had from; None for from a folder.
         license: Of the weights; default the target's, if that is known.
@@ -87,6 +90,7 @@ def make_card(
         _introduction(config, target, provenance),
         _use(config, target, model),
         _acceptance(evaluation),
+        _speed(speed),
         _design(config, target, provenance),
         _training(provenance),
         _check(target, model),
@@ -193,6 +197,32 @@ def _acceptance(evaluation: OfflineResult | None) -> str:
             "accepted only where it is the sampled token."
         )
     return "\n\n".join([*parts, markdown(evaluation)])
+
+
+def _speed(speed: SpeedRecord | None) -> str:
+    if speed is None:
+        return ""
+    schedule = json.dumps([list(entry) for entry in speed.schedule])
+    where = [
+        ("Device", speed.device),
+        ("Versions", speed.versions),
+        ("Type", f"{speed.dtype}, {'compiled' if speed.compiled else 'eager'}"),
+        ("Rounds", f"{speed.rounds}, the sides in turns"),
+        ("`num_speculative_tokens_per_batch_size`", f"`{schedule}`"),
+    ]
+    rows = "\n".join(
+        f"| {row.requests} | {row.ratio:.2f} ({row.low:.2f} to {row.high:.2f}) | "
+        f"{row.acceptance_length:.2f} |"
+        for row in speed.rows
+    )
+    return (
+        "## Speed\n\nTokens per second over those of the target alone, as "
+        "`vllm-mtp bench` measured them: median (lowest to highest). The number of "
+        "tokens for each batch size was chosen there, and is this machine's; run it on "
+        f"yours.\n\n{_table(where)}\n\n"
+        "| Requests at once | Tokens/s, ratio | Acceptance length |\n"
+        f"| --- | --- | --- |\n{rows}"
+    )
 
 
 def _design(

@@ -9,7 +9,7 @@ from vllm_mtp.errors import DataError
 from vllm_mtp.evaluation.offline import OfflineResult
 from vllm_mtp.evaluation.report import JSON_FILE as EVALUATION_FILE
 from vllm_mtp.evaluation.report import PLOT_FILE, TABLE_FILE
-from vllm_mtp.files import write_whole
+from vllm_mtp.files import write_whole, writing
 from vllm_mtp.modeling.drafter import Drafter
 from vllm_mtp.publishing.card import CARD_FILE, is_made, license_of, make_card
 from vllm_mtp.publishing.names import public_value
@@ -19,6 +19,7 @@ from vllm_mtp.publishing.provenance import (
     read_provenance,
     without_paths,
 )
+from vllm_mtp.publishing.speed import SPEED_FILE, SpeedRecord, read_speed
 
 
 def write_folder(
@@ -48,8 +49,8 @@ def describe_folder(
 ) -> None:
     """Write ``provenance.json``, ``evaluation.json`` and ``README.md``.
 
-    What is not given is removed where it is there: it is about other weights. A card
-    that a person wrote stays.
+    What is not given is removed where it is there, and so is ``speed.json``: it is
+    about other weights. A card that a person wrote stays.
 
     Args:
         folder: Holds a drafter.
@@ -58,6 +59,7 @@ def describe_folder(
         license: Of the weights, for the card.
     """
     folder = Path(folder)
+    (folder / SPEED_FILE).unlink(missing_ok=True)
     if evaluation is None:
         for name in (EVALUATION_FILE, TABLE_FILE, PLOT_FILE):
             (folder / name).unlink(missing_ok=True)
@@ -78,6 +80,17 @@ def refresh_card(folder: Path | str) -> None:
         CheckpointError, DataError: A file of the folder is broken.
     """
     write_whole(Path(folder, CARD_FILE), card_text(folder))
+
+
+def write_speed(folder: Path | str, speed: SpeedRecord) -> None:
+    """Write ``speed.json``, and the card anew.
+
+    Raises:
+        MTPError: The folder cannot be written.
+    """
+    with writing(folder):
+        write_whole(Path(folder, SPEED_FILE), speed.to_json())
+        refresh_card(folder)
 
 
 def card_text(
@@ -102,6 +115,7 @@ def card_text(
         read_config(folder),
         read_provenance(folder),
         read_evaluation(folder),
+        read_speed(folder),
         name=folder.resolve().name,
         repo_id=repo_id,
         license=license or (license_of(before) if before else None),

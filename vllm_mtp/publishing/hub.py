@@ -17,6 +17,7 @@ from vllm_mtp.publishing.card import CARD_FILE
 from vllm_mtp.publishing.folder import card_text, write_folder
 from vllm_mtp.publishing.names import public_text, public_value
 from vllm_mtp.publishing.provenance import PROVENANCE_FILE
+from vllm_mtp.publishing.speed import SPEED_FILE
 
 if TYPE_CHECKING:
     from vllm_mtp.evaluation.offline import OfflineResult
@@ -157,7 +158,7 @@ def files_to_push(
     }
     # Reads the JSON files too, so they are sound below.
     files[CARD_FILE] = card_text(folder, repo_id=repo_id, license=license).encode()
-    for name in (PROVENANCE_FILE, EVALUATION_FILE):
+    for name in (PROVENANCE_FILE, EVALUATION_FILE, SPEED_FILE):
         if (folder / name).is_file():
             files[name] = _public_json(folder / name)
     return dict(sorted(files.items()))

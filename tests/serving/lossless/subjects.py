@@ -12,6 +12,7 @@ from tests.tiny_targets import VOCAB_SIZE, make_tiny_llama
 from tests.tiny_tokenizer import save_tiny_tokenizer
 from vllm_mtp.checkpoint import save_drafter
 from vllm_mtp.modeling.init import DrafterOptions, new_drafter
+from vllm_mtp.references import reference_folders
 
 MAX_MODEL_LEN = 256
 NUM_PROMPTS = 32
@@ -99,7 +100,7 @@ def tiny_speaker_subject(folder: Path) -> Subject:
 
 
 def smollm2_subject() -> Subject:
-    """The demo target in float32 on real prompts, with the drafter that it finds."""
+    """The demo target in float32 on real prompts, with the drafter `shared`."""
     from transformers import AutoTokenizer
 
     from vllm_mtp.demo.prompts import sharegpt_prompts
@@ -115,7 +116,8 @@ def smollm2_subject() -> Subject:
         )
         for text in sharegpt_prompts(64)
     ]
-    spec = {"method": "mtp_placeholder"}
+    shared = next(folder for folder in reference_folders() if folder.name == "shared")
+    spec = {"method": "mtp_placeholder", "model": str(shared)}
     # A step takes a hundred times longer than a tiny target's.
     return Subject("SmolLM2", target, spec, text_stream(texts), 8, 16)
 
