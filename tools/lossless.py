@@ -32,17 +32,23 @@ def main() -> int:
     """Run from the command line; returns the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--smollm2", action="store_true", help="the real target")
-    parser.add_argument("--only", nargs="*", help="these rows; nothing is written")
+    parser.add_argument("--only", nargs="*", help="these rows; the others stay")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         lines, problems = run(Path(folder), options.smollm2, options.only)
     print("\n".join(problems), file=sys.stderr)
-    if not options.only:
-        tables = json.loads(DATA.read_text("utf-8")) if DATA.exists() else {}
-        tables["smollm2" if options.smollm2 else "tiny"] = lines
-        DATA.write_text(json.dumps(tables, indent=1) + "\n", "utf-8")
-        PAGE.write_text(renewed(PAGE.read_text("utf-8"), tables), "utf-8")
+    tables = json.loads(DATA.read_text("utf-8")) if DATA.exists() else {}
+    name = "smollm2" if options.smollm2 else "tiny"
+    tables[name] = merged(tables.get(name, []), lines) if options.only else lines
+    DATA.write_text(json.dumps(tables, indent=1) + "\n", "utf-8")
+    PAGE.write_text(renewed(PAGE.read_text("utf-8"), tables), "utf-8")
     return bool(problems)
+
+
+def merged(before: list[list[str]], lines: list[list[str]]) -> list[list[str]]:
+    """The lines before, with those of the same name renewed and new ones behind."""
+    by_name = {line[0]: line for line in before}
+    return list((by_name | {line[0]: line for line in lines}).values())
 
 
 def run(

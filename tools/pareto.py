@@ -26,6 +26,7 @@ from vllm_mtp.references import reference_folders
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "docs" / "ablation.json"
 PLOT = ROOT / "docs" / "pareto.png"
+_APART = 0.04
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,9 @@ def plot(found: list[Candidate], path: Path) -> None:
 
 def _name(axes: Axes, best: list[Candidate], color: str) -> None:
     axes.plot([c.cost for c in best], [c.length for c in best], color=color)
-    for one in best:
+    for one, following in zip(best, [*best[1:], None], strict=True):
+        if following is not None and following.cost - one.cost < _APART:
+            continue  # the names would cover each other
         axes.annotate(
             one.name,
             (one.cost, one.length),
