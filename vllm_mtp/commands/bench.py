@@ -41,7 +41,7 @@ class Bench:
     calibrate: str | None = flag(
         "which of them to calibrate (default: the first)", None
     )
-    num_speculative_tokens: list[int] = flag("tokens per draft to compare", [1, 2, 4])
+    num_speculative_tokens: list[int] = flag("tokens per draft to compare", [2, 4])
     baselines: list[str] = flag(
         "stock methods to compare with: ngram, draft_model", ["ngram", "draft_model"]
     )
