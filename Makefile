@@ -29,7 +29,7 @@ train-demo: $(READY) ## Generate, train, check and measure a drafter in .train-d
 	@BIN=$(BIN) sh examples/train/demo.sh .train-demo
 
 bench: $(READY) ## Measure speed beside stock vLLM, into bench-report
-	@$(BIN)/vllm-mtp bench --out bench-report
+	@$(BIN)/vllm-mtp bench --profile --out bench-report
 
 # Files are shared out whole, so that the tests in one can share an engine.
 test: lint ## Run the lint, then the tests

@@ -36,14 +36,14 @@ class Bench:
 
     target: str | None = flag("the target's folder (default: the demo target)", None)
     drafters: list[str] = flag(
-        "folders, or names that `vllm-mtp references` lists", ["cheap", "shared"]
+        "folders, or names that `vllm-mtp references` lists", ["cheap"]
     )
     calibrate: str | None = flag(
         "which of them to calibrate (default: the first)", None
     )
     num_speculative_tokens: list[int] = flag("tokens per draft to compare", [2, 4])
     baselines: list[str] = flag(
-        "stock methods to compare with: ngram, draft_model", ["ngram", "draft_model"]
+        "stock methods to compare with: ngram, draft_model", ["ngram"]
     )
     concurrency: list[int] = flag("requests at once", [1, 4, 8])
     prompts: str = flag("JSONL file of prompts, or sharegpt", "sharegpt")
@@ -55,8 +55,8 @@ class Bench:
     )
     profile: bool = flag("also show where the time of a step goes (CPU)", False)
     full: bool = flag(
-        "all of it: 1 to 16 requests, 512 to 7936 tokens before, one to four tokens "
-        "per draft, the profile; takes hours on a CPU",
+        "all of it: both stock methods, all shipped drafters, 1 to 16 requests, 512 to "
+        "7936 tokens before, the profile; takes hours on a CPU",
         False,
     )
     num_prompts: int = flag("prompts per load, at least; as many as are at once", 4)
@@ -113,9 +113,13 @@ class Bench:
         print(f"written: {folder}/speed.json, and its README.md")
 
     def _ask_for_all(self) -> None:
+        from vllm_mtp.commands.references import shipped
+
+        self.baselines = ["ngram", "draft_model"]
+        known = [item.name for item in shipped()]
+        self.drafters = list(dict.fromkeys([*self.drafters, *known]))
         self.concurrency = [1, 2, 4, 8, 16]
         self.contexts = self.contexts or [512, 2048, 7936]
-        self.num_speculative_tokens = [1, 2, 3, 4]
         self.profile = True
 
     def _drafters(self) -> "Drafters":
