@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The drafter's layers, compiled where vLLM compiles the target."""
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -105,3 +106,31 @@ def test_only_where_the_target_is_compiled(
     )
     compile_layers(bound, config)
     assert (bound.layers_runner is not uncompiled_runner) == expected
+
+
+def test_what_cannot_be_compiled_runs_uncompiled(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A target may be compilable where our view of its layers is not."""
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    calls = []
+
+    def run(embedded: torch.Tensor, *_: Any) -> torch.Tensor:
+        calls.append(len(embedded))
+        torch._dynamo.graph_break()  # which a whole graph cannot have
+        return embedded + 1
+
+    bound: Any = SimpleNamespace(layers_runner=run)
+    config: Any = SimpleNamespace(
+        compilation_config=SimpleNamespace(mode=CompilationMode.DYNAMO_TRACE_ONCE),
+        speculative_config=None,
+    )
+    compile_layers(bound, config)
+    rows = torch.zeros(3, 2)
+    with caplog.at_level(logging.WARNING, "vllm.mtp_placeholder"):
+        for _ in range(2):
+            found = bound.layers_runner(rows, torch.zeros(3), None, rows)
+            assert found.eq(1).all()
+    assert calls == [3, 3]
+    (message,) = (r.getMessage() for r in caplog.records if "mtp" in r.name)
+    assert message.startswith("the drafter's layers are not compiled: ")

@@ -5,11 +5,16 @@ Run one by one, the small operations of a layer (norms, RoPE, activations) and P
 between them take as long as its products (docs/benchmark.md).
 """
 
+import logging
+
 import torch
+from torch._dynamo.exc import TorchDynamoException
 from vllm.config import CompilationMode, VllmConfig
 from vllm.platforms import current_platform
 
 from vllm_mtp.modeling.drafter import BoundDrafter, RunLayers
+
+logger = logging.getLogger("vllm.mtp_placeholder")
 
 
 def compile_layers(bound: BoundDrafter, vllm_config: VllmConfig) -> None:
@@ -37,7 +42,7 @@ class _Compiled:
         self._run = run
         # Weights, layers and types are the same in every call, so nothing needs to be
         # looked at again before it (which takes milliseconds).
-        self._compiled = torch.compile(
+        self._compiled: RunLayers | None = torch.compile(
             run,
             fullgraph=True,
             dynamic=True,
@@ -51,5 +56,15 @@ class _Compiled:
         boundary: torch.Tensor | None,
         gate: torch.Tensor,
     ) -> torch.Tensor:
-        run = self._run if len(positions) == 1 else self._compiled
-        return run(embedded, positions, boundary, gate)
+        # Without guards, strides must be those of the first call.
+        boundary = None if boundary is None else boundary.contiguous()
+        rows = embedded.contiguous(), positions.contiguous(), boundary, gate
+        if self._compiled is None or len(positions) == 1:
+            return self._run(*rows)
+        try:
+            return self._compiled(*rows)
+        except TorchDynamoException as error:  # in the first call, while vLLM starts
+            reason = str(error).strip().partition("\n")[0]
+            logger.warning("the drafter's layers are not compiled: %s", reason)
+            self._compiled = None
+            return self._run(*rows)
