@@ -31,9 +31,8 @@ train-demo: $(READY) ## Generate, train, check and measure a drafter in .train-d
 bench: $(READY) ## Measure speed beside stock vLLM, into bench-report
 	@$(BIN)/vllm-mtp bench --profile --out bench-report
 
-# Files are shared out whole, so that the tests in one can share an engine.
 test: lint ## Run the lint, then the tests
-	@$(BIN)/python -m pytest -q -n 2 --dist loadfile
+	@$(BIN)/python -m pytest -q
 
 test-versions: $(READY) ## Test with every vLLM that is said to work (downloads them once)
 	@$(BIN)/python -m tools.version_matrix --cache .vllm-versions

@@ -1,16 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fixtures that several folders use, and a core for each of several workers."""
+"""Fixtures that several folders use."""
 
-import os
 from pathlib import Path
-
-# `pytest -n 2`: two files at a time, each with one core, as most of a test's time is
-# one thread's. Before torch and vLLM are imported; their subprocesses get it as well.
-if worker := os.environ.get("PYTEST_XDIST_WORKER"):
-    cores = sorted(os.sched_getaffinity(0))
-    core = cores[int(worker.removeprefix("gw")) % len(cores)]
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", str(core))
 
 import pytest
 from hypothesis import settings
