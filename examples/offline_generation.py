@@ -7,7 +7,7 @@ target is found), and how to read the acceptance length.
 Run:    python examples/offline_generation.py
         python examples/offline_generation.py --model TARGET --drafter FOLDER
 
-Expect: three answers, and an acceptance length above 1.3, with the drafter that is
+Expect: three answers, and an acceptance length above 1.2, with the drafter that is
         shipped for the demo target. With another drafter, give the length that you
         expect: --min-acceptance-length 1.9
 """
@@ -63,7 +63,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--model", help="the target (default: the demo target)")
     parser.add_argument("--drafter", help="its drafter (default: found by the target)")
-    parser.add_argument("--min-acceptance-length", type=float, default=1.3)
+    parser.add_argument("--min-acceptance-length", type=float, default=1.2)
     return parser.parse_args()
 
 

@@ -50,7 +50,7 @@ def test_offline_generation() -> None:
     assert "The capital of France is Paris." in done.stdout
     length = re.search(r"acceptance length (\d\.\d+)", done.stdout)
     assert length is not None
-    assert float(length[1]) > 1.3
+    assert float(length[1]) > 1.2
 
 
 @pytest.mark.engine
@@ -59,7 +59,7 @@ def test_openai_client(server: Server) -> None:
     assert done.returncode == 0
     place = re.search(r"place 1: (\d\.\d+) accepted", done.stdout)
     assert place is not None
-    assert float(place[1]) > 0.3
+    assert float(place[1]) > 0.1
 
 
 def test_openai_client_without_a_server_fails() -> None:
