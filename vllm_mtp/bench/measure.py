@@ -69,7 +69,7 @@ def running(plan: Plan, logs: Path, progress: Progress) -> Iterator[dict[str, Se
 
 
 def _some_at_once(sides: Sequence[Side]) -> Iterator[Sequence[Side]]:
-    """Most of a start is one core's work; more at once would take too much memory."""
+    """Two: one loads while the other compiles; more would take too much memory."""
     for first in range(0, len(sides), 2):
         yield sides[first : first + 2]
 

@@ -20,6 +20,8 @@ from vllm_mtp.bench.plan import Load, Plan, Side, calibrated_side, plain_side
 from vllm_mtp.bench.profile import StepProfile
 from vllm_mtp.bench.report import Report, Stage
 from vllm_mtp.bench.summary import best_schedule, lines_of
+from vllm_mtp.data.prompts import Prompt
+from vllm_mtp.data.render import Renderer
 from vllm_mtp.errors import MTPError
 from vllm_mtp.serving.steps import StepsWanted, profile_steps
 
@@ -198,18 +200,9 @@ def tokenizer_of(target: Path) -> Any:
 
 def tokens_of(plan: Plan, loads: Sequence[Load]) -> list[tuple[int, ...]]:
     """Token ids of the prompts of the largest load, as its requests have them."""
-    tokenizer = tokenizer_of(Path(plan.target))
+    renderer = Renderer(
+        tokenizer_of(Path(plan.target)), chat_template=plan.chat_template
+    )
     texts = max((load.prompts for load in loads), key=len)
-    if plan.chat_template:
-        texts = tuple(
-            tokenizer.apply_chat_template(
-                [{"role": "user", "content": text}],
-                add_generation_prompt=True,
-                tokenize=False,
-            )
-            for text in texts
-        )
-    special = not plan.chat_template  # a template has its own
-    return [
-        tuple(tokenizer(text, add_special_tokens=special).input_ids) for text in texts
-    ]
+    prompts = [Prompt(({"role": "user", "content": text},), "") for text in texts]
+    return [tuple(token_ids) for token_ids in renderer.render(prompts)]

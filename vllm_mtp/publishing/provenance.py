@@ -35,11 +35,13 @@ PROVENANCE_FILE = "provenance.json"
 _M = TypeVar("_M", bound=BaseModel)
 
 
-class _Record(BaseModel):
+class Record(BaseModel):
+    """What a drafter's folder says in a JSON file: nothing unknown, all finite."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-class TargetRecord(_Record):
+class TargetRecord(Record):
     """The target: names for people, hashes for the rest."""
 
     name: str | None = Field(default=None, description="Hub name or folder's name.")
@@ -53,14 +55,14 @@ class TargetRecord(_Record):
     )
 
 
-class DataRecord(_Record):
+class DataRecord(Record):
     """The target's answers that were trained on."""
 
     name: str = Field(description="The folder's name.")
     generation: Generation = Field(description="Its `generation.json`.")
 
 
-class ParentRecord(_Record):
+class ParentRecord(Record):
     """The drafter that training started from."""
 
     name: str = Field(description="Hub name or folder's name.")
@@ -70,7 +72,7 @@ class ParentRecord(_Record):
     )
 
 
-class TrainingRecord(_Record):
+class TrainingRecord(Record):
     """One training run."""
 
     arguments: dict[str, JsonValue] = Field(
@@ -87,7 +89,7 @@ class TrainingRecord(_Record):
     )
 
 
-class DrafterProvenance(_Record):
+class DrafterProvenance(Record):
     """How a drafter was made."""
 
     format: Literal[1] = 1

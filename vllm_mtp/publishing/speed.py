@@ -3,18 +3,15 @@
 
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from vllm_mtp.errors import DataError
+from vllm_mtp.publishing.provenance import Record
 
 SPEED_FILE = "speed.json"
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class SpeedRow(_Record):
+class SpeedRow(Record):
     """The calibrated drafter under one load."""
 
     requests: int = Field(ge=1, description="At once.")
@@ -24,7 +21,7 @@ class SpeedRow(_Record):
     acceptance_length: float = Field(ge=1, description="Bonus token included.")
 
 
-class SpeedRecord(_Record):
+class SpeedRecord(Record):
     """One benchmark's calibration, and what it gave."""
 
     device: str
