@@ -136,7 +136,7 @@ def test_real_prompts(
         assert first > 0.4
     if name in ("shared-1", "own-1"):
         # In bfloat16 rows are rounded by how many there are: .9938 on a CPU with AMX.
-        assert first == 1.0 if dtype == "float32" else first >= 0.98
+        assert first == 1.0 if dtype == "float32" else first >= 0.99
 
 
 def compare(reference: Run, run: Run, margin: float) -> list[Comparison]:
