@@ -36,12 +36,12 @@ class Words:
 PROMPTS = ["first question?", "second question?", "some text", "and more of it"]
 
 
-def test_as_many_prompts_as_are_at_once() -> None:
-    loads = concurrency_loads(PROMPTS, [1, 4], 2, 8, "here")
-    assert [(load.concurrency, len(load.prompts)) for load in loads] == [(1, 2), (4, 4)]
+def test_twice_as_many_prompts_as_are_at_once() -> None:
+    loads = concurrency_loads(PROMPTS, [1, 2], 3, 8, "here")
+    assert [(load.concurrency, len(load.prompts)) for load in loads] == [(1, 3), (2, 4)]
     assert {load.varies for load in loads} == {CONCURRENCY}
-    with pytest.raises(MTPError, match="--prompts here: got 4 prompts, expected 5"):
-        concurrency_loads(PROMPTS, [5], 2, 8, "here")
+    with pytest.raises(MTPError, match="--prompts here: got 4 prompts, expected 6"):
+        concurrency_loads(PROMPTS, [3], 2, 8, "here")
 
 
 @pytest.mark.parametrize("size", [0, 10, 40, 100])

@@ -11,6 +11,12 @@ PROMPTS_PER_CONTEXT = 2
 _QUESTION = "\n\nThat was the text. Now answer this: "
 
 
+def num_prompts(batch: int, least: int) -> int:
+    """Prompts of a load: twice as many as are at once, so that requests also come
+    while others are answered."""
+    return max(least, 2 * batch)
+
+
 def concurrency_loads(
     prompts: Sequence[str],
     batches: Iterable[int],
@@ -18,12 +24,12 @@ def concurrency_loads(
     output_tokens: int,
     source: str,
 ) -> list[Load]:
-    """So many requests at once, of ``least`` prompts or as many as are at once.
+    """So many requests at once, of `num_prompts` prompts.
 
     Raises:
         MTPError: There are too few prompts; names ``source``.
     """
-    wanted = {batch: max(least, batch) for batch in batches}
+    wanted = {batch: num_prompts(batch, least) for batch in batches}
     require_enough(prompts, max(wanted.values()), source)
     return [
         Load(f"{batch} at once", tuple(prompts[:num]), batch, output_tokens)

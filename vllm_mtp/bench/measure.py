@@ -110,6 +110,7 @@ def _launch(plan: Plan, side: Side, logs: Path) -> Server:
     # all servers live side by side.
     environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
     environment |= os.environ | {"VLLM_SERVER_DEV_MODE": "1"}
+    environment.update(plan.environment)
     return launch_server(Path(plan.target), logs, arguments, environment)
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a benchmark compares: sides under the same loads."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from vllm_mtp.errors import MTPError
@@ -61,6 +61,7 @@ class Plan:
         enforce_eager: Whether the servers do not compile.
         chat_template: Whether the target has one.
         profiled_steps: How many decoding steps to profile; 0 for no profile.
+        environment: Variables that all servers get beside those of this process.
     """
 
     target: str
@@ -72,6 +73,7 @@ class Plan:
     enforce_eager: bool = False
     chat_template: bool = True
     profiled_steps: int = 0
+    environment: Mapping[str, str] = field(default_factory=dict)
 
     def loads_of(self, kind: str) -> tuple[Load, ...]:
         """Those of one table, see `Load.varies`."""

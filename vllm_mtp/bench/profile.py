@@ -15,7 +15,7 @@ _PARTS = (
     ("draft: layers", (of_draft.LAYERS,)),
     ("draft: LM head", (of_draft.HEAD,)),
     ("draft: choice", (of_draft.CHOICE,)),
-    ("draft: the rest", ("gpu_model_runner: draft",)),
+    ("draft: the rest", (of_draft.DRAFT, "gpu_model_runner: draft")),
     ("sampling, verification", ("gpu_model_runner: sample",)),
     ("inputs, outputs of the runner", ("gpu_model_runner: ",)),
     ("texts, statistics", ("llm_engine step: process", "llm_engine step: record")),

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_mtp.bench import profile
+from vllm_mtp.bench.environment import shown
 from vllm_mtp.bench.loads import CONCURRENCY
 from vllm_mtp.bench.plan import PLAIN, Plan
 from vllm_mtp.bench.profile import StepProfile
@@ -85,6 +86,7 @@ def as_json(report: Report) -> str:
         for load in stage["plan"]["loads"]:
             load["prompts"] = len(load["prompts"])
         stage["plan"]["target"] = Path(stage["plan"]["target"]).name
+        stage["plan"]["environment"] = shown(stage["plan"]["environment"])
         for side in stage["plan"]["sides"]:
             _without_folders(side["speculative_config"] or {})
     return json.dumps(content, indent=1) + "\n"

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from vllm_mtp.bench import measure as measuring
+from vllm_mtp.bench.environment import added, shown
 from vllm_mtp.bench.loads import CONCURRENCY
 from vllm_mtp.bench.measure import Measured, Progress, measure, running
 from vllm_mtp.bench.plan import Load, Plan, Side, calibrated_side, plain_side
@@ -112,7 +113,10 @@ def _profiles(
         batches = tuple(sorted({1, plan.largest_batch}))
         wanted = StepsWanted(side.name, engine, prompts, batches, plan.profiled_steps)
         # Each in a process of its own: vLLM reads its settings when it is imported.
-        with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        with (
+            added(plan.environment),
+            ProcessPoolExecutor(1, get_context("spawn")) as pool,
+        ):
             profiles += pool.submit(profile_steps, wanted).result()
     return profiles
 
@@ -148,6 +152,7 @@ def machine(plan: Plan) -> dict[str, str]:
         "target": Path(plan.target).name,
         "versions": ", ".join(filter(None, map(_version, _PACKAGES)))
         + f", Python {platform.python_version()}",
+        "environment": shown(plan.environment) or "as it was",
     }
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """``vllm-mtp bench``."""
 
+import os
 import shlex
 import sys
 import tempfile
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from vllm_mtp.bench.run import Drafters
 
 # Behind every prompt that the shipped drafters were trained on or chosen by.
-_FIRST_UNSEEN_PROMPT = 9000
+_FIRST_UNSEEN_PROMPT = 13000
 _PROFILED_STEPS = 40
 _TEXTS_BEFORE = 40  # prompts that make up the text of a long context
 _ROOM_AROUND = 128  # tokens of the chat template, and of text that encodes to more
@@ -59,8 +60,10 @@ class Bench:
         "7936 tokens before, the profile; takes hours on a CPU",
         False,
     )
-    num_prompts: int = flag("prompts per load, at least; as many as are at once", 4)
-    max_tokens: int = flag("longest answer, in tokens", 48)
+    num_prompts: int = flag(
+        "prompts per load, at least; twice as many as are at once", 8
+    )
+    max_tokens: int = flag("longest answer, in tokens", 128)
     rounds: int = flag("how often each side meets each load", 3)
     max_model_len: int = flag("the servers' limit, in tokens", 1024)
     dtype: Literal["auto", "bfloat16", "float16", "float32"] | None = flag(
@@ -144,6 +147,7 @@ class Bench:
         return Drafters(folders, chosen)
 
     def _plan(self, drafters: "Drafters") -> "Plan":
+        from vllm_mtp.bench.environment import fastest_environment
         from vllm_mtp.bench.plan import Plan
         from vllm_mtp.bench.run import fastest_dtype, tokenizer_of
         from vllm_mtp.commands.targets import target_folder
@@ -162,6 +166,7 @@ class Bench:
             enforce_eager=self.enforce_eager,
             chat_template=tokenizer_of(target).chat_template is not None,
             profiled_steps=_PROFILED_STEPS if self.profile else 0,
+            environment=fastest_environment(os.environ),
         )
 
     def _sides(self, target: str, drafters: "Drafters") -> "tuple[Side, ...]":
@@ -193,7 +198,7 @@ class Bench:
         from vllm_mtp.bench import loads
         from vllm_mtp.bench.run import tokenizer_of
 
-        most = max(self.num_prompts, *self.concurrency)
+        most = loads.num_prompts(max(self.concurrency), self.num_prompts)
         prompts = self._prompts(most + _TEXTS_BEFORE if self.contexts else most)
         wanted = loads.concurrency_loads(
             prompts, self.concurrency, self.num_prompts, self.max_tokens, self.prompts

@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch.profiler import record_function
 
+DRAFT = "mtp_placeholder: draft"  # the stages below, and what lies between them
 LAYERS = "mtp_placeholder: layers"
 HEAD = "mtp_placeholder: LM head"
 CHOICE = "mtp_placeholder: choice"

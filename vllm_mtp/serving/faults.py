@@ -8,6 +8,7 @@ step then hands to vLLM differs from runner to runner and stands there.
 import contextlib
 import logging
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from prometheus_client import REGISTRY, Counter
@@ -40,6 +41,9 @@ _counter = Counter(
 _DEVICE_FAULTS = ("CUDA error", "HIP error", "XPU error", "Triton Error", "NCCL error")
 
 
+_T = TypeVar("_T")
+
+
 class DraftGuard:
     """Lets a draft fail, counts it, and gives drafting up after `MAX_FAILURES`.
 
@@ -70,11 +74,11 @@ class DraftGuard:
     def is_off(self) -> bool:
         return self.failures >= MAX_FAILURES
 
-    def attempt(self, draft: Callable[[], torch.Tensor]) -> torch.Tensor | None:
-        """The drafts, or None where there are none in this step.
+    def attempt(self, draft: Callable[[], _T]) -> _T | None:
+        """The drafts or a part of the work for them, or None where there are none.
 
         Args:
-            draft: Drafts for the whole batch; not called once drafting is off.
+            draft: Works for the whole batch; not called once drafting is off.
 
         Raises:
             Exception: Of the kinds named above, as they were raised.

@@ -21,8 +21,10 @@ from vllm_mtp.block import (
     slots_of_positions,
 )
 from vllm_mtp.modeling.heads import pick_greedy
+from vllm_mtp.modeling.scopes import DRAFT, scope
 from vllm_mtp.plugin import METHOD
 from vllm_mtp.serving.faults import FILLER_TOKEN, DraftGuard
+from vllm_mtp.serving.late import late
 from vllm_mtp.serving.loading import load_bound_drafter
 
 logger = logging.getLogger("vllm.mtp_placeholder")
@@ -35,6 +37,16 @@ class _AlikeLayers(NamedTuple):
     block_size: int  # tokens per entry of the block table
     layer_names: set[str]
     attention_groups: list[Any]  # vLLM's ``AttentionGroup``
+
+
+class _Blocks(NamedTuple):
+    """One block per request of the batch."""
+
+    anchor_ids: torch.Tensor  # [B] int32
+    fitted: FittedBlocks
+    boundary: torch.Tensor | None  # [B, hidden_size]
+    tables: list[torch.Tensor]  # by kind of layer, [B, M] int32
+    metadata: CommonAttentionMetadata  # but for block table and slots
 
 
 class _NoTokenIds:
@@ -156,52 +168,80 @@ class MTPPlaceholderProposer(DraftModelProposer):
             slot_mappings: Not used.
 
         Returns:
-            ``[B, k]`` int64 token ids; of another width only where `_no_drafts`
-            says so.
+            ``[B, k]`` int64 token ids, computed later where `_may_wait` says so; of
+            another width only where `_no_drafts` says so.
         """
         self.num_speculative_tokens = num_speculative_tokens
         self._last_draft_probs = None
         if num_speculative_tokens == 0:
             return next_token_ids.new_empty(len(next_token_ids), 0, dtype=torch.int64)
-        tokens = self.faults.attempt(
-            lambda: self._propose(
+        blocks = self.faults.attempt(
+            lambda: self._blocks(
                 num_speculative_tokens,
                 target_hidden_states,
                 next_token_ids,
                 token_indices_to_sample,
                 common_attn_metadata,
-                sampling_metadata,
                 num_rejected_tokens_gpu,
             )
         )
-        return self._no_drafts(next_token_ids) if tokens is None else tokens
+        empty = next_token_ids.new_empty(
+            (len(next_token_ids), num_speculative_tokens), dtype=torch.int64
+        )
+        if blocks is None:
+            return self._no_drafts(empty)
 
-    def _no_drafts(self, next_token_ids: torch.Tensor) -> torch.Tensor:
-        """What says that nothing was drafted, where k tokens were asked for.
+        def draft() -> torch.Tensor:
+            with scope(DRAFT):
+                tokens = self.faults.attempt(
+                    lambda: self._draft(self._forward(blocks), sampling_metadata)
+                )
+            return self._no_drafts(empty) if tokens is None else tokens
+
+        return late(draft, empty) if self._may_wait(sampling_metadata) else draft()
+
+    def _may_wait(self, sampling_metadata: SamplingMetadata) -> bool:
+        """Whether the drafts can be computed when the next step reads them.
+
+        Scheduled ahead, nothing else does; probabilities are taken at once. A GPU
+        works on drafts beside the host anyway.
+        """
+        return (
+            self.device.type == "cpu"
+            and self._scheduled_ahead
+            and self._drafts_are_greedy(sampling_metadata)
+        )
+
+    @property
+    def _scheduled_ahead(self) -> bool:
+        return bool(self.vllm_config.scheduler_config.async_scheduling)
+
+    def _drafts_are_greedy(self, sampling_metadata: SamplingMetadata) -> bool:
+        probabilistic = self._enable_probabilistic_draft_probs
+        return not probabilistic or bool(sampling_metadata.all_greedy)
+
+    def _no_drafts(self, drafts: torch.Tensor) -> torch.Tensor:
+        """What says that nothing was drafted, where ``drafts`` ``[B, k]`` were wanted.
 
         ``[B, 0]`` int64: the scheduler then plans no drafts. Scheduled ahead, it has
         already planned k of them, and the runner reads as many. So they are fillers,
         ``[B, k]`` int64, without probabilities: vLLM takes such drafts for certain
         choices, and verifies, rejects and counts them like any other.
         """
-        ahead = self.vllm_config.scheduler_config.async_scheduling
-        return next_token_ids.new_full(
-            (len(next_token_ids), self.num_speculative_tokens if ahead else 0),
-            FILLER_TOKEN,
-            dtype=torch.int64,
-        )
+        if not self._scheduled_ahead:
+            return drafts[:, :0]
+        return torch.full_like(drafts, FILLER_TOKEN)
 
-    def _propose(
+    def _blocks(
         self,
-        num_speculative_tokens: int,
+        num_places: int,
         target_hidden_states: torch.Tensor,
         next_token_ids: torch.Tensor,
         token_indices_to_sample: torch.Tensor | None,
         metadata: CommonAttentionMetadata,
-        sampling_metadata: SamplingMetadata,
         num_rejected_tokens_gpu: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """As `propose`, for at least one token. ``[B, k]`` int64."""
+    ) -> _Blocks:
+        """What to draft from, without anything that the runner writes over later."""
         prefix_lens = metadata.seq_lens
         if num_rejected_tokens_gpu is not None:
             prefix_lens = prefix_lens - num_rejected_tokens_gpu
@@ -210,47 +250,37 @@ class MTPPlaceholderProposer(DraftModelProposer):
             last = token_indices_to_sample
             last = metadata.query_start_loc[1:] - 1 if last is None else last
             boundary = target_hidden_states[last]
-        hidden = self._forward(
-            next_token_ids, prefix_lens, boundary, metadata, num_speculative_tokens
-        )
-        tokens, probs = self._draft(hidden, sampling_metadata)
-        self._last_draft_probs = None if probs is None else probs.contiguous()
-        return tokens
-
-    def _forward(
-        self,
-        anchor_ids: torch.Tensor,
-        prefix_lens: torch.Tensor,
-        boundary: torch.Tensor | None,
-        metadata: CommonAttentionMetadata,
-        num_places: int,
-    ) -> torch.Tensor:
-        """Run the drafter's blocks. ``[B, k, hidden_size]``."""
-        tables = [self._block_table(alike, metadata) for alike in self._alike]
+        tables = [self._block_table(alike, metadata).clone() for alike in self._alike]
         # All layers see the same positions: what the shortest table covers.
         readable_len = min(
             table.shape[1] * alike.block_size
             for alike, table in zip(self._alike, tables, strict=True)
         )
-        blocks = fit_blocks(prefix_lens, num_places, self._max_model_len, readable_len)
-        metadata = self._block_metadata(blocks, readable_len, metadata)
+        fitted = fit_blocks(prefix_lens, num_places, self._max_model_len, readable_len)
+        metadata = self._block_metadata(fitted, readable_len, metadata)
+        return _Blocks(next_token_ids.clone(), fitted, boundary, tables, metadata)
+
+    def _forward(self, blocks: _Blocks) -> torch.Tensor:
+        """Run the drafter's blocks. ``[B, k, hidden_size]``."""
+        positions, beyond = blocks.fitted.positions, blocks.fitted.beyond
         per_layer: dict[str, object] = {}
         slot_mapping: dict[str, torch.Tensor] = {}
-        for alike, table in zip(self._alike, tables, strict=True):
-            slots = slots_of_positions(blocks.positions, table, alike.block_size)
-            slots = slots.masked_fill(blocks.beyond, PAD_SLOT).flatten()
+        for alike, table in zip(self._alike, blocks.tables, strict=True):
+            slots = slots_of_positions(positions, table, alike.block_size)
+            slots = slots.masked_fill(beyond, PAD_SLOT).flatten()
             slot_mapping |= dict.fromkeys(alike.layer_names, slots)
-            per_layer |= self._layer_metadata(
-                alike, metadata.replace(block_table_tensor=table, slot_mapping=slots)
+            of_kind = blocks.metadata.replace(
+                block_table_tensor=table, slot_mapping=slots
             )
+            per_layer |= self._layer_metadata(alike, of_kind)
         with set_forward_context(
             per_layer,
             self.vllm_config,
-            num_tokens=blocks.positions.numel(),
+            num_tokens=positions.numel(),
             cudagraph_runtime_mode=CUDAGraphMode.NONE,
             slot_mapping=slot_mapping,
         ):
-            return self._bound.forward(anchor_ids, blocks.positions, boundary)
+            return self._bound.forward(blocks.anchor_ids, positions, blocks.boundary)
 
     @property
     def _max_model_len(self) -> int:
@@ -305,14 +335,17 @@ class MTPPlaceholderProposer(DraftModelProposer):
 
     def _draft(
         self, hidden: torch.Tensor, sampling_metadata: SamplingMetadata
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        if not self._enable_probabilistic_draft_probs or sampling_metadata.all_greedy:
-            return self._bound.draft(hidden, pick_greedy)
+    ) -> torch.Tensor:
+        """Choose the tokens. ``[B, k]`` int64."""
+        if self._drafts_are_greedy(sampling_metadata):
+            return self._bound.draft(hidden, pick_greedy)[0]
 
         def pick(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
             return self._sample_from_logits(logits.float(), sampling_metadata)
 
-        return self._bound.draft(hidden, pick, whole_vocab=True)
+        tokens, probs = self._bound.draft(hidden, pick, whole_vocab=True)
+        self._last_draft_probs = None if probs is None else probs.contiguous()
+        return tokens
 
     @torch.inference_mode()
     def dummy_run(self, num_tokens: int, *_: Any, **__: Any) -> None:
