@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tensors that are computed when they are read."""
+"""Drafts that are computed when they are read."""
 
+import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from vllm_mtp.serving.late import late
+from tests.serving.engines import ON_V2, bound_drafter_of, core_of, engine, generate
+from vllm_mtp.serving.late import LateDrafts
 
-VALUES = torch.tensor([[1, 2, 3], [4, 5, 6]])
+VALUES = [[1, 2, 3], [4, 5, 6]]
 
 
 class Computation:
@@ -18,65 +20,74 @@ class Computation:
     def __init__(self) -> None:
         self.calls = 0
 
-    def __call__(self) -> torch.Tensor:
+    def __call__(self) -> list[list[int]]:
         self.calls += 1
-        assert torch.is_inference_mode_enabled()
-        return VALUES.clone()
+        return [list(row) for row in VALUES]
 
 
-@pytest.fixture
-def compute() -> Computation:
-    return Computation()
-
-
-@pytest.fixture
-def tensor(compute: Computation) -> torch.Tensor:
-    return late(compute, torch.empty(2, 3, dtype=torch.int64))
-
-
-READERS: list[Callable[[torch.Tensor], Any]] = [
-    lambda tensor: tensor.to(dtype=torch.int32),
-    lambda tensor: tensor.flatten()[torch.arange(6)],
-    lambda tensor: torch.zeros(2, 3, dtype=torch.int64).copy_(tensor),
-    lambda tensor: torch.stack([tensor, tensor])[0],
-    lambda tensor: torch.tensor(tensor.tolist()),
-    lambda tensor: torch.from_numpy(tensor.numpy()),
-    lambda tensor: tensor[:, :],
-    lambda tensor: tensor + 0,
+READERS: list[Callable[[LateDrafts], Any]] = [
+    list,
+    sorted,
+    lambda drafts: [row for _, row in zip("ab", drafts, strict=True)],
+    lambda drafts: pickle.loads(pickle.dumps(drafts, pickle.HIGHEST_PROTOCOL)),
+    lambda drafts: pickle.loads(pickle.dumps({"in": drafts}))["in"],
+    lambda drafts: [drafts[0], drafts[1]],
+    lambda drafts: drafts[:],
+    lambda drafts: [drafts[index] for index in range(len(drafts))],
 ]
 
 
 @pytest.mark.parametrize("read", READERS)
-def test_whoever_reads_gets_the_values(
-    tensor: torch.Tensor, compute: Computation, read: Callable[[torch.Tensor], Any]
-) -> None:
-    found = read(tensor)
-    assert type(found) is torch.Tensor
-    assert torch.equal(found.reshape(2, 3).long(), VALUES)
-    assert compute.calls == 1
-
-
-def test_shape_type_and_place_need_no_values(
-    tensor: torch.Tensor, compute: Computation
-) -> None:
-    assert torch.is_tensor(tensor)
-    assert tensor.shape == tensor.size() == (2, 3)
-    assert (tensor.ndim, tensor.dim(), len(tensor), tensor.numel()) == (2, 2, 2, 6)
-    assert tensor.dtype == torch.int64
-    assert tensor.device.type == "cpu"
+def test_whoever_reads_gets_the_values(read: Callable[[LateDrafts], Any]) -> None:
+    compute = Computation()
+    drafts = LateDrafts(compute)
+    assert isinstance(drafts, list)
     assert compute.calls == 0
-
-
-def test_it_is_computed_once(tensor: torch.Tensor, compute: Computation) -> None:
-    assert torch.equal(tensor.clone(), tensor.clone())
+    found = read(drafts)
+    assert type(found) is list
+    assert found == VALUES
+    assert drafts == VALUES
     assert compute.calls == 1
 
 
 def test_the_reader_gets_what_goes_wrong() -> None:
-    def fail() -> torch.Tensor:
+    def fail() -> list[list[int]]:
         raise ValueError("no values")
 
-    tensor = late(fail, torch.empty(1, 1))
-    for _ in range(2):  # and never what happened to be in memory
+    drafts = LateDrafts(fail)
+    for read in (list, len, pickle.dumps):  # and never an empty list
         with pytest.raises(ValueError, match="no values"):
-            tensor.clone()
+            read(drafts)
+
+
+@pytest.mark.engine
+@pytest.mark.skipif(ON_V2, reason="V2 drafts on the device")
+def test_an_engine_drafts_when_the_tokens_have_left(
+    tiny_targets: dict[str, Path], tiny_drafter: Callable[[str, str], Path]
+) -> None:
+    spec = {
+        "method": "mtp_placeholder",
+        "model": str(tiny_drafter("llama", "shared-4")),
+    }
+    with engine(tiny_targets["llama"], spec) as llm:
+        events: list[str] = []
+        bound, executor = bound_drafter_of(llm), core_of(llm).model_executor
+        watch(events, "sample", executor, "sample_tokens")
+        watch(events, "ask", executor, "take_draft_token_ids")
+        watch(events, "draft", bound, "forward")
+        run = generate(llm, [[7] * 20], 12)
+    assert run.counts.accepted_tokens > 0
+    steps = "".join(event[0] for event in events).split("s")[1:]
+    # With the last step's tokens the request has ended, so nobody drafts for it.
+    assert steps == ["ad"] * (len(steps) - 1) + ["a"]
+
+
+def watch(events: list[str], event: str, owner: Any, name: str) -> None:
+    """Note each call before it is made."""
+    original = getattr(owner, name)
+
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        events.append(event)
+        return original(*args, **kwargs)
+
+    setattr(owner, name, noted)

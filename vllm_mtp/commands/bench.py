@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from vllm_mtp.bench.run import Drafters
 
 # Behind every prompt that the shipped drafters were trained on or chosen by.
-_FIRST_UNSEEN_PROMPT = 13000
+_FIRST_UNSEEN_PROMPT = 12000
 _PROFILED_STEPS = 40
 _TEXTS_BEFORE = 40  # prompts that make up the text of a long context
 _ROOM_AROUND = 128  # tokens of the chat template, and of text that encodes to more

@@ -1,69 +1,52 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A tensor whose values are computed when something first reads them.
+"""Drafts that are computed when something first reads them.
 
 On a CPU a draft runs in the runner's own thread. Made at once, it stands between the
-tokens just sampled and whoever waits for them, which is felt most in the time to the
-first token. Nothing reads the draft before the next step, so it can wait until then.
+tokens just sampled and whoever waits for them, which is felt in the time to the first
+token. vLLM's engine asks for the drafts only after it has sent these tokens on their
+way, so that is soon enough.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
-from torch.utils._pytree import tree_leaves
 
-# What a shape, type and place answer needs no values.
-_ABOUT: frozenset[Any] = frozenset(
-    [
-        *(
-            getattr(torch.Tensor, name).__get__
-            for name in ("shape", "dtype", "device", "ndim", "layout", "is_cpu")
-        ),
-        torch.Tensor.size,
-        torch.Tensor.dim,
-        torch.Tensor.numel,
-        torch.Tensor.__len__,
-    ]
-)
+class LateDrafts(list[list[int]]):
+    """Token ids ``[B][k]``, in the form that vLLM takes from drafters without tensors.
 
-
-class LateTensor(torch.Tensor):
-    """Made by `late`; whatever torch does with it computes it first."""
-
-    _compute: Callable[[], torch.Tensor] | None
-
-    @classmethod
-    def __torch_function__(
-        cls,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
-        with torch._C.DisableTorchFunctionSubclass():
-            if func not in _ABOUT:
-                for value in tree_leaves((args, kwargs)):
-                    if isinstance(value, cls):
-                        value._fill()
-            return func(*args, **kwargs)
-
-    @torch.inference_mode()
-    def _fill(self) -> None:
-        if (compute := self._compute) is not None:
-            self.copy_(compute())
-            self._compute = None
-
-
-def late(compute: Callable[[], torch.Tensor], empty: torch.Tensor) -> torch.Tensor:
-    """What ``compute`` gives, but not before it is needed, and never twice.
+    The runner keeps such a list as it is and sends it to the scheduler when asked, in
+    one process or pickled. Reading it in any of these ways computes it, once.
 
     Args:
-        compute: Called at most once, in inference mode, by the thread that first reads
-            the tensor; not at all if none does. It must keep copies of what changes
-            until then. What it raises, the reader gets.
-        empty: Of the shape, type and device of its result. It is written to.
+        compute: Gives the token ids. What it raises, the reader gets.
     """
-    tensor = empty.as_subclass(LateTensor)
-    tensor._compute = compute
-    return tensor
+
+    def __init__(self, compute: Callable[[], list[list[int]]]) -> None:
+        super().__init__()
+        self._compute: Callable[[], list[list[int]]] | None = compute
+
+    def _fill(self) -> None:
+        if self._compute is not None:
+            self.extend(self._compute())
+            self._compute = None
+
+    def __iter__(self) -> Iterator[list[int]]:
+        self._fill()
+        return super().__iter__()
+
+    def __len__(self) -> int:
+        self._fill()
+        return super().__len__()
+
+    def __getitem__(self, index: Any) -> Any:
+        self._fill()
+        return super().__getitem__(index)
+
+    def __eq__(self, other: object) -> bool:
+        self._fill()
+        return super().__eq__(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return list, (list(self),)

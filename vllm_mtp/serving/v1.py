@@ -2,6 +2,7 @@
 """The V1 runner's drafter: a stock ``DraftModelProposer`` with another forward."""
 
 import logging
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -23,8 +24,9 @@ from vllm_mtp.block import (
 from vllm_mtp.modeling.heads import pick_greedy
 from vllm_mtp.modeling.scopes import DRAFT, scope
 from vllm_mtp.plugin import METHOD
+from vllm_mtp.serving.ends import all_have_ended
 from vllm_mtp.serving.faults import FILLER_TOKEN, DraftGuard
-from vllm_mtp.serving.late import late
+from vllm_mtp.serving.late import LateDrafts
 from vllm_mtp.serving.loading import load_bound_drafter
 
 logger = logging.getLogger("vllm.mtp_placeholder")
@@ -137,7 +139,7 @@ class MTPPlaceholderProposer(DraftModelProposer):
         )
 
     @torch.inference_mode()
-    def propose(
+    def propose(  # type: ignore[override]
         self,
         num_speculative_tokens: int,
         target_token_ids: torch.Tensor,
@@ -150,7 +152,7 @@ class MTPPlaceholderProposer(DraftModelProposer):
         mm_embed_inputs: Any = None,
         num_rejected_tokens_gpu: torch.Tensor | None = None,
         slot_mappings: Any = None,
-    ) -> torch.Tensor:
+    ) -> torch.Tensor | LateDrafts:
         """Draft for every request of the batch.
 
         Args:
@@ -168,7 +170,7 @@ class MTPPlaceholderProposer(DraftModelProposer):
             slot_mappings: Not used.
 
         Returns:
-            ``[B, k]`` int64 token ids, computed later where `_may_wait` says so; of
+            ``[B, k]`` int64 token ids, as `LateDrafts` where `_may_wait` says so; of
             another width only where `_no_drafts` says so.
         """
         self.num_speculative_tokens = num_speculative_tokens
@@ -191,26 +193,45 @@ class MTPPlaceholderProposer(DraftModelProposer):
         if blocks is None:
             return self._no_drafts(empty)
 
-        def draft() -> torch.Tensor:
-            with scope(DRAFT):
-                tokens = self.faults.attempt(
-                    lambda: self._draft(self._forward(blocks), sampling_metadata)
-                )
-            return self._no_drafts(empty) if tokens is None else tokens
+        draft = partial(self._draft_or_none, blocks, empty, sampling_metadata)
+        if not self._may_wait(sampling_metadata):
+            return draft()
 
-        return late(draft, empty) if self._may_wait(sampling_metadata) else draft()
+        def late() -> list[list[int]]:
+            wanted = not self._all_have_ended()
+            return (draft() if wanted else self._no_drafts(empty)).tolist()
+
+        return LateDrafts(late)
+
+    @torch.inference_mode()
+    def _draft_or_none(
+        self, blocks: _Blocks, empty: torch.Tensor, sampling_metadata: SamplingMetadata
+    ) -> torch.Tensor:
+        """Drafts like ``empty``, or what says that there are none."""
+        with scope(DRAFT):
+            tokens = self.faults.attempt(
+                lambda: self._draft(self._forward(blocks), sampling_metadata)
+            )
+        return self._no_drafts(empty) if tokens is None else tokens
 
     def _may_wait(self, sampling_metadata: SamplingMetadata) -> bool:
-        """Whether the drafts can be computed when the next step reads them.
+        """Whether the drafts can be computed when the scheduler asks for them.
 
-        Scheduled ahead, nothing else does; probabilities are taken at once. A GPU
-        works on drafts beside the host anyway.
+        Not scheduled ahead, nothing else reads them and nothing changes until then;
+        but probabilities are taken at once, and of several processes not all are
+        asked. A GPU works on drafts beside the host anyway.
         """
         return (
             self.device.type == "cpu"
-            and self._scheduled_ahead
+            and not self._scheduled_ahead
+            and self.vllm_config.parallel_config.world_size == 1
             and self._drafts_are_greedy(sampling_metadata)
         )
+
+    def _all_have_ended(self) -> bool:
+        """Whether no request of the step, whose tokens were added, goes on."""
+        requests = map(self._runner.requests.get, self._runner.input_batch.req_ids)
+        return all_have_ended(filter(None, requests), self.num_speculative_tokens + 1)
 
     @property
     def _scheduled_ahead(self) -> bool:
@@ -241,7 +262,7 @@ class MTPPlaceholderProposer(DraftModelProposer):
         metadata: CommonAttentionMetadata,
         num_rejected_tokens_gpu: torch.Tensor | None,
     ) -> _Blocks:
-        """What to draft from, without anything that the runner writes over later."""
+        """What to draft from."""
         prefix_lens = metadata.seq_lens
         if num_rejected_tokens_gpu is not None:
             prefix_lens = prefix_lens - num_rejected_tokens_gpu
@@ -250,7 +271,7 @@ class MTPPlaceholderProposer(DraftModelProposer):
             last = token_indices_to_sample
             last = metadata.query_start_loc[1:] - 1 if last is None else last
             boundary = target_hidden_states[last]
-        tables = [self._block_table(alike, metadata).clone() for alike in self._alike]
+        tables = [self._block_table(alike, metadata) for alike in self._alike]
         # All layers see the same positions: what the shortest table covers.
         readable_len = min(
             table.shape[1] * alike.block_size
@@ -258,7 +279,7 @@ class MTPPlaceholderProposer(DraftModelProposer):
         )
         fitted = fit_blocks(prefix_lens, num_places, self._max_model_len, readable_len)
         metadata = self._block_metadata(fitted, readable_len, metadata)
-        return _Blocks(next_token_ids.clone(), fitted, boundary, tables, metadata)
+        return _Blocks(next_token_ids, fitted, boundary, tables, metadata)
 
     def _forward(self, blocks: _Blocks) -> torch.Tensor:
         """Run the drafter's blocks. ``[B, k, hidden_size]``."""
