@@ -175,6 +175,21 @@ def test_doctor_is_content_here() -> None:
     assert [finding for finding in doctor.examine() if finding.failed] == []
 
 
+def test_doctor_says_where_a_cpu_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    def finding() -> doctor.Finding:
+        (found,) = [found for found in doctor.examine() if found.topic == "speed"]
+        return found
+
+    chosen = {"LD_PRELOAD": "/lib/libiomp5.so", "VLLM_CPU_NUM_OF_RESERVED_CPU": "0"}
+    for name, value in chosen.items():
+        monkeypatch.setenv(name, value)
+    assert not finding().note
+    monkeypatch.delenv("VLLM_CPU_NUM_OF_RESERVED_CPU")
+    monkeypatch.delenv("VLLM_CPU_OMP_THREADS_BIND", raising=False)
+    assert finding().note
+    assert "VLLM_CPU_NUM_OF_RESERVED_CPU=0" in finding().text
+
+
 def test_doctor_names_what_cannot_work(monkeypatch: pytest.MonkeyPatch) -> None:
     def problems() -> str:
         return "\n".join(f.text for f in doctor.examine() if f.failed)

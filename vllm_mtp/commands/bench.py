@@ -63,7 +63,7 @@ class Bench:
     num_prompts: int = flag(
         "prompts per load, at least; twice as many as are at once", 8
     )
-    max_tokens: int = flag("longest answer, in tokens", 128)
+    max_tokens: int = flag("longest answer, in tokens", 96)
     rounds: int = flag("how often each side meets each load", 3)
     max_model_len: int = flag("the servers' limit, in tokens", 1024)
     dtype: Literal["auto", "bfloat16", "float16", "float32"] | None = flag(

@@ -6,6 +6,7 @@ import platform
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, entry_points, version
 
+from vllm_mtp.bench.environment import fastest_environment
 from vllm_mtp.serving import ledger, versions
 
 
@@ -37,6 +38,7 @@ def examine() -> list[Finding]:
         _plugin_allowed(),
         _transformers_imports(),
         _runner(),
+        *_cpu_libraries(),
         *(_hook(patch) for patch in ledger.PATCHES),
     ]
 
@@ -120,6 +122,20 @@ def _runner() -> Finding:
     has_v2 = release is None or release.v2.status is not versions.Status.ABSENT
     by_default = "V2" if HAS_TRITON and has_v2 else "V1"
     return Finding("runner", f"{versions.forced_runner() or by_default} ({where})")
+
+
+def _cpu_libraries() -> list[Finding]:
+    """What makes vLLM slower than need be on a CPU."""
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return []
+    missing = fastest_environment(os.environ)
+    if not missing:
+        return [Finding("speed", "OpenMP and cores are chosen")]
+    settings = " ".join(f"{name}={value}" for name, value in sorted(missing.items()))
+    text = f"vLLM may be faster here with {settings} (docs/benchmark.md)"
+    return [Finding("speed", text, note=True)]
 
 
 def _release() -> versions.Release | None:
