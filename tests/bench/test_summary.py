@@ -158,7 +158,7 @@ def test_a_card_gets_the_loads_at_once(records: list[Record]) -> None:
     plan = replace(PLAN, loads=(*LOADS, context))
     more = [record(side, context, n, 5.0, 1.0) for side in plan.sides for n in (0, 1)]
     lines = lines_of(plan, records + more)
-    machine = {"device": "CPU", "versions": "vllm 0.32.0", "target": "tiny"}
+    machine = {"device": "CPU", "versions": "vllm 0.32.0", "environment": "A=1"}
     speed = speed_record(machine, plan, lines, [(1, 4, 2)])
     assert [row.requests for row in speed.rows] == [1, 4]
     assert speed.rows[0].ratio == pytest.approx(1.6)

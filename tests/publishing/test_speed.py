@@ -13,6 +13,7 @@ from vllm_mtp.publishing.speed import SPEED_FILE, SpeedRecord, SpeedRow, read_sp
 SPEED = SpeedRecord(
     device="CPU, 2 cores",
     versions="vllm 0.32.0",
+    environment="A=1",
     dtype="float32",
     compiled=True,
     rounds=3,

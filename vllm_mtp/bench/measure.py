@@ -74,28 +74,52 @@ def _some_at_once(sides: Sequence[Side]) -> Iterator[Sequence[Side]]:
         yield sides[first : first + 2]
 
 
-def measure(plan: Plan, servers: dict[str, Server], progress: Progress) -> Measured:
-    """Every side under every load, `Plan.rounds` times, after one to warm up.
+def measure(plan: Plan, logs: Path, progress: Progress) -> Measured:
+    """Every side under every load, `Plan.rounds` times.
 
     The order of the sides turns round from one round to the next, so that a machine
     that gets slower is not held against those that come last.
+
+    Args:
+        plan: What to compare.
+        logs: Folder for the servers' logs.
+        progress: Called with a few words before each step.
     """
+    records, blocks = [], {}
+    for numbers in _rounds_by_server(plan):
+        with running(plan, logs, progress) as servers:
+            records += _rounds(plan, servers, numbers, progress)
+            blocks = {name: server.num_kv_blocks() for name, server in servers.items()}
+    return Measured(records, blocks)
+
+
+def _rounds_by_server(plan: Plan) -> list[range]:
+    """The rounds' numbers, those together that one server of each side has."""
+    if not plan.fresh_servers:
+        return [range(plan.rounds)]
+    return [range(number, number + 1) for number in range(plan.rounds)]
+
+
+def _rounds(
+    plan: Plan, servers: dict[str, Server], numbers: range, progress: Progress
+) -> list[Record]:
+    """Some rounds of every load, after one to warm up."""
     records = []
     for load in plan.loads:
         for side in plan.sides:
             progress(f"warming up: {side.name}, {load.name}")
             _once(plan, servers[side.name], side, _shortened(load), -1)
-        for number in range(plan.rounds):
+        for number in numbers:
             for side in plan.sides[:: -1 if number % 2 else 1]:
                 progress(f"{load.name}, round {number + 1}: {side.name}")
                 records.append(_once(plan, servers[side.name], side, load, number))
-    blocks = {name: server.num_kv_blocks() for name, server in servers.items()}
-    return Measured(records, blocks)
+    return records
 
 
 def num_steps(plan: Plan) -> int:
-    """How often `running` and `measure` report progress."""
-    return len(plan.sides) * (1 + len(plan.loads) * (1 + plan.rounds))
+    """How often `measure` reports progress."""
+    starts = len(_rounds_by_server(plan))
+    return len(plan.sides) * (starts + len(plan.loads) * (starts + plan.rounds))
 
 
 def _launch(plan: Plan, side: Side, logs: Path) -> Server:

@@ -61,6 +61,7 @@ class Plan:
         enforce_eager: Whether the servers do not compile.
         chat_template: Whether the target has one.
         profiled_steps: How many decoding steps to profile; 0 for no profile.
+        fresh_servers: Whether every round has servers of its own.
         environment: Variables that all servers get beside those of this process.
     """
 
@@ -73,6 +74,7 @@ class Plan:
     enforce_eager: bool = False
     chat_template: bool = True
     profiled_steps: int = 0
+    fresh_servers: bool = False
     environment: Mapping[str, str] = field(default_factory=dict)
 
     def loads_of(self, kind: str) -> tuple[Load, ...]:

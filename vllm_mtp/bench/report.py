@@ -122,7 +122,8 @@ def _settings(stage: Stage) -> str:
     pool = f"{pools[0]} blocks on every side" if len(pools) == 1 else stage.kv_blocks
     return (
         f"Type {plan.dtype}, {'eager' if plan.enforce_eager else 'compiled'}, "
-        f"{plan.rounds} rounds. KV pool: {pool}. "
+        f"{plan.rounds} rounds{', each with servers of its own' * plan.fresh_servers}. "
+        f"KV pool: {pool}. "
         f"Answers of up to {max(load.output_tokens for load in plan.loads)} tokens to "
         f"{', '.join(str(len(load.prompts)) for load in plan.loads)} prompts."
     )

@@ -16,7 +16,7 @@ import torch
 from vllm_mtp.bench import measure as measuring
 from vllm_mtp.bench.environment import added, shown
 from vllm_mtp.bench.loads import CONCURRENCY
-from vllm_mtp.bench.measure import Measured, Progress, measure, running
+from vllm_mtp.bench.measure import Progress, measure
 from vllm_mtp.bench.plan import Load, Plan, Side, calibrated_side, plain_side
 from vllm_mtp.bench.profile import StepProfile
 from vllm_mtp.bench.report import Report, Stage
@@ -59,7 +59,7 @@ def run(
     if (name := drafters.calibrate) is not None:
         schedules[name] = schedule = _calibrate(first, name)
         side = calibrated_side(name, drafters.folders[name], schedule)
-        again = replace(plan, sides=(plain_side(), side))
+        again = _calibrated_plan(plan, side)
         stages.append(_stage("Calibrated", again, logs, progress))
     report = Report(command, machine(plan), stages, schedules)
     if plan.profiled_steps:
@@ -67,9 +67,15 @@ def run(
     return report
 
 
+def _calibrated_plan(plan: Plan, side: Side) -> Plan:
+    """What is said of a drafter in the end does not hang on a single server: two of the
+    same kind differ by some percent (docs/benchmark.md)."""
+    return replace(plan, sides=(plain_side(), side), fresh_servers=True)
+
+
 def num_steps(plan: Plan, drafters: Drafters) -> int:
     """How often `run` reports progress."""
-    two = replace(plan, sides=plan.sides[:2])
+    two = _calibrated_plan(plan, plan.sides[-1])
     again = measuring.num_steps(two) if drafters.calibrate is not None else 0
     profiled = len(_profiled_sides(plan, {})) if plan.profiled_steps else 0
     return measuring.num_steps(plan) + again + profiled
@@ -122,8 +128,7 @@ def _profiles(
 
 
 def _stage(title: str, plan: Plan, logs: Path, progress: Progress) -> Stage:
-    with running(plan, logs, progress) as servers:
-        measured: Measured = measure(plan, servers, progress)
+    measured = measure(plan, logs, progress)
     return Stage(title, plan, lines_of(plan, measured.records), measured.kv_blocks)
 
 

@@ -128,7 +128,7 @@ def speed_record(
     """What a drafter's card says of a calibrated side.
 
     Args:
-        machine: With ``device`` and ``versions``.
+        machine: With ``device``, ``versions`` and ``environment``.
         plan: What was measured: no speculation, and the calibrated drafter.
         lines: What came of it.
         schedule: The calibration.
@@ -137,6 +137,7 @@ def speed_record(
     return SpeedRecord(
         device=machine["device"],
         versions=machine["versions"],
+        environment=machine["environment"],
         dtype=plan.dtype,
         compiled=not plan.enforce_eager,
         rounds=plan.rounds,

@@ -206,6 +206,7 @@ def _speed(speed: SpeedRecord | None) -> str:
     where = [
         ("Device", speed.device),
         ("Versions", speed.versions),
+        ("Environment", speed.environment),
         ("Type", f"{speed.dtype}, {'compiled' if speed.compiled else 'eager'}"),
         ("Rounds", f"{speed.rounds}, the sides in turns"),
         ("`num_speculative_tokens_per_batch_size`", f"`{schedule}`"),

@@ -26,6 +26,7 @@ class SpeedRecord(Record):
 
     device: str
     versions: str
+    environment: str = Field(description="Variables that the servers were given.")
     dtype: str
     compiled: bool
     rounds: int = Field(ge=1)
