@@ -80,6 +80,7 @@ class Bench:
 
         from vllm_mtp.bench.report import markdown, write
         from vllm_mtp.bench.run import num_steps, run
+        from vllm_mtp.bench.servers import sigterm_unwinds
         from vllm_mtp.evaluation.report import require_matplotlib
 
         require_matplotlib()  # before the work, not after it
@@ -90,6 +91,7 @@ class Bench:
         with (
             tempfile.TemporaryDirectory() as logs,
             tqdm(total=num_steps(plan, drafters), unit="step") as bar,
+            sigterm_unwinds(),
         ):
 
             def progress(text: str) -> None:
