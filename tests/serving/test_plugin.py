@@ -124,10 +124,12 @@ def test_config_is_what_the_engine_needs(smollm2: Path) -> None:
 
 
 def test_config_reaches_other_processes(smollm2: Path) -> None:
-    spec = our_config(smollm2, num_speculative_tokens=2).speculative_config
+    settings = {"num_speculative_tokens": 2, "min_draft_probability": 0.25}
+    spec = our_config(smollm2, **settings).speculative_config
     for twin in (pickle.loads(pickle.dumps(spec)), copy.deepcopy(spec)):
         assert type(twin) is MTPPlaceholderSpecConfig
         assert (twin.model, twin.num_speculative_tokens) == (spec.model, 2)
+        assert twin.min_draft_probability == 0.25
         assert twin.uses_draft_model()
 
 

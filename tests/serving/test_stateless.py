@@ -59,9 +59,11 @@ def watched_drafts(llm: LLM, *, compare_cache: bool = False) -> Iterator[list[St
         layers = attention_layers(runner) if compare_cache else []
         before = [layer.kv_cache.clone() for layer in layers]
         drafts = propose(*args, **kwargs)
+        # Reading them makes them, if they wait for it.
+        made = drafts.tolist() if torch.is_tensor(drafts) else list(drafts)
         anchors, positions = blocks.pop()
         names, table = _batch(runner, args)
-        steps.append(Step(names, anchors, positions[:, 0].tolist(), drafts.tolist()))
+        steps.append(Step(names, anchors, positions[:, 0].tolist(), made))
         slots = scratch_slots(table, positions.shape[1], positions[:, 0].tolist())
         for layer, old in zip(layers, before, strict=True):
             # As integers, so that a NaN is like itself.

@@ -61,6 +61,7 @@ class Plan:
         enforce_eager: Whether the servers do not compile.
         chat_template: Whether the target has one.
         profiled_steps: How many decoding steps to profile; 0 for no profile.
+        min_draft_probability: What our drafters get.
         fresh_servers: Whether every round has servers of its own.
         environment: Variables that all servers get beside those of this process.
     """
@@ -74,6 +75,7 @@ class Plan:
     enforce_eager: bool = False
     chat_template: bool = True
     profiled_steps: int = 0
+    min_draft_probability: float = 0.0
     fresh_servers: bool = False
     environment: Mapping[str, str] = field(default_factory=dict)
 
@@ -105,14 +107,28 @@ def self_draft_side(target: str, k: int) -> Side:
     return Side(f"draft_model k={k}", config, "draft_model", k)
 
 
-def drafter_side(name: str, folder: str, k: int) -> Side:
-    """One of our drafters."""
+def drafter_side(name: str, folder: str, k: int, least: float = 0.0) -> Side:
+    """One of our drafters, with k tokens.
+
+    Args:
+        name: The drafter's.
+        folder: The drafter's.
+        k: Tokens.
+        least: ``min_draft_probability``.
+    """
+    return Side(f"{name} k={k}", _ours(folder, k, least), name, k)
+
+
+def _ours(folder: str, k: int, least: float) -> dict[str, Any]:
     config = {"method": "mtp_placeholder", "model": folder, "num_speculative_tokens": k}
-    return Side(f"{name} k={k}", config, name, k)
+    return config | ({"min_draft_probability": least} if least else {})
 
 
 def calibrated_side(
-    name: str, folder: str, schedule: Sequence[tuple[int, int, int]]
+    name: str,
+    folder: str,
+    schedule: Sequence[tuple[int, int, int]],
+    least: float = 0.0,
 ) -> Side:
     """One of our drafters, with a number of tokens for each batch size.
 
@@ -121,13 +137,12 @@ def calibrated_side(
         folder: The drafter's.
         schedule: (first batch size, last, tokens), as
             ``num_speculative_tokens_per_batch_size`` takes it.
+        least: ``min_draft_probability``.
     """
-    config = {
-        "method": "mtp_placeholder",
-        "model": folder,
-        # More were slower at every batch size.
-        "num_speculative_tokens": max(1, *(tokens for _, _, tokens in schedule)),
-        "num_speculative_tokens_per_batch_size": [list(entry) for entry in schedule],
+    # More were slower at every batch size.
+    most = max(1, *(tokens for _, _, tokens in schedule))
+    config = _ours(folder, most, least) | {
+        "num_speculative_tokens_per_batch_size": [list(entry) for entry in schedule]
     }
     return Side(f"{name} calibrated", config, f"{name} calibrated", None)
 

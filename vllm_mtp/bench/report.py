@@ -121,7 +121,8 @@ def _settings(stage: Stage) -> str:
     pools = sorted(set(stage.kv_blocks.values()))
     pool = f"{pools[0]} blocks on every side" if len(pools) == 1 else stage.kv_blocks
     return (
-        f"Type {plan.dtype}, {'eager' if plan.enforce_eager else 'compiled'}, "
+        f"Type {plan.dtype}, {'eager' if plan.enforce_eager else 'compiled'}, our "
+        f"min_draft_probability {plan.min_draft_probability:g}, "
         f"{plan.rounds} rounds{', each with servers of its own' * plan.fresh_servers}. "
         f"KV pool: {pool}. "
         f"Answers of up to {max(load.output_tokens for load in plan.loads)} tokens to "

@@ -58,7 +58,9 @@ def run(
     stages, schedules = [first], {}
     if (name := drafters.calibrate) is not None:
         schedules[name] = schedule = _calibrate(first, name)
-        side = calibrated_side(name, drafters.folders[name], schedule)
+        side = calibrated_side(
+            name, drafters.folders[name], schedule, plan.min_draft_probability
+        )
         again = _calibrated_plan(plan, side)
         stages.append(_stage("Calibrated", again, logs, progress))
     report = Report(command, machine(plan), stages, schedules)

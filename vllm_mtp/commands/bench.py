@@ -43,6 +43,7 @@ class Bench:
         "which of them to calibrate (default: the first)", None
     )
     num_speculative_tokens: list[int] = flag("tokens per draft to compare", [2, 4])
+    min_draft_probability: float = flag("our drafters' setting of this name", 0.0)
     baselines: list[str] = flag(
         "stock methods to compare with: ngram, draft_model", ["ngram"]
     )
@@ -169,6 +170,7 @@ class Bench:
             chat_template=tokenizer_of(target).chat_template is not None,
             profiled_steps=_PROFILED_STEPS if self.profile else 0,
             environment=fastest_environment(os.environ),
+            min_draft_probability=self.min_draft_probability,
         )
 
     def _sides(self, target: str, drafters: "Drafters") -> "tuple[Side, ...]":
@@ -192,7 +194,9 @@ class Bench:
             wanted = self.num_speculative_tokens
             wanted = wanted if name == drafters.calibrate else [min(most, made_for)]
             sides += [
-                plan.drafter_side(name, folder, k) for k in wanted if k <= made_for
+                plan.drafter_side(name, folder, k, self.min_draft_probability)
+                for k in wanted
+                if k <= made_for
             ]
         return tuple(sides)
 

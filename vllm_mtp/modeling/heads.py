@@ -138,6 +138,26 @@ def _unchanged(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def pick_with_probability(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The best token of each row and its probability ``[B, 1]`` float32."""
+    best, index = logits.max(dim=-1)
+    return index, torch.exp(best.float() - logits.float().logsumexp(-1))[:, None]
+
+
+def sure_lengths(probabilities: torch.Tensor, least: float) -> list[int]:
+    """How many of a block's first tokens to keep.
+
+    Args:
+        probabilities: ``[B, k]``; of each token, given those before it.
+        least: Of a token and all before it together, to be kept.
+
+    Returns:
+        ``[B]``, each from 0 to k.
+    """
+    lengths: list[int] = (probabilities.cumprod(dim=1) >= least).sum(dim=1).tolist()
+    return lengths
+
+
 def pick_greedy(logits: torch.Tensor) -> tuple[torch.Tensor, None]:
     """The best token of each row, the first of equals; no distribution is kept."""
     # `argmax` says the same, but on a CPU takes over four times as long in bfloat16.

@@ -78,7 +78,10 @@ def _engine(
 
 
 def _bound_drafter_of(llm: Any) -> BoundDrafter:
-    """Our drafter inside an in-process engine, on either runner."""
+    """Our drafter inside an in-process engine, on either runner.
+
+    It then also drafts behind a request's last token.
+    """
     core = getattr(llm.llm_engine.engine_core, "engine_core", None)
     if core is None:
         raise MTPError(
@@ -87,8 +90,10 @@ def _bound_drafter_of(llm: Any) -> BoundDrafter:
             "runs in another process; expected 0. Unset it"
         )
     runner = core.model_executor.driver_worker.worker.model_runner
-    is_v2 = hasattr(runner, "speculator")
-    return (runner.speculator if is_v2 else runner.drafter)._bound
+    if hasattr(runner, "speculator"):
+        return runner.speculator._bound
+    runner.drafter.skips_ended = False
+    return runner.drafter._bound
 
 
 def _draft(llm: Any, blocks: Sequence[Block]) -> None:

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from vllm.config import SpeculativeConfig
+from vllm.platforms import current_platform
 
 from vllm_mtp.checkpoint import load_drafter
 from vllm_mtp.config import DrafterConfig
 from vllm_mtp.errors import (
+    MethodConfigError,
     MTPError,
     UnsupportedTargetError,
     UnsupportedVLLMError,
@@ -21,7 +23,7 @@ from vllm_mtp.plugin import METHOD
 from vllm_mtp.serving import versions
 from vllm_mtp.serving.ledger import install_for_runner
 from vllm_mtp.serving.resolve import resolve_drafter
-from vllm_mtp.serving.settings import checked, num_speculative_tokens
+from vllm_mtp.serving.settings import OWN_KEYS, checked, num_speculative_tokens
 from vllm_mtp.target import TargetFacts
 
 logger = logging.getLogger("vllm.mtp_placeholder")
@@ -46,7 +48,14 @@ class MTPPlaceholderSpecConfig(SpeculativeConfig):
     prefix-cache block and no prefill of its own. ``model`` is the drafter's
     folder; ``draft_model_config`` is the target's, since the drafter runs on the
     target's own modules.
+
+    Attributes:
+        min_draft_probability: What a draft and those before it in the block must have
+            together, by the drafter, to be verified (V1 runner on a CPU).
     """
+
+    # Not a field: the base class lists its own, and takes no other.
+    min_draft_probability = 0.0
 
     def __post_init__(self) -> Any:
         # The family "ngram" makes the base class take the target's configs for
@@ -111,6 +120,7 @@ def build_config(
     """
     _require_supported_vllm(versions.installed())
     settings = checked(requested)
+    _require_any_length(settings, target_parallel_config)
     _require_supported(engine_args, target_model_config, target_parallel_config)
     facts = TargetFacts.from_hf_config(
         target_model_config.hf_config, name=target_model_config.model
@@ -140,7 +150,26 @@ def build_config(
         "target_model_config": target_model_config,
         "target_parallel_config": target_parallel_config,
     }
-    return MTPPlaceholderSpecConfig(**settings)
+    ours = {key: settings.pop(key) for key in OWN_KEYS if key in settings}
+    config = MTPPlaceholderSpecConfig(**settings)
+    for key, value in ours.items():
+        setattr(config, key, value)
+    return config
+
+
+def _require_any_length(settings: dict[str, Any], target_parallel_config: Any) -> None:
+    """Refuse to cut drafts where vLLM takes only drafts of one length."""
+    least = settings.get("min_draft_probability", 0)
+    if least == 0:
+        return
+    alone_on_cpu = current_platform.is_cpu() and target_parallel_config.world_size == 1
+    greedy = settings.get("draft_sample_method", "greedy") == "greedy"
+    if not alone_on_cpu or not greedy or versions.forced_runner() == "V2":
+        raise MethodConfigError(
+            f"speculative_config.min_draft_probability: got {least}, which needs the "
+            "V1 runner on a CPU, one process and greedy drafts; elsewhere vLLM takes "
+            "only drafts of one length. Leave it out"
+        )
 
 
 def _require_supported_vllm(found: versions.Installed | None) -> None:

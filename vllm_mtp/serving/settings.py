@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 from vllm_mtp.errors import MethodConfigError
 from vllm_mtp.plugin import METHOD
 
-# Settings of vLLM's SpeculativeConfig that mean something for this method. Any
-# other would be taken in silence and do nothing, so it is refused.
+# Settings of vLLM's SpeculativeConfig that mean something for this method, and one of
+# our own. Any other would be taken in silence and do nothing, so it is refused.
 ALLOWED_KEYS = (
     "method",
     "model",
@@ -22,7 +22,11 @@ ALLOWED_KEYS = (
     "num_speculative_tokens_per_batch_size",
     "draft_sample_method",
     "enforce_eager",
+    "min_draft_probability",
 )
+OWN_KEYS = ("min_draft_probability",)
+"""Those of `ALLOWED_KEYS` that vLLM's ``SpeculativeConfig`` does not know."""
+
 _SCHEDULE = "num_speculative_tokens_per_batch_size"
 
 
@@ -89,6 +93,11 @@ def _is_integer(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def _is_probability(value: Any) -> bool:
+    is_number = isinstance(value, float) or _is_integer(value)
+    return is_number and 0 <= value <= 1
+
+
 def _is_name(value: Any) -> bool:
     text = os.fspath(value) if isinstance(value, os.PathLike) else value
     return isinstance(text, str) and bool(text.strip()) and "\0" not in text
@@ -137,4 +146,5 @@ _RULES = {
         _one_of(("greedy", "probabilistic")), "'greedy' or 'probabilistic'"
     ),
     "enforce_eager": _Rule(lambda value: isinstance(value, bool), "true or false"),
+    "min_draft_probability": _Rule(_is_probability, "a number from 0 to 1"),
 }

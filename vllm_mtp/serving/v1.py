@@ -21,7 +21,11 @@ from vllm_mtp.block import (
     fit_blocks,
     slots_of_positions,
 )
-from vllm_mtp.modeling.heads import pick_greedy
+from vllm_mtp.modeling.heads import (
+    pick_greedy,
+    pick_with_probability,
+    sure_lengths,
+)
 from vllm_mtp.modeling.scopes import DRAFT, scope
 from vllm_mtp.plugin import METHOD
 from vllm_mtp.serving.ends import all_have_ended
@@ -60,13 +64,23 @@ class _NoTokenIds:
 
 
 class MTPPlaceholderProposer(DraftModelProposer):
-    """Drafts all tokens of a step in one forward over the target's KV cache."""
+    """Drafts all tokens of a step in one forward over the target's KV cache.
+
+    Attributes:
+        faults: Lets a draft fail.
+        skips_ended: Whether to draft nothing where no request goes on.
+    """
 
     faults: DraftGuard
+    skips_ended = True
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, runner: Any):
         super().__init__(vllm_config, device, runner)
         self._runner = runner  # the base class does not keep it
+        # Of a draft and those before it together; less likely ones are not verified.
+        config: Any = self.speculative_config
+        self._min_probability: float = config.min_draft_probability
+        self._probabilities: torch.Tensor | None = None  # of the last drafts, [B, k]
         self.faults = DraftGuard(alone=vllm_config.parallel_config.world_size == 1)
 
     def load_model(self, target_model: torch.nn.Module) -> None:
@@ -198,8 +212,10 @@ class MTPPlaceholderProposer(DraftModelProposer):
             return draft()
 
         def late() -> list[list[int]]:
-            wanted = not self._all_have_ended()
-            return (draft() if wanted else self._no_drafts(empty)).tolist()
+            if self.skips_ended and self._all_have_ended():
+                return self._no_drafts(empty).tolist()
+            self._probabilities = None
+            return self._sure(draft())
 
         return LateDrafts(late)
 
@@ -213,6 +229,14 @@ class MTPPlaceholderProposer(DraftModelProposer):
                 lambda: self._draft(self._forward(blocks), sampling_metadata)
             )
         return self._no_drafts(empty) if tokens is None else tokens
+
+    def _sure(self, tokens: torch.Tensor) -> list[list[int]]:
+        """Drafts ``[B, k]``, each cut where the drafter is no longer sure of it."""
+        rows: list[list[int]] = tokens.tolist()
+        if self._probabilities is None:
+            return rows
+        lengths = sure_lengths(self._probabilities, self._min_probability)
+        return [row[:length] for row, length in zip(rows, lengths, strict=True)]
 
     def _may_wait(self, sampling_metadata: SamplingMetadata) -> bool:
         """Whether the drafts can be computed when the scheduler asks for them.
@@ -359,7 +383,11 @@ class MTPPlaceholderProposer(DraftModelProposer):
     ) -> torch.Tensor:
         """Choose the tokens. ``[B, k]`` int64."""
         if self._drafts_are_greedy(sampling_metadata):
-            return self._bound.draft(hidden, pick_greedy)[0]
+            pick_best = pick_with_probability if self._min_probability else pick_greedy
+            tokens, probabilities = self._bound.draft(hidden, pick_best)
+            if probabilities is not None:
+                self._probabilities = probabilities[..., 0]
+            return tokens
 
         def pick(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
             return self._sample_from_logits(logits.float(), sampling_metadata)
