@@ -54,14 +54,16 @@ def run(
         logs: Folder for the servers' logs.
         progress: Called with a few words before each step.
     """
-    first = _stage("Side by side", plan, logs, progress)
+    # Only what is said of a drafter in the end must not hang on a single server.
+    at_first = replace(plan, fresh_servers=False)
+    first = _stage("Side by side", at_first, logs, progress)
     stages, schedules = [first], {}
     if (name := drafters.calibrate) is not None:
         schedules[name] = schedule = _calibrate(first, name)
         side = calibrated_side(
             name, drafters.folders[name], schedule, plan.min_draft_probability
         )
-        again = _calibrated_plan(plan, side)
+        again = replace(plan, sides=(plain_side(), side))
         stages.append(_stage("Calibrated", again, logs, progress))
     report = Report(command, machine(plan), stages, schedules)
     if plan.profiled_steps:
@@ -69,18 +71,13 @@ def run(
     return report
 
 
-def _calibrated_plan(plan: Plan, side: Side) -> Plan:
-    """What is said of a drafter in the end does not hang on a single server: two of the
-    same kind differ by some percent (docs/benchmark.md)."""
-    return replace(plan, sides=(plain_side(), side), fresh_servers=True)
-
-
 def num_steps(plan: Plan, drafters: Drafters) -> int:
     """How often `run` reports progress."""
-    two = _calibrated_plan(plan, plan.sides[-1])
+    two = replace(plan, sides=plan.sides[:2])
     again = measuring.num_steps(two) if drafters.calibrate is not None else 0
     profiled = len(_profiled_sides(plan, {})) if plan.profiled_steps else 0
-    return measuring.num_steps(plan) + again + profiled
+    at_first = replace(plan, fresh_servers=False)
+    return measuring.num_steps(at_first) + again + profiled
 
 
 def _profiled_sides(

@@ -62,15 +62,20 @@ class Bench:
         False,
     )
     num_prompts: int = flag(
-        "prompts per load, at least; twice as many as are at once", 8
+        "prompts per load, at least; twice as many as are at once", 6
     )
-    max_tokens: int = flag("longest answer, in tokens", 96)
+    max_tokens: int = flag("longest answer, in tokens", 80)
     rounds: int = flag("how often each side meets each load", 3)
     max_model_len: int = flag("the servers' limit, in tokens", 1024)
     dtype: Literal["auto", "bfloat16", "float16", "float32"] | None = flag(
         "the servers' type (default: in which this machine is fastest)", None
     )
     enforce_eager: bool = flag("do not compile; slower, but starts sooner", False)
+    fresh_servers: bool = flag(
+        "measure the calibrated drafter with new servers in each round: two servers of "
+        "the same kind differ by some percent",
+        False,
+    )
     into_card: bool = flag(
         "write the calibration into the drafter's folder and card as well", False
     )
@@ -126,7 +131,7 @@ class Bench:
         self.drafters = list(dict.fromkeys([*self.drafters, *known]))
         self.concurrency = [1, 2, 4, 8, 16]
         self.contexts = self.contexts or [512, 2048, 7936]
-        self.profile = True
+        self.profile = self.fresh_servers = True
 
     def _drafters(self) -> "Drafters":
         from vllm_mtp.bench.run import Drafters
@@ -169,6 +174,7 @@ class Bench:
             enforce_eager=self.enforce_eager,
             chat_template=tokenizer_of(target).chat_template is not None,
             profiled_steps=_PROFILED_STEPS if self.profile else 0,
+            fresh_servers=self.fresh_servers,
             environment=fastest_environment(os.environ),
             min_draft_probability=self.min_draft_probability,
         )
