@@ -18,7 +18,7 @@ WRONG = {
     "no such baseline": (["--baselines", "eagle"], ["got eagle", "ngram, draft_model"]),
     "too few prompts": (
         ["--prompts", "PROMPTS", "--concurrency", "4"],
-        ["got 1 prompts, expected 6"],
+        ["got 1 prompts, expected 8"],
     ),
 }
 

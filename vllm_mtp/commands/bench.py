@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 # Behind every prompt that the shipped drafters were trained on or chosen by.
 _FIRST_UNSEEN_PROMPT = 12000
-_PROFILED_STEPS = 40
+_PROFILED_STEPS = 20
 _TEXTS_BEFORE = 40  # prompts that make up the text of a long context
 _ROOM_AROUND = 128  # tokens of the chat template, and of text that encodes to more
 
