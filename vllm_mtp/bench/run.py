@@ -54,9 +54,7 @@ def run(
         logs: Folder for the servers' logs.
         progress: Called with a few words before each step.
     """
-    # Only what is said of a drafter in the end must not hang on a single server.
-    at_first = replace(plan, fresh_servers=False)
-    first = _stage("Side by side", at_first, logs, progress)
+    first = _stage("Side by side", _side_by_side(plan), logs, progress)
     stages, schedules = [first], {}
     if (name := drafters.calibrate) is not None:
         schedules[name] = schedule = _calibrate(first, name)
@@ -76,8 +74,12 @@ def num_steps(plan: Plan, drafters: Drafters) -> int:
     two = replace(plan, sides=plan.sides[:2])
     again = measuring.num_steps(two) if drafters.calibrate is not None else 0
     profiled = len(_profiled_sides(plan, {})) if plan.profiled_steps else 0
-    at_first = replace(plan, fresh_servers=False)
-    return measuring.num_steps(at_first) + again + profiled
+    return measuring.num_steps(_side_by_side(plan)) + again + profiled
+
+
+def _side_by_side(plan: Plan) -> Plan:
+    """Only what is said of a drafter in the end must not hang on a single server."""
+    return replace(plan, fresh_servers=False)
 
 
 def _profiled_sides(

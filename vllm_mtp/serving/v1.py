@@ -80,7 +80,6 @@ class MTPPlaceholderProposer(DraftModelProposer):
         # Of a draft and those before it together; less likely ones are not verified.
         config: Any = self.speculative_config
         self._min_probability: float = config.min_draft_probability
-        self._probabilities: torch.Tensor | None = None  # of the last drafts, [B, k]
         self.faults = DraftGuard(alone=vllm_config.parallel_config.world_size == 1)
 
     def load_model(self, target_model: torch.nn.Module) -> None:
@@ -209,33 +208,34 @@ class MTPPlaceholderProposer(DraftModelProposer):
 
         draft = partial(self._draft_or_none, blocks, empty, sampling_metadata)
         if not self._may_wait(sampling_metadata):
-            return draft()
+            return draft()[0]
 
         def late() -> list[list[int]]:
             if self.skips_ended and self._all_have_ended():
                 return self._no_drafts(empty).tolist()
-            self._probabilities = None
-            return self._sure(draft())
+            return self._sure(*draft())
 
         return LateDrafts(late)
 
     @torch.inference_mode()
     def _draft_or_none(
         self, blocks: _Blocks, empty: torch.Tensor, sampling_metadata: SamplingMetadata
-    ) -> torch.Tensor:
-        """Drafts like ``empty``, or what says that there are none."""
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """As `_draft`, like ``empty``; or what says that there are none."""
         with scope(DRAFT):
-            tokens = self.faults.attempt(
+            drafts = self.faults.attempt(
                 lambda: self._draft(self._forward(blocks), sampling_metadata)
             )
-        return self._no_drafts(empty) if tokens is None else tokens
+        return (self._no_drafts(empty), None) if drafts is None else drafts
 
-    def _sure(self, tokens: torch.Tensor) -> list[list[int]]:
+    def _sure(
+        self, tokens: torch.Tensor, probabilities: torch.Tensor | None
+    ) -> list[list[int]]:
         """Drafts ``[B, k]``, each cut where the drafter is no longer sure of it."""
         rows: list[list[int]] = tokens.tolist()
-        if self._probabilities is None:
+        if probabilities is None:
             return rows
-        lengths = sure_lengths(self._probabilities, self._min_probability)
+        lengths = sure_lengths(probabilities[..., 0], self._min_probability)
         return [row[:length] for row, length in zip(rows, lengths, strict=True)]
 
     def _may_wait(self, sampling_metadata: SamplingMetadata) -> bool:
@@ -380,21 +380,18 @@ class MTPPlaceholderProposer(DraftModelProposer):
 
     def _draft(
         self, hidden: torch.Tensor, sampling_metadata: SamplingMetadata
-    ) -> torch.Tensor:
-        """Choose the tokens. ``[B, k]`` int64."""
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The tokens ``[B, k]`` int64, and ``[B, k, 1]`` how likely if asked for."""
         if self._drafts_are_greedy(sampling_metadata):
             pick_best = pick_with_probability if self._min_probability else pick_greedy
-            tokens, probabilities = self._bound.draft(hidden, pick_best)
-            if probabilities is not None:
-                self._probabilities = probabilities[..., 0]
-            return tokens
+            return self._bound.draft(hidden, pick_best)
 
         def pick(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
             return self._sample_from_logits(logits.float(), sampling_metadata)
 
         tokens, probs = self._bound.draft(hidden, pick, whole_vocab=True)
         self._last_draft_probs = None if probs is None else probs.contiguous()
-        return tokens
+        return tokens, None
 
     @torch.inference_mode()
     def dummy_run(self, num_tokens: int, *_: Any, **__: Any) -> None:
