@@ -49,7 +49,11 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
         *("data_parallel_size", "world_size"),
     ),
     "vllm.config:SchedulerConfig": ("async_scheduling",),
-    "vllm.config:SpeculativeConfig": constant("settings.py", "ALLOWED_KEYS"),
+    "vllm.config:SpeculativeConfig": tuple(
+        key
+        for key in constant("settings.py", "ALLOWED_KEYS")
+        if key not in constant("settings.py", "OWN_KEYS")
+    ),
     "vllm.engine.arg_utils:EngineArgs": (
         *constant("config.py", "_REFUSED_SETTINGS"),
         *("speculative_config", "spec_method", "spec_model", "spec_tokens"),
@@ -65,6 +69,15 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "vllm.v1.spec_decode.draft_model:DraftModelProposer": (
         *("_draft_attn_layer_names", "_last_draft_probs"),
     ),
+    # How a request ends, as far as the worker knows.
+    "vllm.sampling_params:SamplingParams": (
+        *("all_stop_token_ids", "ignore_eos", "max_tokens", "stop_token_ids"),
+    ),
+    "vllm.v1.worker.gpu_input_batch:CachedRequestState": (
+        *("output_token_ids", "prompt_token_ids", "sampling_params"),
+    ),
+    "vllm.v1.worker.gpu_input_batch:InputBatch": ("block_table", "req_ids"),
+    "vllm.v1.worker.gpu_model_runner:GPUModelRunner": ("input_batch", "requests"),
     "vllm.v1.kv_cache_interface:KVCacheGroupSpec": ("layer_names", "kv_cache_spec"),
     "vllm.v1.kv_cache_interface:KVCacheSpec": ("block_size",),
 }
@@ -139,6 +152,12 @@ TEXTS: tuple[tuple[str, str, str], ...] = (
         "vllm.config:SpeculativeConfig.__post_init__",
         "self.draft_model_config = self.target_model_config",
         "config",
+    ),
+    # Drafts that are computed when read stay as they are until the scheduler asks.
+    (
+        "vllm.v1.worker.gpu_model_runner:GPUModelRunner._get_draft_token_ids_cpu",
+        "isinstance(self._draft_token_ids, list)",
+        "v1-proposer",
     ),
     # The fault that is repaired: without it, the entry does not apply any more.
     (

@@ -72,7 +72,7 @@ class MTPPlaceholderProposer(DraftModelProposer):
     """
 
     faults: DraftGuard
-    skips_ended = True
+    skips_ended: bool = True
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, runner: Any):
         super().__init__(vllm_config, device, runner)
