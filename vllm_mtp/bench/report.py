@@ -7,13 +7,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vllm_mtp.bench import profile
-from vllm_mtp.bench.environment import shown
+from vllm_mtp import step_profile
 from vllm_mtp.bench.loads import CONCURRENCY
 from vllm_mtp.bench.plan import PLAIN, Plan
-from vllm_mtp.bench.profile import StepProfile
 from vllm_mtp.bench.summary import Line, Spread
 from vllm_mtp.files import report_folder
+from vllm_mtp.serving.environment import shown
+from vllm_mtp.step_profile import StepProfile
 
 JSON_FILE = "benchmark.json"
 TABLE_FILE = "benchmark.md"
@@ -105,7 +105,7 @@ def markdown(report: Report) -> str:
         parts += [f"## {stage.title}", _settings(stage), *_tables(stage)]
     parts.append(_NOTE)
     if report.profiles:
-        parts += ["## Where a step's time goes", profile.table(report.profiles)]
+        parts += ["## Where a step's time goes", step_profile.table(report.profiles)]
         parts.append(_PROFILE_NOTE)
     for name, schedule in report.schedules.items():
         setting = json.dumps([list(entry) for entry in schedule])

@@ -155,11 +155,11 @@ class Bench:
         return Drafters(folders, chosen)
 
     def _plan(self, drafters: "Drafters") -> "Plan":
-        from vllm_mtp.bench.environment import fastest_environment
         from vllm_mtp.bench.plan import Plan
         from vllm_mtp.bench.run import fastest_dtype, tokenizer_of
         from vllm_mtp.commands.targets import target_folder
         from vllm_mtp.demo.target import ensure_demo_target
+        from vllm_mtp.serving.environment import fastest_environment
 
         given = target_folder(self.target) if self.target else ensure_demo_target()
         target = Path(given)

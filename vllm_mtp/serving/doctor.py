@@ -6,8 +6,8 @@ import platform
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, entry_points, version
 
-from vllm_mtp.bench.environment import fastest_environment
 from vllm_mtp.serving import ledger, versions
+from vllm_mtp.serving.environment import fastest_environment
 
 
 @dataclass(frozen=True)

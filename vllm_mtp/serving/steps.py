@@ -6,8 +6,8 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_mtp.bench.profile import Scope, StepProfile, time_of_parts
 from vllm_mtp.errors import MTPError
+from vllm_mtp.step_profile import Scope, StepProfile, time_of_parts
 
 
 @dataclass(frozen=True)

@@ -3,56 +3,27 @@
 
 import logging
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from vllm.config import CUDAGraphMode, VllmConfig, get_layers_from_vllm_config
+from vllm.config import VllmConfig
 from vllm.forward_context import set_forward_context
-from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.spec_decode.draft_model import DraftModelProposer
 
-from vllm_mtp.block import (
-    PAD_SLOT,
-    FittedBlocks,
-    block_positions,
-    fit_blocks,
-    slots_of_positions,
-)
-from vllm_mtp.modeling.heads import (
-    pick_greedy,
-    pick_with_probability,
-    sure_lengths,
-)
+from vllm_mtp.block import block_positions
+from vllm_mtp.modeling.heads import pick_greedy, pick_with_probability, sure_lengths
 from vllm_mtp.modeling.scopes import DRAFT, scope
 from vllm_mtp.plugin import METHOD
 from vllm_mtp.serving.ends import all_have_ended
 from vllm_mtp.serving.faults import FILLER_TOKEN, DraftGuard
 from vllm_mtp.serving.late import LateDrafts
 from vllm_mtp.serving.loading import load_bound_drafter
+from vllm_mtp.serving.v1_blocks import AlikeLayers, BlockRunner, Blocks, split_by_kind
 
 logger = logging.getLogger("vllm.mtp_placeholder")
-
-
-class _AlikeLayers(NamedTuple):
-    """Bound layers that share a block table, a window and attention metadata."""
-
-    kv_cache_gid: int
-    block_size: int  # tokens per entry of the block table
-    layer_names: set[str]
-    attention_groups: list[Any]  # vLLM's ``AttentionGroup``
-
-
-class _Blocks(NamedTuple):
-    """One block per request of the batch."""
-
-    anchor_ids: torch.Tensor  # [B] int32
-    fitted: FittedBlocks
-    boundary: torch.Tensor | None  # [B, hidden_size]
-    tables: list[torch.Tensor]  # by kind of layer, [B, M] int32
-    metadata: CommonAttentionMetadata  # but for block table and slots
 
 
 class _NoTokenIds:
@@ -106,29 +77,16 @@ class MTPPlaceholderProposer(DraftModelProposer):
         the first one's window. So it is asked once per kind of layer.
         """
         bound = self._draft_attn_layer_names
-        self._alike: list[_AlikeLayers] = []
-        for names in self._split_by_kind(bound, kv_cache_config):
+        every: list[AlikeLayers] = []
+        for names in split_by_kind(bound, self.vllm_config, kv_cache_config):
             self._draft_attn_layer_names = names
             super().initialize_attn_backend(kv_cache_config, kernel_block_sizes)
             kind = self.kv_cache_gid, self.block_size, names, self.draft_attn_groups
-            self._alike.append(_AlikeLayers(*kind))
+            every.append(AlikeLayers(*kind))
         self._draft_attn_layer_names = bound
         # The runner binds the cache to the layers of all of them.
-        self.draft_attn_groups = sum((a.attention_groups for a in self._alike), [])
-
-    def _split_by_kind(
-        self, layer_names: set[str], kv_cache_config: KVCacheConfig
-    ) -> list[set[str]]:
-        """Part the layers by KV-cache group and sliding window.
-
-        One group may hold several windows (``--disable-hybrid-kv-cache-manager``).
-        """
-        layers = get_layers_from_vllm_config(self.vllm_config, Attention, layer_names)
-        kinds: dict[tuple[int, int | None], set[str]] = {}
-        for gid, group in enumerate(kv_cache_config.kv_cache_groups):
-            for name in sorted(layer_names.intersection(group.layer_names)):
-                kinds.setdefault((gid, layers[name].sliding_window), set()).add(name)
-        return list(kinds.values())
+        self.draft_attn_groups = sum((alike.attention_groups for alike in every), [])
+        self._blocks = BlockRunner(self._bound, every, self.vllm_config, self._runner)
 
     def prepare_next_token_ids_padded(
         self,
@@ -191,13 +149,13 @@ class MTPPlaceholderProposer(DraftModelProposer):
         if num_speculative_tokens == 0:
             return next_token_ids.new_empty(len(next_token_ids), 0, dtype=torch.int64)
         blocks = self.faults.attempt(
-            lambda: self._blocks(
+            lambda: self._blocks.blocks(
                 num_speculative_tokens,
-                target_hidden_states,
                 next_token_ids,
+                target_hidden_states,
                 token_indices_to_sample,
-                common_attn_metadata,
                 num_rejected_tokens_gpu,
+                common_attn_metadata,
             )
         )
         empty = next_token_ids.new_empty(
@@ -219,12 +177,15 @@ class MTPPlaceholderProposer(DraftModelProposer):
 
     @torch.inference_mode()
     def _draft_or_none(
-        self, blocks: _Blocks, empty: torch.Tensor, sampling_metadata: SamplingMetadata
+        self, blocks: Blocks, empty: torch.Tensor, sampling_metadata: SamplingMetadata
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """As `_draft`, like ``empty``; or what says that there are none."""
         with scope(DRAFT):
             drafts = self.faults.attempt(
-                lambda: self._draft(self._forward(blocks), sampling_metadata)
+                lambda: self._draft(
+                    self._blocks.forward(blocks, self._layer_metadata),
+                    sampling_metadata,
+                )
             )
         return (self._no_drafts(empty), None) if drafts is None else drafts
 
@@ -277,71 +238,8 @@ class MTPPlaceholderProposer(DraftModelProposer):
             return drafts[:, :0]
         return torch.full_like(drafts, FILLER_TOKEN)
 
-    def _blocks(
-        self,
-        num_places: int,
-        target_hidden_states: torch.Tensor,
-        next_token_ids: torch.Tensor,
-        token_indices_to_sample: torch.Tensor | None,
-        metadata: CommonAttentionMetadata,
-        num_rejected_tokens_gpu: torch.Tensor | None,
-    ) -> _Blocks:
-        """What to draft from."""
-        prefix_lens = metadata.seq_lens
-        if num_rejected_tokens_gpu is not None:
-            prefix_lens = prefix_lens - num_rejected_tokens_gpu
-        boundary = None
-        if self._bound.drafter.config.uses_boundary_hidden:
-            last = token_indices_to_sample
-            last = metadata.query_start_loc[1:] - 1 if last is None else last
-            boundary = target_hidden_states[last]
-        tables = [self._block_table(alike, metadata) for alike in self._alike]
-        # All layers see the same positions: what the shortest table covers.
-        readable_len = min(
-            table.shape[1] * alike.block_size
-            for alike, table in zip(self._alike, tables, strict=True)
-        )
-        fitted = fit_blocks(prefix_lens, num_places, self._max_model_len, readable_len)
-        metadata = self._block_metadata(fitted, readable_len, metadata)
-        return _Blocks(next_token_ids, fitted, boundary, tables, metadata)
-
-    def _forward(self, blocks: _Blocks) -> torch.Tensor:
-        """Run the drafter's blocks. ``[B, k, hidden_size]``."""
-        positions, beyond = blocks.fitted.positions, blocks.fitted.beyond
-        per_layer: dict[str, object] = {}
-        slot_mapping: dict[str, torch.Tensor] = {}
-        for alike, table in zip(self._alike, blocks.tables, strict=True):
-            slots = slots_of_positions(positions, table, alike.block_size)
-            slots = slots.masked_fill(beyond, PAD_SLOT).flatten()
-            slot_mapping |= dict.fromkeys(alike.layer_names, slots)
-            of_kind = blocks.metadata.replace(
-                block_table_tensor=table, slot_mapping=slots
-            )
-            per_layer |= self._layer_metadata(alike, of_kind)
-        with set_forward_context(
-            per_layer,
-            self.vllm_config,
-            num_tokens=positions.numel(),
-            cudagraph_runtime_mode=CUDAGraphMode.NONE,
-            slot_mapping=slot_mapping,
-        ):
-            return self._bound.forward(blocks.anchor_ids, positions, blocks.boundary)
-
-    @property
-    def _max_model_len(self) -> int:
-        # vLLM may lower the limit after start-up, to what the cache holds.
-        return self.vllm_config.model_config.max_model_len
-
-    def _block_table(
-        self, alike: _AlikeLayers, metadata: CommonAttentionMetadata
-    ) -> torch.Tensor:
-        """The layers' block table. ``[B, M]`` int32."""
-        # The metadata holds only the table of group 0 for this kind of drafter.
-        tables = self._runner.input_batch.block_table
-        return tables[alike.kv_cache_gid].get_device_tensor(metadata.num_reqs)
-
     def _layer_metadata(
-        self, alike: _AlikeLayers, metadata: CommonAttentionMetadata
+        self, alike: AlikeLayers, metadata: CommonAttentionMetadata
     ) -> dict[str, object]:
         """Attention metadata by layer name."""
         every_group = self.draft_attn_groups
@@ -350,33 +248,6 @@ class MTPPlaceholderProposer(DraftModelProposer):
             return self.build_per_group_and_layer_attn_metadata(metadata)[1]
         finally:
             self.draft_attn_groups = every_group
-
-    def _block_metadata(
-        self,
-        blocks: FittedBlocks,
-        readable_len: int,
-        metadata: CommonAttentionMetadata,
-    ) -> CommonAttentionMetadata:
-        """The drafter's batch: k query rows behind every request's prefix.
-
-        Block table and slots are still the target's.
-        """
-        batch, num_places = blocks.positions.shape
-        upper = metadata.seq_lens_cpu_upper_bound
-        if upper is not None:
-            # Some backends index the block table by this bound.
-            upper = (upper + num_places).clamp(max=readable_len)
-        return metadata.replace(
-            query_start_loc=self.arange[: batch + 1] * num_places,
-            query_start_loc_cpu=torch.arange(batch + 1, dtype=torch.int32) * num_places,
-            seq_lens=blocks.seq_lens.to(metadata.seq_lens.dtype),
-            seq_lens_cpu_upper_bound=upper,
-            num_actual_tokens=batch * num_places,
-            max_query_len=num_places,
-            max_seq_len=min(metadata.max_seq_len + num_places, readable_len),
-            positions=blocks.positions.flatten(),
-            causal=True,
-        )
 
     def _draft(
         self, hidden: torch.Tensor, sampling_metadata: SamplingMetadata

@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_mtp.bench.profile import (
+from vllm_mtp.modeling import scopes
+from vllm_mtp.step_profile import (
     PARTS,
     Scope,
     StepProfile,
@@ -13,7 +14,6 @@ from vllm_mtp.bench.profile import (
     table,
     time_of_parts,
 )
-from vllm_mtp.modeling import scopes
 
 STEP = [
     Scope("llm_engine step: get_output", 0, 100),
