@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The block layout against plain Python loops."""
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -8,15 +9,21 @@ from hypothesis import strategies as st
 from vllm_mtp.block import (
     IGNORE_LABEL,
     PAD_SLOT,
+    WINDOW_STEP,
     BlockReads,
     block_labels,
     block_positions,
     block_reads_itself,
     fit_blocks,
     is_placeholder,
+    most_read,
     reads_prefix,
+    require_whole_blocks,
+    skipped_tokens,
     slots_of_positions,
+    table_without,
 )
+from vllm_mtp.errors import MTPError
 
 NUM_PLACES = st.integers(1, 6)
 PREFIX_LENS = st.lists(st.integers(0, 12), min_size=1, max_size=5)
@@ -133,6 +140,75 @@ def test_a_place_reads_its_block(num_places: int) -> None:
     for place, row in enumerate(causal):
         assert row.nonzero().flatten().tolist() == list(range(place + 1))
     assert block_reads_itself(num_places, BlockReads(later_rows=True), "cpu").all()
+
+
+def windowed(prefix_len: int, prefix_window: int) -> list[int]:
+    """The prefix's tokens that a windowed block reads, piece by piece."""
+    pieces = range(0, prefix_len, WINDOW_STEP)
+    read = [
+        piece
+        for piece in pieces
+        if piece == 0 or piece + WINDOW_STEP > prefix_len - prefix_window
+    ]
+    return [
+        token
+        for piece in read
+        for token in range(piece, min(piece + WINDOW_STEP, prefix_len))
+    ]
+
+
+LONG_PREFIXES = st.lists(st.integers(0, 1500), min_size=1, max_size=4)
+
+
+@given(LONG_PREFIXES, NUM_PLACES, st.integers(1, 700))
+def test_a_windowed_block_reads_the_first_and_the_last_pieces(
+    prefix_lens: list[int], num_places: int, prefix_window: int
+) -> None:
+    lens = torch.tensor(prefix_lens)
+    mask = reads_prefix(lens, 1500, num_places, prefix_window=prefix_window)
+    for prefix_len, rows in zip(prefix_lens, mask, strict=True):
+        expected = windowed(prefix_len, prefix_window)
+        assert all(row.nonzero().flatten().tolist() == expected for row in rows)
+        assert len(expected) >= min(prefix_len, prefix_window)
+        assert len(expected) + num_places <= most_read(prefix_window, num_places)
+
+
+@given(
+    LONG_PREFIXES,
+    NUM_PLACES,
+    st.integers(1, 700),
+    st.sampled_from([16, 32, 64, 128]),
+    st.sampled_from([torch.int32, torch.int64]),
+)
+def test_a_cut_block_table_holds_what_a_windowed_block_reads(
+    prefix_lens: list[int],
+    num_places: int,
+    prefix_window: int,
+    block_size: int,
+    dtype: torch.dtype,
+) -> None:
+    """Token t of a sequence lies in slot t of a cache that holds nothing else."""
+    limit = 1500 + num_places
+    table = torch.arange(-(-limit // block_size), dtype=torch.int32)
+    table = table.expand(len(prefix_lens), -1)
+    lens = torch.tensor(prefix_lens, dtype=dtype)
+    blocks = fit_blocks(lens, num_places, limit, limit, prefix_window)
+    assert blocks.skipped is not None
+    assert blocks.skipped.equal(skipped_tokens(lens, prefix_window))
+    most = most_read(prefix_window, num_places)
+    cut = table_without(table, blocks.skipped, block_size, most)
+    assert cut.dtype == table.dtype
+    assert cut.shape[1] == min(table.shape[1], -(-most // block_size))
+    for row, (n, seq_len) in enumerate(zip(prefix_lens, blocks.seq_lens, strict=True)):
+        slots = (cut[row][:, None] * block_size + torch.arange(block_size)).flatten()
+        block = list(range(n, n + num_places))
+        assert slots[:seq_len].tolist() == windowed(n, prefix_window) + block
+
+
+def test_a_window_needs_whole_cache_blocks() -> None:
+    require_whole_blocks([16, 128])
+    with pytest.raises(MTPError, match="block_size: the cache has blocks of 48 tokens"):
+        require_whole_blocks([16, 48])
 
 
 @given(PREFIX_LENS, NUM_PLACES, st.integers(1, 9))

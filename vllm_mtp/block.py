@@ -9,10 +9,12 @@ Dimensions: B blocks, k places per block, T prefix tokens; the rows of several
 blocks are flattened block by block, so row ``b * k + i`` is place i of block b.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
+
+from vllm_mtp.errors import MTPError
 
 PAD_SLOT = -1
 """Slot of a row that must not be written (vLLM's ``PADDING_SLOT_ID``)."""
@@ -37,6 +39,75 @@ def block_positions(prefix_lens: torch.Tensor, num_places: int) -> torch.Tensor:
     return prefix_lens[:, None] + places
 
 
+WINDOW_STEP = 128
+"""A window on the prefix moves on by so many tokens at a time, and the first so many
+are always read. These are whole cache blocks, of any size that divides it, and a table
+without those in between is all that an attention kernel needs."""
+
+
+def skipped_tokens(prefix_lens: torch.Tensor, prefix_window: int) -> torch.Tensor:
+    """How many tokens a block does not read, behind the first `WINDOW_STEP`.
+
+    The first tokens take up much attention whatever they say ("attention sinks",
+    StreamingLLM, 2309.17453), so without them the drafts get worse.
+
+    Args:
+        prefix_lens: ``[B]`` integer; n of each block.
+        prefix_window: At least so many of the last tokens are read, and up to
+            `WINDOW_STEP` - 1 more.
+
+    Returns:
+        ``[B]``, multiples of `WINDOW_STEP`.
+    """
+    begin = (prefix_lens - prefix_window) // WINDOW_STEP * WINDOW_STEP
+    return (begin - WINDOW_STEP).clamp(min=0)
+
+
+def most_read(prefix_window: int, num_places: int) -> int:
+    """Most tokens that a block reads, its own included."""
+    return prefix_window + 2 * WINDOW_STEP - 1 + num_places
+
+
+def require_whole_blocks(block_sizes: Iterable[int]) -> None:
+    """Raise unless a window can be cut out of block tables.
+
+    Raises:
+        MTPError: Names the size that does not divide `WINDOW_STEP`.
+    """
+    for size in block_sizes:
+        if WINDOW_STEP % size:
+            raise MTPError(
+                f"block_size: the cache has blocks of {size} tokens, and a drafter "
+                f"with a prefix_window needs a size that divides {WINDOW_STEP}; start "
+                "with --block-size 16, 32, 64 or 128, or set prefix_window to null in "
+                "the drafter's config.json"
+            )
+
+
+def table_without(
+    block_table: torch.Tensor, skipped: torch.Tensor, block_size: int, num_tokens: int
+) -> torch.Tensor:
+    """A block table without the blocks of skipped tokens.
+
+    Args:
+        block_table: ``[B, M]`` integer.
+        skipped: ``[B]``, from `skipped_tokens`.
+        block_size: Tokens per cache block; divides `WINDOW_STEP`.
+        num_tokens: Most that a block reads.
+
+    Returns:
+        ``[B, min(M, blocks of num_tokens)]``, same dtype. Positions in it are those of
+        the sequence, less what is skipped before them.
+    """
+    last = block_table.shape[1] - 1
+    column = torch.arange(
+        min(last + 1, -(-num_tokens // block_size)), device=block_table.device
+    )
+    is_behind = column >= WINDOW_STEP // block_size
+    column = column + is_behind * (skipped // block_size).long()[:, None]
+    return block_table.gather(1, column.clamp(max=last))
+
+
 class BlockReads(NamedTuple):
     """What the rows of a block read. Serving knows only the default; the others are
     for experiments in training."""
@@ -52,12 +123,17 @@ class FittedBlocks(NamedTuple):
     """Blocks cut to what a sequence may hold."""
 
     positions: torch.Tensor  # [B, k] int64, inside the RoPE table
-    seq_lens: torch.Tensor  # [B], prefix and block, inside the block table
+    seq_lens: torch.Tensor  # [B], prefix and block that are read, inside the table
     beyond: torch.Tensor  # [B, k] bool, rows that have no slot
+    skipped: torch.Tensor | None = None  # [B], tokens that a window leaves out
 
 
 def fit_blocks(
-    prefix_lens: torch.Tensor, num_places: int, max_model_len: int, readable_len: int
+    prefix_lens: torch.Tensor,
+    num_places: int,
+    max_model_len: int,
+    readable_len: int,
+    prefix_window: int | None = None,
 ) -> FittedBlocks:
     """Lay out blocks near the end of the longest sequence.
 
@@ -71,12 +147,18 @@ def fit_blocks(
         num_places: k.
         max_model_len: Most tokens of a sequence.
         readable_len: Tokens that a row of the block table covers.
+        prefix_window: As in `skipped_tokens`; None to read all.
     """
     positions = block_positions(prefix_lens.long(), num_places)
+    seq_lens, skipped = (prefix_lens + num_places).clamp(max=readable_len), None
+    if prefix_window is not None:
+        skipped = skipped_tokens(prefix_lens, prefix_window)
+        seq_lens = seq_lens - skipped
     return FittedBlocks(
         positions.clamp(max=max_model_len - 1),
-        (prefix_lens + num_places).clamp(max=readable_len),
+        seq_lens,
         positions >= max_model_len,
+        skipped,
     )
 
 
@@ -181,6 +263,7 @@ def reads_prefix(
     num_prefix_tokens: int,
     num_places: int = 1,
     window: int | None = None,
+    prefix_window: int | None = None,
 ) -> torch.Tensor:
     """Which prefix tokens each row reads, when many blocks stand behind one sequence.
 
@@ -189,12 +272,17 @@ def reads_prefix(
         num_prefix_tokens: T.
         num_places: k.
         window: Tokens that a row reads at most, itself included; None for all.
+        prefix_window: As in `skipped_tokens`; None for all.
 
     Returns:
         ``[B, k, T]`` bool.
     """
     token = torch.arange(num_prefix_tokens, device=prefix_lens.device)
-    readable = (token < prefix_lens[:, None])[:, None].expand(-1, num_places, -1)
+    readable = token < prefix_lens[:, None]
+    if prefix_window is not None:
+        resumes = WINDOW_STEP + skipped_tokens(prefix_lens, prefix_window)
+        readable &= (token < WINDOW_STEP) | (token >= resumes[:, None])
+    readable = readable[:, None].expand(-1, num_places, -1)
     if window is None:
         return readable
     rows = block_positions(prefix_lens, num_places)[..., None]

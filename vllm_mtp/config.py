@@ -138,6 +138,14 @@ class DrafterConfig(_Strict):
         description="Size of the reduced output vocabulary; null drafts over "
         "the target's whole vocabulary.",
     )
+    prefix_window: int | None = Field(
+        default=None,
+        ge=1,
+        le=MAX_SIZE,
+        description="Read only the first 128 tokens of a prefix and at least so many "
+        "of the last (up to 127 more: what is left out is whole pieces of 128); null "
+        "reads all of it.",
+    )
     dtype: Literal["bfloat16", "float16", "float32"] = Field(
         description="Type of every floating-point tensor of the checkpoint."
     )

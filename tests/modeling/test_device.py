@@ -56,6 +56,9 @@ class Host(nn.Module, OneRank):
     def layer(self, index: int) -> nn.Module:
         return self.only_layer
 
+    def sliding_window(self, index: int) -> int | None:
+        return None
+
     def run_layer(
         self, layer: nn.Module, index: int, stream: Stream, positions: torch.Tensor
     ) -> Stream:

@@ -31,6 +31,9 @@ DRAFTERS: dict[str, tuple[str, int, DrafterOptions]] = {
     "own-some": ("own:0,3", 3, PLAIN),
     "own-random": ("own:1,3", 3, DrafterOptions(dtype="float32", own_start="random")),
     "mixed": ("shared:0-1,own:2,3", 4, ALL_OPTIONS),
+    # Both skip tokens from a prefix of 306 on.
+    "windowed": ("shared:all", 4, PLAIN._replace(prefix_window=50)),
+    "mixed-windowed": ("shared:0-1,own:2,3", 4, ALL_OPTIONS._replace(prefix_window=50)),
     "overflows": ("own:0,shared:1,own:3", 4, PLAIN),
 }
 
@@ -68,7 +71,7 @@ def tiny_drafter(
         if not folder.exists():
             layers, k, options = DRAFTERS[name]
             drafter = new_drafter(tiny_targets[family], layers, k, options)
-            if options is ALL_OPTIONS:
+            if options.lora is not None:
                 stir(drafter)
             if name == "overflows":
                 blow_up(drafter)

@@ -82,6 +82,8 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "vllm.v1.kv_cache_interface:KVCacheSpec": ("block_size",),
 }
 V2_ATTRIBUTES: dict[str, tuple[str, ...]] = {
+    # Whose tables are copied without what a window leaves out.
+    "vllm.v1.worker.gpu.block_table:BlockTables": ("input_block_tables",),
     "vllm.v1.worker.gpu.input_batch:InputBuffers": (
         *("positions", "query_start_loc", "seq_lens", "max_num_tokens"),
     ),

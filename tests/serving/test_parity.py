@@ -20,8 +20,17 @@ from vllm_mtp.modeling.texts import TextBlocks, forward_texts
 pytestmark = pytest.mark.engine
 
 MAX_ABS_DIFFERENCE = 1e-3
+
+
 # Several requests of unequal length, so that mixed-up rows would show.
-PROMPTS = [[(37 * i + 11 * n) % 512 for i in range(n)] for n in (70, 33, 5)]
+def prompts_of(*lengths: int) -> list[list[int]]:
+    return [[(37 * i + 11 * n) % 512 for i in range(n)] for n in lengths]
+
+
+PROMPTS = prompts_of(70, 33, 5)
+# Behind the first, 256 tokens are skipped, behind the second 128, and behind the third
+# from its eighth token on.
+LONG_PROMPTS = prompts_of(470, 310, 298)
 
 
 def record_steps(llm: Any) -> list[dict[str, torch.Tensor]]:
@@ -52,10 +61,11 @@ def record_steps(llm: Any) -> list[dict[str, torch.Tensor]]:
     return steps
 
 
-NAMES = ["shared-1", "shared-4", "own-1", "own-some", "mixed"]
+WINDOWED = ["windowed", "mixed-windowed"]
+NAMES = ["shared-1", "shared-4", "own-1", "own-some", "mixed", *WINDOWED]
 PAIRS = [(family, name) for family in ("llama", "qwen3") for name in NAMES]
 # Sliding windows, shorter than the longest prompt, alone and beside full attention.
-PAIRS += [("mistral", "shared-4"), ("gemma3", "shared-4")]
+PAIRS += [("mistral", "shared-4"), ("gemma3", "shared-4"), ("gemma3", "windowed")]
 SLOW_PAIRS = [("mistral", "mixed"), ("phi3", "shared-4"), ("qwen3_moe", "shared-4")]
 if ON_V2:
     PAIRS, SLOW_PAIRS = [("llama", name) for name in NAMES], []
@@ -76,13 +86,14 @@ def test_same_tokens_same_logits(
 ) -> None:
     folder = tiny_drafter(family, name)
     spec = {"method": "mtp_placeholder", "model": str(folder)}
-    with engine(tiny_targets[family], spec) as llm:
+    prompts = LONG_PROMPTS if name in WINDOWED else PROMPTS
+    with engine(tiny_targets[family], spec, max_model_len=512) as llm:
         steps = record_steps(llm)
-        outputs = generate(llm, PROMPTS, 12).token_ids
+        outputs = generate(llm, prompts, 12).token_ids
 
     model = AutoModelForCausalLM.from_pretrained(tiny_targets[family]).eval()
     torch_drafter = BoundDrafter(load_drafter(folder), HFTarget(model))
-    texts = [torch.tensor(p + o) for p, o in zip(PROMPTS, outputs, strict=True)]
+    texts = [torch.tensor(p + o) for p, o in zip(prompts, outputs, strict=True)]
     compared = 0
     for step in steps:
         for row, positions in enumerate(step["positions"]):
@@ -103,8 +114,7 @@ def test_same_tokens_same_logits(
 def text_of(
     texts: list[torch.Tensor], prefix_len: int, anchor: int
 ) -> torch.Tensor | None:
-    """The text whose token at ``prefix_len`` is the anchor; lengths tell them apart:
-    70 to 81, 33 to 44 and 5 to 16."""
+    """The text whose token at ``prefix_len`` is the anchor; lengths tell them apart."""
     for text in texts:
         if len(text) - 12 <= prefix_len < len(text) and text[prefix_len] == anchor:
             return text

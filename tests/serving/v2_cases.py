@@ -17,6 +17,8 @@ from vllm_mtp.block import PAD_SLOT
 pytestmark = pytest.mark.skipif(not ON_V2, reason="needs test_v2.py's environment")
 
 PROMPTS = [[(7 * i + j) % 512 for i in range(20 + j)] for j in range(3)]
+# As long as it takes for the drafters with a window to skip tokens.
+LONG_PROMPTS = [[(7 * i + j) % 512 for i in range(n)] for j, n in enumerate((450, 310))]
 
 
 def spec_for(folder: Path, **settings: object) -> dict[str, object]:
@@ -106,10 +108,16 @@ def test_boundary_hidden_is_the_last_valid_tokens_after_rejections(
 
 
 @pytest.mark.parametrize(
-    "name", ["mixed", pytest.param("shared-4", marks=pytest.mark.slow)]
+    ("name", "prompts"),
+    [
+        ("mixed", PROMPTS),
+        ("mixed-windowed", [*LONG_PROMPTS, PROMPTS[0]]),
+        pytest.param("shared-4", PROMPTS, marks=pytest.mark.slow),
+    ],
 )
 def test_what_a_graph_would_hold_gives_the_same_drafts(
     name: str,
+    prompts: list[list[int]],
     tiny_targets: dict[str, Path],
     tiny_drafter: Callable[[str, str], Path],
     monkeypatch: pytest.MonkeyPatch,
@@ -117,10 +125,10 @@ def test_what_a_graph_would_hold_gives_the_same_drafts(
     """`_generate_draft` again and again with the objects of its capture: only the
     buffers differ from step to step, and the batch is padded."""
     spec = spec_for(tiny_drafter("llama", name), enforce_eager=False)
-    with engine(tiny_targets["llama"], spec) as llm:
+    with engine(tiny_targets["llama"], spec, max_model_len=512) as llm:
         speculator = runner_of(llm).speculator
         assert speculator._graphs is None  # vLLM captures nothing on a CPU
-        batches = (PROMPTS, PROMPTS[:1], PROMPTS)
+        batches = (prompts, prompts[:1], prompts)
         eager = [generate(llm, batch, 10) for batch in batches]
         played = play_graphs(speculator, sizes=(4, 8, 32), monkeypatch=monkeypatch)
         graphed = [generate(llm, batch, 10) for batch in batches]

@@ -26,6 +26,8 @@ class Inspect:
 
 def describe(config: DrafterConfig) -> str:
     """A drafter in a few lines of text."""
+    from vllm_mtp.publishing.card import prefix_text
+
     facts = config.target
     heads = f"{facts.num_attention_heads} heads, {facts.num_key_value_heads} KV heads"
     vocab = config.draft_vocab_size
@@ -43,6 +45,7 @@ def describe(config: DrafterConfig) -> str:
                 f"{config.num_speculative_tokens - 1} placeholders)"
             ),
             *_layer_lines(config),
+            f"reads            of the prefix, {prefix_text(config)}",
             f"Markov           {markov}",
             f"vocabulary       {f'{vocab} tokens' if vocab else 'the whole one'}",
             f"weights          {config.dtype}",
@@ -83,6 +86,6 @@ def _cost_lines(config: DrafterConfig) -> list[str]:
         (
             f"KV cache         {cost.own_kv_bytes_per_token} bytes per token of its "
             f"own; a draft reads {cost.kv_bytes_read_per_token:,} bytes per token of "
-            f"prefix (the target keeps {cost.target_kv_bytes_per_token:,})"
+            f"prefix that is read (the target keeps {cost.target_kv_bytes_per_token:,})"
         ),
     ]

@@ -32,6 +32,7 @@ def block_bias(
     num_places: int,
     reads: BlockReads = SERVED_READS,
     window: int | None = None,
+    prefix_window: int | None = None,
 ) -> BlockBias:
     """The bias for the blocks behind one sequence.
 
@@ -40,11 +41,12 @@ def block_bias(
         num_places: k.
         reads: What a row reads.
         window: Tokens that a row reads at most, itself included; None for all.
+        prefix_window: As in `block.skipped_tokens`; None for all.
     """
     longest = int(prefix_lens.max()) if reads.prefix else 0
-    prefix = reads_prefix(prefix_lens, longest, num_places, window).flatten(0, 1)
+    prefix = reads_prefix(prefix_lens, longest, num_places, window, prefix_window)
     block = block_reads_itself(num_places, reads, prefix_lens.device, window)
-    return BlockBias(_as_bias(prefix), _as_bias(block))
+    return BlockBias(_as_bias(prefix.flatten(0, 1)), _as_bias(block))
 
 
 def _as_bias(readable: torch.Tensor) -> torch.Tensor:

@@ -64,6 +64,14 @@ class DrafterDesign:
         metadata=_say("draft only the target's most frequent tokens, this many"),
     )
 
+    prefix_window: int | None = field(
+        default=None,
+        metadata=_say(
+            "read the first 128 tokens of a prefix and about so many of the last "
+            "(default: all)"
+        ),
+    )
+
     def options(
         self, draft_token_ids: tuple[int, ...] | None, seed: int
     ) -> DrafterOptions:
@@ -77,6 +85,7 @@ class DrafterDesign:
             lora=self.lora_config(),
             markov_rank=self.markov_rank,
             draft_token_ids=draft_token_ids,
+            prefix_window=self.prefix_window,
             seed=seed,
         )
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from vllm_mtp.block import is_placeholder
 from vllm_mtp.config import DrafterConfig, SharedLayerConfig
+from vllm_mtp.errors import TargetMismatchError
 from vllm_mtp.modeling.heads import DraftVocab, MarkovCorrection, Pick, pick_block
 from vllm_mtp.modeling.hosts import Stream, TargetHost
 from vllm_mtp.modeling.layers import OwnLayer, SharedLayer
@@ -81,6 +82,17 @@ class Drafter(nn.Module):
                 module.init_weights(generator)  # type: ignore[operator]
 
 
+def _require_window(config: DrafterConfig, target: TargetHost) -> None:
+    """A layer with a sliding window must read all of it, as the target did."""
+    least = max((target.sliding_window(i) or 0 for i in config.bound_layers), default=0)
+    if config.prefix_window is not None and config.prefix_window < least:
+        raise TargetMismatchError(
+            f"prefix_window: got {config.prefix_window}, but a target layer that the "
+            f"drafter reads attends to the last {least} tokens; set it to {least} or "
+            "more in the drafter's config.json, or to null"
+        )
+
+
 class BoundDrafter:
     """A drafter on its target, ready to draft.
 
@@ -88,12 +100,16 @@ class BoundDrafter:
         drafter: The weights.
         target: The host; it also says which prefix each row reads.
 
+    Raises:
+        TargetMismatchError: The drafter's window is shorter than a layer's own.
+
     Attributes:
         trace: Set it to see what every stage of a forward computes.
         layers_runner: Runs the layers; a host may put a compiled one in its place.
     """
 
     def __init__(self, drafter: Drafter, target: TargetHost) -> None:
+        _require_window(drafter.config, target)
         self.trace: Trace | None = None
         self.drafter = drafter
         self.target = target

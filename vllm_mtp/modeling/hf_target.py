@@ -131,6 +131,7 @@ class HFTarget(OneRank):
         blocks: Sequence[tuple[TargetStates, torch.Tensor]],
         num_places: int,
         reads: BlockReads = SERVED_READS,
+        prefix_window: int | None = None,
     ) -> Iterator[None]:
         """Set what the rows of the next forward read.
 
@@ -139,13 +140,17 @@ class HFTarget(OneRank):
                 the blocks behind it. The rows come in the same order.
             num_places: k.
             reads: What a row reads of the prefix and of its block.
+            prefix_window: The drafter's; None for all of the prefix.
         """
         config = self.decoder.config
         before = config._attn_implementation
         self._reads = [
             _Read(
                 states,
-                {w: block_bias(lens, num_places, reads, w) for w in set(self._windows)},
+                {
+                    window: block_bias(lens, num_places, reads, window, prefix_window)
+                    for window in set(self._windows)
+                },
             )
             for states, lens in blocks
         ]
@@ -162,6 +167,9 @@ class HFTarget(OneRank):
 
     def layer(self, index: int) -> nn.Module:
         return self.decoder.layers[index]
+
+    def sliding_window(self, index: int) -> int | None:
+        return self._windows[index]
 
     def run_layer(
         self, layer: nn.Module, index: int, stream: Stream, positions: torch.Tensor

@@ -64,6 +64,9 @@ class TargetHost(Protocol):
     def layer(self, index: int) -> nn.Module:
         """The target's own decoder layer."""
 
+    def sliding_window(self, index: int) -> int | None:
+        """Tokens that the layer attends to, itself included; None for all."""
+
     def run_layer(
         self, layer: nn.Module, index: int, stream: Stream, positions: torch.Tensor
     ) -> Stream:

@@ -21,7 +21,7 @@ from vllm_mtp.errors import MTPError, UnsupportedTargetError
 from vllm_mtp.layer_spec import BoundLayer, parse_layers
 from vllm_mtp.modeling.drafter import Drafter
 from vllm_mtp.modeling.layers import OwnLayer
-from vllm_mtp.target import TargetFacts, safetensors_files
+from vllm_mtp.target import MAX_SIZE, TargetFacts, safetensors_files
 
 DTYPES = {
     "bfloat16": torch.bfloat16,
@@ -41,6 +41,7 @@ class DrafterOptions(NamedTuple):
     lora: LoRAConfig | None = None
     markov_rank: int | None = None
     draft_token_ids: tuple[int, ...] | None = None
+    prefix_window: int | None = None
     seed: int = 0
 
 
@@ -81,6 +82,7 @@ def new_drafter(
         ),
         markov=MarkovConfig(rank=options.markov_rank) if options.markov_rank else None,
         draft_vocab_size=len(options.draft_token_ids or ()) or None,
+        prefix_window=options.prefix_window,
         dtype=options.dtype,
         target=facts,
     )
@@ -94,6 +96,12 @@ def _require_valid(num_tokens: int, options: DrafterOptions, vocab_size: int) ->
         raise MTPError(
             f"num_speculative_tokens: got {num_tokens}, expected 1 to "
             f"{MAX_SPECULATIVE_TOKENS}"
+        )
+    window = options.prefix_window
+    if window is not None and not 1 <= window <= MAX_SIZE:
+        raise MTPError(
+            f"prefix_window: got {window}, expected 1 to {MAX_SIZE} tokens (leave it "
+            "out to read the whole prefix)"
         )
     ids = options.draft_token_ids
     if ids is None:

@@ -42,7 +42,8 @@ class TextBlocks(NamedTuple):
 
 def anchors_are_exact(config: DrafterConfig, reads: BlockReads) -> bool:
     """Whether the anchors' rows are the target's own rows."""
-    return config.shares_whole_target and reads == SERVED_READS
+    reads_all = reads == SERVED_READS and config.prefix_window is None
+    return config.shares_whole_target and reads_all
 
 
 def forward_texts(
@@ -82,7 +83,8 @@ def forward_texts(
             rest = bound.forward(None, positions)
         return torch.cat([anchors.to(rest.dtype), rest], dim=1)
     behind = [(text.states, text.prefix_lens) for text in texts]
-    with host.reading(behind, num_places, reads):
+    window = bound.drafter.config.prefix_window
+    with host.reading(behind, num_places, reads, window):
         return bound.forward(
             torch.cat([text.token_ids[text.prefix_lens] for text in texts]),
             _positions(texts, num_places),

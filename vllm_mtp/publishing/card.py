@@ -8,6 +8,7 @@ from itertools import groupby
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from vllm_mtp.block import WINDOW_STEP
 from vllm_mtp.config import DrafterConfig, SharedLayerConfig
 from vllm_mtp.evaluation.offline import OfflineResult
 from vllm_mtp.evaluation.report import markdown
@@ -135,6 +136,17 @@ def layers_text(config: DrafterConfig) -> str:
     return ",".join(parts)
 
 
+def prefix_text(config: DrafterConfig) -> str:
+    """What a draft reads of the prefix."""
+    window = config.prefix_window
+    if window is None:
+        return "all of it"
+    return (
+        f"the first {WINDOW_STEP} tokens and the last {window:,} to "
+        f"{window + WINDOW_STEP - 1:,}"
+    )
+
+
 def _settings(model: str, k: int) -> dict[str, str | int]:
     return {"method": METHOD, "model": model, "num_speculative_tokens": k}
 
@@ -247,10 +259,11 @@ def _design(
             "Weights read per draft",
             f"{cost.draft_parameters:,}, {cost.relative_cost:.2f} of a target step's",
         ),
+        ("Reads of the prefix", prefix_text(config)),
         ("KV cache of its own", f"{cost.own_kv_bytes_per_token} bytes per token"),
         (
             "Cache read per draft",
-            f"{cost.kv_bytes_read_per_token:,} bytes per token of prefix",
+            f"{cost.kv_bytes_read_per_token:,} bytes per token of prefix that is read",
         ),
         (
             "Cache that the target keeps",

@@ -122,6 +122,10 @@ class VllmTarget:
         partial.reduce_results = False
         return partial
 
+    def sliding_window(self, index: int) -> int | None:
+        window: int | None = self._attention[index].sliding_window
+        return window
+
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         return self._model.embed_input_ids(token_ids)
 

@@ -11,7 +11,15 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import KVCacheConfig
 
-from vllm_mtp.block import PAD_SLOT, FittedBlocks, fit_blocks, slots_of_positions
+from vllm_mtp.block import (
+    PAD_SLOT,
+    FittedBlocks,
+    fit_blocks,
+    most_read,
+    require_whole_blocks,
+    slots_of_positions,
+    table_without,
+)
 from vllm_mtp.modeling.drafter import BoundDrafter
 
 
@@ -71,6 +79,9 @@ class BlockRunner:
         runner: Any,
     ) -> None:
         self._bound = bound
+        self._window = bound.drafter.config.prefix_window
+        if self._window is not None:
+            require_whole_blocks(kind.block_size for kind in alike)
         self._alike = alike
         self._vllm_config = vllm_config
         self._runner = runner
@@ -110,7 +121,11 @@ class BlockRunner:
         )
         # vLLM may lower the first limit after start-up, to what the cache holds.
         max_model_len = self._vllm_config.model_config.max_model_len
-        fitted = fit_blocks(prefix_lens, num_places, max_model_len, readable_len)
+        fitted = fit_blocks(
+            prefix_lens, num_places, max_model_len, readable_len, self._window
+        )
+        if self._window is not None:
+            readable_len = min(readable_len, most_read(self._window, num_places))
         batch = _block_metadata(fitted, readable_len, metadata)
         return Blocks(anchor_ids, fitted, boundary, tables, batch)
 
@@ -123,6 +138,8 @@ class BlockRunner:
             slots = slots_of_positions(positions, table, alike.block_size)
             slots = slots.masked_fill(beyond, PAD_SLOT).flatten()
             slot_mapping |= dict.fromkeys(alike.layer_names, slots)
+            if blocks.fitted.skipped is not None:
+                table = self._table_to_read(table, blocks.fitted.skipped, alike)
             of_kind = blocks.metadata.replace(
                 block_table_tensor=table, slot_mapping=slots
             )
@@ -135,6 +152,16 @@ class BlockRunner:
             slot_mapping=slot_mapping,
         ):
             return self._bound.forward(blocks.anchor_ids, positions, blocks.boundary)
+
+    def _table_to_read(
+        self, table: torch.Tensor, skipped: torch.Tensor, alike: AlikeLayers
+    ) -> torch.Tensor:
+        """The table ``[B, M]`` int32 without what the window leaves out."""
+        assert self._window is not None
+        most = most_read(
+            self._window, self._bound.drafter.config.num_speculative_tokens
+        )
+        return table_without(table, skipped, alike.block_size, most)
 
     def _block_table(
         self, alike: AlikeLayers, metadata: CommonAttentionMetadata

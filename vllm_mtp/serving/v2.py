@@ -8,6 +8,7 @@ the same way without one. Nothing waits for the device, and no shape depends on 
 is in a tensor.
 """
 
+import copy
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -29,7 +30,13 @@ from vllm.v1.worker.gpu.input_batch import InputBatch, InputBuffers
 from vllm.v1.worker.gpu.sample.gumbel import gumbel_sample
 from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 
-from vllm_mtp.block import PAD_SLOT, fit_blocks
+from vllm_mtp.block import (
+    PAD_SLOT,
+    fit_blocks,
+    most_read,
+    require_whole_blocks,
+    table_without,
+)
 from vllm_mtp.modeling.heads import pick_greedy
 from vllm_mtp.plugin import METHOD
 from vllm_mtp.serving.faults import FILLER_TOKEN, DraftGuard
@@ -63,7 +70,10 @@ class MTPPlaceholderSpeculator(DraftModelSpeculator):
         self._boundary: torch.Tensor | None = None
         self._beyond = torch.zeros(num_rows, dtype=torch.bool, device=device)
         # Before `set_attn` only the memory profile runs, without a cache.
-        self._limit = self._readable_len = vllm_config.model_config.max_model_len
+        self._limit = self._table_len = self._readable_len = (
+            vllm_config.model_config.max_model_len
+        )
+        self._window: int | None = None
         self._graphs: CudaGraphManager | None = None
         self.faults = DraftGuard(alone=vllm_config.parallel_config.world_size == 1)
 
@@ -113,7 +123,32 @@ class MTPPlaceholderSpeculator(DraftModelSpeculator):
         # while the base class keeps the first one.
         self._limit = self.vllm_config.model_config.max_model_len
         # What the shortest block table covers: whole cache blocks, up to the limit.
-        self._readable_len = min(-(-self._limit // s) * s for s in block_sizes)
+        self._table_len = min(-(-self._limit // s) * s for s in block_sizes)
+        self._readable_len = self._table_len
+        self._target_tables = block_tables
+        window = self._bound.drafter.config.prefix_window
+        if window is not None:
+            self._read_within(window, block_tables, block_sizes)
+
+    def _read_within(
+        self, prefix_window: int, target_tables: BlockTables, block_sizes: list[int]
+    ) -> None:
+        """Take block tables of our own, which `_cut_tables` fills.
+
+        The base class and graphs read no others, and they stay where they are.
+        """
+        require_whole_blocks(block_sizes)
+        self._window = prefix_window
+        most = most_read(prefix_window, self.num_speculative_steps)
+        self._readable_len = min(self._table_len, most)
+        self.block_tables = copy.copy(target_tables)
+        self.block_tables.input_block_tables = [
+            table.new_zeros(len(table), min(table.shape[1], -(-most // size)))
+            for table, size in zip(
+                target_tables.input_block_tables, block_sizes, strict=True
+            )
+        ]
+        self._block_sizes = block_sizes
 
     @torch.inference_mode()
     def propose(
@@ -230,7 +265,11 @@ class MTPPlaceholderSpeculator(DraftModelSpeculator):
         num_reqs, num_places = input_batch.num_reqs, self.num_speculative_steps
         prefix_lens = input_batch.seq_lens[:num_reqs] - num_rejected
         self._prefix_lens[:num_reqs].copy_(prefix_lens)
-        blocks = fit_blocks(prefix_lens, num_places, self._limit, self._readable_len)
+        blocks = fit_blocks(
+            prefix_lens, num_places, self._limit, self._table_len, self._window
+        )
+        if blocks.skipped is not None:
+            self._cut_tables(blocks.skipped)
         buffers, num_rows = self.input_buffers, num_reqs * num_places
         buffers.positions[:num_rows].copy_(blocks.positions.flatten())
         self._beyond[:num_rows].copy_(blocks.beyond.flatten())
@@ -242,6 +281,20 @@ class MTPPlaceholderSpeculator(DraftModelSpeculator):
             ends = input_batch.query_start_loc[1 : num_reqs + 1]
             rows = (ends - num_rejected - 1).long()
             self._boundary[:num_reqs].copy_(last_hidden_states[rows])
+
+    def _cut_tables(self, skipped: torch.Tensor) -> None:
+        """Leave out the cache blocks of skipped tokens. ``[B]``."""
+        num_reqs = len(skipped)
+        tables = zip(
+            self.block_tables.input_block_tables,
+            self._target_tables.input_block_tables,
+            self._block_sizes,
+            strict=True,
+        )
+        for ours, theirs, size in tables:
+            room = ours.shape[1] * size
+            ours[:num_reqs] = table_without(theirs[:num_reqs], skipped, size, room)
+            ours[num_reqs:] = 0  # as vLLM's own: the null block
 
     def _draft_step(self, input_batch: InputBatch) -> None:
         """Draft over the cache: replay a graph, or run what it would hold."""
@@ -269,7 +322,7 @@ class MTPPlaceholderSpeculator(DraftModelSpeculator):
     def _write_slots(self, num_reqs: int) -> None:
         """Scratch slots of every KV-cache group, for the staged blocks."""
         num_rows = num_reqs * self.num_speculative_steps
-        slots = self.block_tables.compute_slot_mappings(
+        slots = self._target_tables.compute_slot_mappings(
             self.idx_mapping[:num_reqs],
             self._starts[: num_reqs + 1],
             self.input_buffers.positions[:num_rows],
@@ -286,13 +339,15 @@ class MTPPlaceholderSpeculator(DraftModelSpeculator):
         """The drafter's batch: k query rows behind every request's prefix."""
         num_reqs, num_places = input_batch.num_reqs, self.num_speculative_steps
         # As NumPy, since this must stay a tensor of the host.
-        longest = int(input_batch.seq_lens_cpu_upper_bound[:num_reqs].numpy().max())
+        upper = input_batch.seq_lens_cpu_upper_bound
+        longest = int(upper[:num_reqs].numpy().max())
         self.draft_max_seq_len = min(longest + num_places, self._readable_len)
         return self._build_attn_metadata(
             num_reqs=num_reqs,
             batch_desc=batch,
             query_start_loc_np=self.arange_np[: num_reqs + 1] * num_places,
-            seq_lens_cpu_upper_bound=input_batch.seq_lens_cpu_upper_bound,
+            # Some backends index the block table by this bound, k added.
+            seq_lens_cpu_upper_bound=upper.clamp(max=self._readable_len - num_places),
             step=num_places,
             slot_mappings=self._slots[:, : batch.num_tokens],
         )
