@@ -19,6 +19,7 @@ from typing import NamedTuple
 from tools.tables import Part, _table
 from vllm_mtp.bench import cost_model as model
 from vllm_mtp.bench.cost_model import Drafter, Hardware, Point, Target
+from vllm_mtp.block import most_read
 
 ROOT = Path(__file__).parents[1]
 PAGE, PLOT = ROOT / "docs" / "scaling.md", ROOT / "docs" / "scaling.png"
@@ -69,6 +70,7 @@ PUBLISHED_LONG = {
 """Tokens per second without a drafter and with the same four, for Qwen3-8B (the same
 paper). The batch is not given there and is our guess."""
 
+WINDOW = 1024  # of `cheap`
 PEERS = (model.eagle3, model.dflash, model.dspark, model.longspark)
 
 
@@ -373,13 +375,17 @@ def layers() -> str:
     size = SIZES[1]
     head = ("Layers, k = 7", "Reads per token of context", *map(_where, POINTS))
     rows = []
-    for spec in BOUND:
+    for spec, window in [*((spec, None) for spec in BOUND), (BOUND[-1], WINDOW)]:
         drafter = size._replace(layers=spec).ours(7)
+        name = f"`{spec}`"
+        if window is not None:
+            drafter = replace(drafter, window=most_read(window, 7))
+            name += f", `prefix_window` {window:,}"
         read = drafter.kv_layers * size.target.kv_layer_bytes
         even = [
             model.break_even(size.target, size.hardware, drafter, p) for p in POINTS
         ]
-        rows.append((f"`{spec}`", f"{read:,.0f} bytes", *(f"{e:.2f}" for e in even)))
+        rows.append((name, f"{read:,.0f} bytes", *(f"{e:.2f}" for e in even)))
     return _table(head, rows)
 
 

@@ -2,6 +2,7 @@
 """Records to medians and ratios, schedules and reports."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -38,7 +39,7 @@ def record(side: Side, load: Load, number: int, speed: float, ttft: float) -> Re
         AcceptanceCounts(10, 20, (6, 3)) if drafting else AcceptanceCounts(0, 0, ())
     )
     texts = tuple(f"answer {i}" for i in range(len(load.prompts)))
-    result = LoadResult(speed, 16, 16 / speed, ttft, 50.0, texts)
+    result = LoadResult(speed, 16, 16 / speed, ttft, 900 / speed, texts)
     return Record(side.name, load.name, number, result, counts, 0, 0)
 
 
@@ -68,6 +69,8 @@ def test_ratios_are_taken_within_a_round(records: list[Record]) -> None:
     assert ours.ratio.low == pytest.approx(1.5)
     assert ours.ratio.high == pytest.approx(1.7)
     assert ours.ttft_ratio.median == pytest.approx(1.0)
+    assert ours.tpot_ratio.high == pytest.approx(1 / 1.5)
+    assert ours.tpot_ratio.low == pytest.approx(1 / 1.7)
     assert ours.counts == AcceptanceCounts(20, 40, (12, 6))
     assert (ours.same_texts, ours.texts) == (4, 4)
 
@@ -78,6 +81,13 @@ def test_another_text_is_counted(records: list[Record]) -> None:
     )
     records[0] = Record(**(vars(records[0]) | {"result": changed}))
     assert lines_of(PLAN, records)[1].same_texts == 3
+
+
+def test_answers_of_one_token_have_no_time_per_token(records: list[Record]) -> None:
+    plain = records[1]
+    result = plain.result.__class__(**(vars(plain.result) | {"tpot_ms": 0.0}))
+    records[1] = Record(**(vars(plain) | {"result": result}))
+    assert math.isnan(lines_of(PLAN, records)[1].tpot_ratio.median)
 
 
 def test_best_schedule_takes_what_is_fastest_and_covers_every_batch() -> None:

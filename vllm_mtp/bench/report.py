@@ -19,12 +19,13 @@ JSON_FILE = "benchmark.json"
 TABLE_FILE = "benchmark.md"
 PLOT_FILE = "speed.png"
 _HEAD = (
-    *("Load", "Side", "Tokens/s", "Ratio", "TTFT ratio", "AL", "By place"),
-    *("Same text", "Prefix hits"),
+    *("Load", "Side", "Tokens/s", "Ratio", "TTFT ratio", "TPOT ratio"),
+    *("AL", "By place", "Same text", "Prefix hits"),
 )
 _NOTE = (
     "Ratio: tokens/s over those of `none` in the same round; median (lowest to "
-    "highest). TTFT ratio: time to the first token, likewise; below 1 is sooner. AL: "
+    "highest). TTFT ratio: time to the first token, likewise; below 1 is sooner. TPOT "
+    "ratio: time per token after the first, likewise; below 1 is faster. AL: "
     "acceptance length, bonus token included. Same text: answers that are those of "
     "`none`, as text; two tokens can tie in rounding. Prefix hits: prompt tokens found "
     "in the prefix cache, which is emptied before each measurement."
@@ -151,6 +152,7 @@ def _row(line: Line) -> tuple[str, ...]:
         f"{line.tokens_per_s.median:.1f}",
         _spread(line.ratio),
         _spread(line.ttft_ratio),
+        _spread(line.tpot_ratio),
         f"{line.counts.acceptance_length:.2f}" if drafted else "",
         places if drafted else "",
         f"{line.same_texts}/{line.texts}",

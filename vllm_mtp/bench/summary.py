@@ -2,6 +2,7 @@
 """From records to what a report says: medians, spreads, ratios, the best number of
 tokens for each batch size."""
 
+import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from vllm_mtp.bench.measure import Record
 from vllm_mtp.bench.plan import PLAIN, Plan, Side
 from vllm_mtp.metrics import AcceptanceCounts
 from vllm_mtp.publishing.speed import SpeedRecord, SpeedRow
+from vllm_mtp.serving.load import LoadResult
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,8 @@ class Line:
         tokens_per_s: Output tokens of all requests per second.
         ratio: Tokens/s over those of the side without speculation in the same round.
         ttft_ratio: Time to the first token, likewise: below 1 is sooner.
+        tpot_ratio: Time per token after the first, likewise: below 1 is faster. Behind
+            long prompts it tells of decoding, while tokens/s also count the prefill.
         counts: Acceptance over all rounds.
         prefix_hits: Prompt tokens found in the prefix cache, over all rounds.
         same_texts: Answers that are those of the side without speculation.
@@ -48,6 +52,7 @@ class Line:
     tokens_per_s: Spread
     ratio: Spread
     ttft_ratio: Spread
+    tpot_ratio: Spread
     counts: AcceptanceCounts
     prefix_hits: int
     same_texts: int
@@ -81,11 +86,17 @@ def _line(own: list[Record], plain: list[Record]) -> Line:
             [r.result.tokens_per_s / b.result.tokens_per_s for r, b in pairs]
         ),
         ttft_ratio=Spread.of([r.result.ttft_ms / b.result.ttft_ms for r, b in pairs]),
+        tpot_ratio=Spread.of([_tpot_ratio(r.result, b.result) for r, b in pairs]),
         counts=sum((record.counts for record in own), AcceptanceCounts(0, 0, ())),
         prefix_hits=sum(record.prefix_hits for record in own),
         same_texts=sum(texts),
         texts=len(texts),
     )
+
+
+def _tpot_ratio(own: LoadResult, plain: LoadResult) -> float:
+    # Answers of one token have no second.
+    return own.tpot_ms / plain.tpot_ms if plain.tpot_ms else math.nan
 
 
 def best_schedule(
