@@ -6,10 +6,12 @@ Training, evaluation and serving all build the drafter from this object, and
 are also the reference in ``checkpoints_spec/``.
 """
 
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from vllm_mtp.errors import TargetMismatchError
 from vllm_mtp.target import MAX_SIZE, TargetFacts
 
 FORMAT_VERSION: Literal[1] = 1
@@ -191,6 +193,27 @@ class DrafterConfig(_Strict):
         return any(
             isinstance(layer, OwnLayerConfig) and layer.boundary_hidden
             for layer in self.layers
+        )
+
+
+def require_window(
+    config: DrafterConfig, sliding_window: Callable[[int], int | None]
+) -> None:
+    """Raise unless layers with a sliding window read all of it, as the target did.
+
+    Args:
+        config: Of the drafter.
+        sliding_window: Tokens that a target layer attends to; None for all.
+
+    Raises:
+        TargetMismatchError: ``prefix_window`` is shorter than one of them.
+    """
+    least = max(sliding_window(index) or 0 for index in config.bound_layers)
+    if config.prefix_window is not None and config.prefix_window < least:
+        raise TargetMismatchError(
+            f"prefix_window: got {config.prefix_window}, but a target layer that the "
+            f"drafter reads attends to the last {least} tokens; set it to {least} or "
+            "more in the drafter's config.json, or to null"
         )
 
 

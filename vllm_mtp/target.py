@@ -115,6 +115,19 @@ class TargetFacts(BaseModel):
             )
 
 
+def sliding_windows(text_config: Any) -> list[int | None]:
+    """Tokens that each layer attends to, itself included; None for all.
+
+    Args:
+        text_config: A ``PretrainedConfig``, of the text part.
+    """
+    window = getattr(text_config, "sliding_window", None)
+    kinds = getattr(text_config, "layer_types", None)
+    if kinds is None:
+        kinds = ["sliding_attention"] * text_config.num_hidden_layers
+    return [window if kind == "sliding_attention" else None for kind in kinds]
+
+
 # What some families do between their layers, in the model's own forward.
 _BETWEEN_LAYERS = (
     "embedding_multiplier",

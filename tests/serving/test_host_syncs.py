@@ -76,7 +76,7 @@ def host_tensors(values: tuple[Any, ...]) -> Iterator[Any]:
 @pytest.mark.parametrize(
     "name",
     [
-        "mixed",
+        "mixed-windowed",
         pytest.param("shared-4", marks=pytest.mark.slow),
         pytest.param("own-some", marks=pytest.mark.slow),
     ],

@@ -19,7 +19,7 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
 from vllm.engine.arg_utils import EngineArgs
 
-from tests.tiny_targets import make_tiny_llama
+from tests.tiny_targets import WINDOW, make_tiny_llama
 from vllm_mtp.errors import MTPError
 from vllm_mtp.serving.settings import ALLOWED_KEYS
 
@@ -115,6 +115,20 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
         ["NaN or infinite values in 'placeholders' (1 of 192 values)"],
     ),
 }
+
+
+def test_a_window_that_cannot_be_read_is_refused(
+    tiny_targets: dict[str, Path], tiny_drafter: Drafter, tmp_path: Path
+) -> None:
+    folder = tmp_path / "drafter"
+    shutil.copytree(tiny_drafter("mistral", "windowed"), folder)
+    start_in = {"model": str(folder)}
+    start(tiny_targets["mistral"], start_in, block_size=64)  # good before
+    with pytest.raises(MTPError, match=f"{folder}: block_size: .* blocks of 96 tokens"):
+        start(tiny_targets["mistral"], start_in, block_size=96)
+    edit_config(folder, lambda c: c.update(prefix_window=WINDOW - 1))
+    with pytest.raises(MTPError, match=f"{folder}: prefix_window: got {WINDOW - 1}"):
+        start(tiny_targets["mistral"], start_in)
 
 
 @pytest.mark.parametrize("name", BROKEN)

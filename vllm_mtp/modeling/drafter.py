@@ -8,8 +8,7 @@ import torch
 from torch import nn
 
 from vllm_mtp.block import is_placeholder
-from vllm_mtp.config import DrafterConfig, SharedLayerConfig
-from vllm_mtp.errors import TargetMismatchError
+from vllm_mtp.config import DrafterConfig, SharedLayerConfig, require_window
 from vllm_mtp.modeling.heads import DraftVocab, MarkovCorrection, Pick, pick_block
 from vllm_mtp.modeling.hosts import Stream, TargetHost
 from vllm_mtp.modeling.layers import OwnLayer, SharedLayer
@@ -82,17 +81,6 @@ class Drafter(nn.Module):
                 module.init_weights(generator)  # type: ignore[operator]
 
 
-def _require_window(config: DrafterConfig, target: TargetHost) -> None:
-    """A layer with a sliding window must read all of it, as the target did."""
-    least = max((target.sliding_window(i) or 0 for i in config.bound_layers), default=0)
-    if config.prefix_window is not None and config.prefix_window < least:
-        raise TargetMismatchError(
-            f"prefix_window: got {config.prefix_window}, but a target layer that the "
-            f"drafter reads attends to the last {least} tokens; set it to {least} or "
-            "more in the drafter's config.json, or to null"
-        )
-
-
 class BoundDrafter:
     """A drafter on its target, ready to draft.
 
@@ -109,7 +97,7 @@ class BoundDrafter:
     """
 
     def __init__(self, drafter: Drafter, target: TargetHost) -> None:
-        _require_window(drafter.config, target)
+        require_window(drafter.config, target.sliding_window)
         self.trace: Trace | None = None
         self.drafter = drafter
         self.target = target

@@ -20,7 +20,7 @@ from vllm_mtp.block import SERVED_READS, BlockReads
 from vllm_mtp.errors import UnsupportedTargetError
 from vllm_mtp.modeling.block_attention import BlockBias, attend_blocks, block_bias
 from vllm_mtp.modeling.hosts import OneRank, Stream
-from vllm_mtp.target import TargetFacts
+from vllm_mtp.target import TargetFacts, sliding_windows
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class HFTarget(OneRank):
         _refuse_unfollowed(config)
         self.model = model
         self.decoder = model.get_decoder()
-        self._windows = _windows(config)
+        self._windows = sliding_windows(config)
         self._soft_cap: float | None = getattr(config, "final_logit_softcapping", None)
         self._reads: list[_Read] = []
 
@@ -278,15 +278,6 @@ class _SmallHead(nn.Module):
 
 def _capped(logits: torch.Tensor, soft_cap: float | None) -> torch.Tensor:
     return logits if soft_cap is None else torch.tanh(logits / soft_cap) * soft_cap
-
-
-def _windows(config: Any) -> list[int | None]:
-    """Tokens that each layer attends to, itself included; None for all."""
-    window = getattr(config, "sliding_window", None)
-    kinds = getattr(config, "layer_types", None)
-    if kinds is None:
-        kinds = ["sliding_attention"] * config.num_hidden_layers
-    return [window if kind == "sliding_attention" else None for kind in kinds]
 
 
 def _refuse_unfollowed(config: Any) -> None:

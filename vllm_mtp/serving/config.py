@@ -10,8 +10,9 @@ from typing import Any
 from vllm.config import SpeculativeConfig
 from vllm.platforms import current_platform
 
+from vllm_mtp.block import require_whole_blocks
 from vllm_mtp.checkpoint import load_drafter
-from vllm_mtp.config import DrafterConfig
+from vllm_mtp.config import DrafterConfig, require_window
 from vllm_mtp.errors import (
     MethodConfigError,
     MTPError,
@@ -24,7 +25,7 @@ from vllm_mtp.serving import versions
 from vllm_mtp.serving.ledger import install_for_runner
 from vllm_mtp.serving.resolve import resolve_drafter
 from vllm_mtp.serving.settings import OWN_KEYS, checked, num_speculative_tokens
-from vllm_mtp.target import TargetFacts
+from vllm_mtp.target import TargetFacts, sliding_windows
 
 logger = logging.getLogger("vllm.mtp_placeholder")
 
@@ -136,6 +137,7 @@ def build_config(
     drafter_config = load_drafter(folder, dtype=target_model_config.dtype).config
     try:
         drafter_config.target.require_same(facts)
+        _require_readable(drafter_config, engine_args, target_model_config)
         require_divisible(drafter_config, target_parallel_config.tensor_parallel_size)
         num_tokens = num_speculative_tokens(
             settings, drafter_config.num_speculative_tokens
@@ -155,6 +157,17 @@ def build_config(
     for key, value in ours.items():
         setattr(config, key, value)
     return config
+
+
+def _require_readable(config: DrafterConfig, engine_args: Any, model: Any) -> None:
+    """Refuse a window that the target's own or the cache's blocks do not allow."""
+    if config.prefix_window is None:
+        return
+    windows = sliding_windows(model.hf_config.get_text_config())
+    require_window(config, windows.__getitem__)
+    # vLLM chooses it where it is not set; then the runner looks at it.
+    if engine_args.block_size:
+        require_whole_blocks([engine_args.block_size])
 
 
 def _require_any_length(settings: dict[str, Any], target_parallel_config: Any) -> None:
