@@ -20,7 +20,12 @@ from transformers import (
 
 from tests.tiny_targets import make_tiny_llama
 from vllm_mtp.errors import TargetMismatchError, UnsupportedTargetError
-from vllm_mtp.target import TargetFacts, fingerprint_of_shapes, weights_fingerprint
+from vllm_mtp.target import (
+    TargetFacts,
+    fingerprint_of_shapes,
+    sliding_windows,
+    weights_fingerprint,
+)
 
 DEFAULT_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 FACTS = TargetFacts(
@@ -84,6 +89,29 @@ def test_facts_of_a_folder(tiny_qwen3: Path) -> None:
 def test_facts_of_a_multimodal_model_are_its_text_part() -> None:
     outer = LlavaConfig(text_config=_llama())
     assert TargetFacts.from_hf_config(outer, name="tiny").differences(FACTS) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"sliding_window": 64}, [64, 64]),
+        ({"sliding_window": None}, [None, None]),
+        ({"sliding_window": 512}, [None, None]),  # no text is as long
+        (
+            {
+                "sliding_window": 64,
+                "layer_types": ["sliding_attention", "full_attention"],
+            },
+            [64, None],
+        ),
+        ({}, [None, None]),
+    ],
+)
+def test_sliding_windows(changes: dict[str, Any], expected: list[int | None]) -> None:
+    config = SimpleNamespace(
+        num_hidden_layers=2, max_position_embeddings=512, **changes
+    )
+    assert sliding_windows(config) == expected
 
 
 def test_facts_survive_json() -> None:

@@ -63,6 +63,11 @@ def skipped_tokens(prefix_lens: torch.Tensor, prefix_window: int) -> torch.Tenso
     return (begin - WINDOW_STEP).clamp(min=0)
 
 
+def first_to_skip(prefix_window: int) -> int:
+    """The shortest prefix of which something is skipped."""
+    return (-(-prefix_window // WINDOW_STEP) + 2) * WINDOW_STEP
+
+
 def most_read(prefix_window: int, num_places: int) -> int:
     """Most tokens that a block reads, its own included."""
     return prefix_window + 2 * WINDOW_STEP - 1 + num_places

@@ -68,7 +68,7 @@ class SharedLayerConfig(_Strict):
     lora: LoRAConfig | None = Field(
         default=None,
         description="Trained change for the placeholder rows. The anchor's row "
-        "never sees it, so it stays exactly the target's.",
+        "never sees it.",
     )
 
 

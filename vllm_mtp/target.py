@@ -3,6 +3,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -121,7 +122,10 @@ def sliding_windows(text_config: Any) -> list[int | None]:
     Args:
         text_config: A ``PretrainedConfig``, of the text part.
     """
+    longest = getattr(text_config, "max_position_embeddings", None) or math.inf
     window = getattr(text_config, "sliding_window", None)
+    if window is not None and window >= longest:
+        window = None  # some configs give one that no text reaches
     kinds = getattr(text_config, "layer_types", None)
     if kinds is None:
         kinds = ["sliding_attention"] * text_config.num_hidden_layers

@@ -22,6 +22,7 @@ from vllm_mtp.evaluation.blocks import (
     run_in_torch,
     sketched_places,
     stage_names,
+    tries_window,
 )
 from vllm_mtp.evaluation.compare import (
     LIMITS,
@@ -121,6 +122,21 @@ class TestChoice:
     def test_without_loss_spans_any_place_will_do(self, tiny_llama: Path) -> None:
         texts = choose_texts([{"input_ids": [1, 2, 3]}], self.config(tiny_llama), 512)
         assert (texts.token_ids, texts.prefix_lens) == (((1, 2),), ((1,),))
+
+    def test_a_window_is_tried_where_the_target_is_long_enough(
+        self, tiny_llama: Path
+    ) -> None:
+        whole = self.config(tiny_llama)
+        config = whole.model_copy(update={"prefix_window": 50})
+        texts = choose_texts(ROWS, config, 512)
+        *others, last = texts.prefix_lens
+        assert last == (385,)
+        assert len(texts.token_ids[-1]) == 386
+        assert tries_window(texts, config)
+        assert not tries_window(texts, whole)
+        for short in (choose_texts(ROWS, whole, 512), choose_texts(ROWS, config, 388)):
+            assert list(short.prefix_lens) == others
+            assert not tries_window(short, config)
 
     def test_blocks_fit_into_the_targets_positions(self, tiny_llama: Path) -> None:
         texts = choose_texts(ROWS, self.config(tiny_llama), 20)

@@ -84,8 +84,14 @@ def test_with_a_window_the_target_itself_is_not_exact(tiny_llama: Path) -> None:
 
 def test_a_window_is_no_shorter_than_the_targets(tmp_path: Path) -> None:
     folder = make_tiny("mistral", tmp_path / "mistral")
-    with pytest.raises(TargetMismatchError, match=rf"got {WINDOW - 1}.* {WINDOW} or"):
-        case(folder, "shared:all", WINDOW - 1).run()
+    reason = f"got {WINDOW - 1}.* {WINDOW} or"
+    with pytest.raises(TargetMismatchError, match=reason):
+        case(folder, "shared:all", WINDOW - 1)
+    host, drafter, _ = case(folder, "own:1", None)
+    too_short = {"prefix_window": WINDOW - 1}
+    drafter.config = drafter.config.model_copy(update=too_short)
+    with pytest.raises(TargetMismatchError, match=reason):
+        BoundDrafter(drafter, host)
     # The target's own is shorter, so it decides.
     windowed, whole = (case(folder, "own:1", w).run() for w in (WINDOW, None))
     torch.testing.assert_close(windowed, whole)

@@ -10,6 +10,7 @@ import pytest
 from tests.evaluation.drafter_faults import FAULTS, Fault
 from tests.serving.conftest import PLAIN
 from tests.serving.engines import ON_V2
+from vllm_mtp.block import table_without
 from vllm_mtp.checkpoint import save_drafter
 from vllm_mtp.cli import main
 from vllm_mtp.evaluation.probe import PROBE_FILE
@@ -33,7 +34,7 @@ def check(capfd: pytest.CaptureFixture[str]) -> Check:
     return run
 
 
-@pytest.mark.parametrize("name", ["shared-4", "own-some", "mixed"])
+@pytest.mark.parametrize("name", ["shared-4", "own-some", "mixed-windowed"])
 def test_a_good_drafter_passes(
     name: str,
     check: Check,
@@ -54,6 +55,22 @@ def test_a_good_drafter_passes(
     for stage in ("input", "layer 1", "final norm", "drafted tokens"):
         assert f"vLLM    {stage}" in out
     assert "NOT checked" not in out
+
+
+def test_a_window_that_vllm_reads_wrong_is_found(
+    check: Check, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = PLAIN._replace(prefix_window=50)
+    drafter = new_drafter(tiny_llama, "own:1,2", 4, options)
+    folder = save_drafter(drafter, tmp_path / "drafter")
+    module = f"vllm_mtp.serving.{'v2' if ON_V2 else 'v1_blocks'}"
+    monkeypatch.setattr(
+        f"{module}.table_without",
+        lambda table, skipped, *rest: table_without(table, 0 * skipped, *rest),
+    )
+    code, out = check(folder, tiny_llama)
+    assert code == 1
+    assert "they part at vLLM, layer 0" in out
 
 
 @pytest.mark.parametrize("flags", [[], ["--skip-checksums"]], ids=["all", "computed"])

@@ -69,6 +69,7 @@ PAIRS += [("mistral", "shared-4"), ("gemma3", "shared-4"), ("gemma3", "windowed"
 SLOW_PAIRS = [("mistral", "mixed"), ("phi3", "shared-4"), ("qwen3_moe", "shared-4")]
 if ON_V2:
     PAIRS, SLOW_PAIRS = [("llama", name) for name in NAMES], []
+    PAIRS.append(("gemma3", "windowed"))
 
 
 @pytest.mark.parametrize(

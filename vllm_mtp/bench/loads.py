@@ -38,7 +38,11 @@ def concurrency_loads(
 
 
 def context_loads(
-    tokenizer: Any, prompts: Sequence[str], sizes: Iterable[int], output_tokens: int
+    tokenizer: Any,
+    prompts: Sequence[str],
+    sizes: Iterable[int],
+    output_tokens: int,
+    num_questions: int = PROMPTS_PER_CONTEXT,
 ) -> list[Load]:
     """One request at a time behind much text: other prompts, then a question.
 
@@ -47,8 +51,9 @@ def context_loads(
         prompts: The first are the questions, the others the text, over and over.
         sizes: Tokens of a prompt, about (the chat template comes on top).
         output_tokens: Longest answer.
+        num_questions: Prompts of a load.
     """
-    questions, others = prompts[:PROMPTS_PER_CONTEXT], prompts[PROMPTS_PER_CONTEXT:]
+    questions, others = prompts[:num_questions], prompts[num_questions:]
     text: list[int] = tokenizer("\n\n".join(others), add_special_tokens=False).input_ids
     loads = []
     for size in sizes:

@@ -152,7 +152,7 @@ def _row(line: Line) -> tuple[str, ...]:
         f"{line.tokens_per_s.median:.1f}",
         _spread(line.ratio),
         _spread(line.ttft_ratio),
-        _spread(line.tpot_ratio),
+        _spread(line.tpot_ratio) if line.tpot_ratio else "",
         f"{line.counts.acceptance_length:.2f}" if drafted else "",
         places if drafted else "",
         f"{line.same_texts}/{line.texts}",

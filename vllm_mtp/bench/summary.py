@@ -2,7 +2,6 @@
 """From records to what a report says: medians, spreads, ratios, the best number of
 tokens for each batch size."""
 
-import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -41,6 +40,7 @@ class Line:
         ttft_ratio: Time to the first token, likewise: below 1 is sooner.
         tpot_ratio: Time per token after the first, likewise: below 1 is faster. Behind
             long prompts it tells of decoding, while tokens/s also count the prefill.
+            None where some load gave single tokens alone.
         counts: Acceptance over all rounds.
         prefix_hits: Prompt tokens found in the prefix cache, over all rounds.
         same_texts: Answers that are those of the side without speculation.
@@ -52,7 +52,7 @@ class Line:
     tokens_per_s: Spread
     ratio: Spread
     ttft_ratio: Spread
-    tpot_ratio: Spread
+    tpot_ratio: Spread | None
     counts: AcceptanceCounts
     prefix_hits: int
     same_texts: int
@@ -86,7 +86,7 @@ def _line(own: list[Record], plain: list[Record]) -> Line:
             [r.result.tokens_per_s / b.result.tokens_per_s for r, b in pairs]
         ),
         ttft_ratio=Spread.of([r.result.ttft_ms / b.result.ttft_ms for r, b in pairs]),
-        tpot_ratio=Spread.of([_tpot_ratio(r.result, b.result) for r, b in pairs]),
+        tpot_ratio=_tpot_ratio([(r.result, b.result) for r, b in pairs]),
         counts=sum((record.counts for record in own), AcceptanceCounts(0, 0, ())),
         prefix_hits=sum(record.prefix_hits for record in own),
         same_texts=sum(texts),
@@ -94,9 +94,10 @@ def _line(own: list[Record], plain: list[Record]) -> Line:
     )
 
 
-def _tpot_ratio(own: LoadResult, plain: LoadResult) -> float:
-    # Answers of one token have no second.
-    return own.tpot_ms / plain.tpot_ms if plain.tpot_ms else math.nan
+def _tpot_ratio(pairs: Sequence[tuple[LoadResult, LoadResult]]) -> Spread | None:
+    if not all(plain.tpot_ms for _, plain in pairs):
+        return None
+    return Spread.of([own.tpot_ms / plain.tpot_ms for own, plain in pairs])
 
 
 def best_schedule(

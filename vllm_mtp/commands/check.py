@@ -33,6 +33,9 @@ _NO_PROBE = """\
 The folder has no probe.safetensors, so training left nothing to compare with. Only
 vLLM was compared with torch, both from this folder. NOT checked: whether the folder is
 what was trained. Wrong weights or a wrong config are wrong in both."""
+_NO_WINDOW = """\
+NOT checked: what the drafter reads behind a long prefix. It leaves out some of it from
+{} tokens on, and no text here is as long."""
 # Split at empty lines.
 _TEXTS = """\
 The lighthouse stood at the end of a long pier. Every evening its keeper climbed the
@@ -84,7 +87,9 @@ class Check:
     )
 
     def run(self) -> int:
+        from vllm_mtp.block import first_to_skip
         from vllm_mtp.checkpoint import load_drafter
+        from vllm_mtp.evaluation.blocks import tries_window
         from vllm_mtp.evaluation.compare import compare_facts
         from vllm_mtp.evaluation.probe import read_probe
         from vllm_mtp.target import TargetFacts
@@ -102,6 +107,8 @@ class Check:
         print(f"\n{verdict(levels)}")
         if probe is None:
             print(_NO_PROBE)
+        elif config.prefix_window and not tries_window(probe.texts, config):
+            print(_NO_WINDOW.format(first_to_skip(config.prefix_window)))
         return int(any(level.first_fault for level in levels))
 
     def _levels(

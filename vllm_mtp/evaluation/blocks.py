@@ -4,6 +4,7 @@
 Dimensions: N texts, B blocks behind all of them, k places, P of these sketched.
 """
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from vllm_mtp.block import possible_anchors
+from vllm_mtp.block import first_to_skip, possible_anchors
 from vllm_mtp.config import DrafterConfig
 from vllm_mtp.errors import MTPError
 from vllm_mtp.evaluation.sketch import sketch
@@ -82,6 +83,9 @@ def choose_texts(
 ) -> ProbeTexts:
     """Choose a few texts and blocks, spread over each text.
 
+    For a drafter with a window, one more block stands behind a text of which the window
+    leaves something out: the others, over and over.
+
     Args:
         rows: See `probe.write_probe`.
         config: The drafter's.
@@ -108,7 +112,21 @@ def choose_texts(
             f"probe: no row has 3 tokens or more within the first {longest}; give "
             "some ordinary texts"
         )
+    if config.prefix_window is not None:
+        num_prefix = first_to_skip(config.prefix_window) + 1
+        if num_prefix + num_places <= max_tokens:
+            tokens = itertools.cycle([token for text in texts for token in text])
+            texts.append(tuple(itertools.islice(tokens, num_prefix + 1)))
+            lens.append((num_prefix,))
     return ProbeTexts(tuple(texts), tuple(lens))
+
+
+def tries_window(texts: ProbeTexts, config: DrafterConfig) -> bool:
+    """Whether a drafter with a window leaves something out behind one of the texts."""
+    window = config.prefix_window
+    return window is not None and any(
+        n >= first_to_skip(window) for lens in texts.prefix_lens for n in lens
+    )
 
 
 def _counts(num_stages: int, num_places: int) -> tuple[int, int]:

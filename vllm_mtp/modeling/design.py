@@ -68,7 +68,7 @@ class DrafterDesign:
         default=None,
         metadata=_say(
             "read the first 128 tokens of a prefix and about so many of the last "
-            "(default: all)"
+            "(0: all)"
         ),
     )
 
@@ -85,7 +85,7 @@ class DrafterDesign:
             lora=self.lora_config(),
             markov_rank=self.markov_rank,
             draft_token_ids=draft_token_ids,
-            prefix_window=self.prefix_window,
+            prefix_window=self.prefix_window or None,
             seed=seed,
         )
 

@@ -16,12 +16,18 @@ from vllm_mtp.config import (
     MarkovConfig,
     OwnLayerConfig,
     SharedLayerConfig,
+    require_window,
 )
 from vllm_mtp.errors import MTPError, UnsupportedTargetError
 from vllm_mtp.layer_spec import BoundLayer, parse_layers
 from vllm_mtp.modeling.drafter import Drafter
 from vllm_mtp.modeling.layers import OwnLayer
-from vllm_mtp.target import MAX_SIZE, TargetFacts, safetensors_files
+from vllm_mtp.target import (
+    MAX_SIZE,
+    TargetFacts,
+    safetensors_files,
+    sliding_windows,
+)
 
 DTYPES = {
     "bfloat16": torch.bfloat16,
@@ -67,6 +73,7 @@ def new_drafter(
     Raises:
         LayerSpecError: ``layers`` cannot be read.
         UnsupportedTargetError: The target, or a copy of its layer, cannot work.
+        TargetMismatchError: ``prefix_window`` is shorter than the target's own.
     """
     target = Path(target)
     hf_config = AutoConfig.from_pretrained(target).get_text_config()
@@ -86,6 +93,7 @@ def new_drafter(
         dtype=options.dtype,
         target=facts,
     )
+    require_window(config, sliding_windows(hf_config).__getitem__)
     drafter = Drafter(config).to(DTYPES[options.dtype])
     _fill(drafter, weights, options, _embedding_scale(hf_config))
     return drafter

@@ -62,7 +62,7 @@ def _engine(
         max_num_seqs=len(blocks),
         # All prompts in one step and in one piece: a piece of a prompt would be
         # drafted behind, too, with the prompt's next token as the anchor.
-        max_num_batched_tokens=len(blocks) * longest,
+        max_num_batched_tokens=max(longest, sum(len(b.prefix) + 1 for b in blocks)),
         enable_prefix_caching=False,
         skip_tokenizer_init=True,
         disable_log_stats=True,

@@ -68,6 +68,7 @@ class VllmTarget:
     ) -> None:
         self._model = _language_model(model)
         self._dtype = vllm_config.model_config.dtype
+        self._max_model_len = vllm_config.model_config.max_model_len
         self._decoder = self._model.model
         attention = _attention_by_layer(vllm_config)
         self._attention: dict[int, Attention] = {}
@@ -124,7 +125,7 @@ class VllmTarget:
 
     def sliding_window(self, index: int) -> int | None:
         window: int | None = self._attention[index].sliding_window
-        return window
+        return None if window is None or window >= self._max_model_len else window
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         return self._model.embed_input_ids(token_ids)

@@ -39,6 +39,7 @@ class Blocks(NamedTuple):
     fitted: FittedBlocks
     boundary: torch.Tensor | None  # [B, hidden_size]
     tables: list[torch.Tensor]  # by kind of layer, [B, M] int32
+    read_tables: list[torch.Tensor]  # likewise, without what a window leaves out
     metadata: CommonAttentionMetadata  # but for block table and slots
 
 
@@ -69,6 +70,9 @@ class BlockRunner:
         alike: All bound layers.
         vllm_config: The engine's.
         runner: vLLM's ``GPUModelRunner``, which has the block tables.
+
+    Attributes:
+        prefix_window: What a draft reads; may be another one from step to step.
     """
 
     def __init__(
@@ -79,8 +83,8 @@ class BlockRunner:
         runner: Any,
     ) -> None:
         self._bound = bound
-        self._window = bound.drafter.config.prefix_window
-        if self._window is not None:
+        self.prefix_window = bound.drafter.config.prefix_window
+        if self.prefix_window is not None:
             require_whole_blocks(kind.block_size for kind in alike)
         self._alike = alike
         self._vllm_config = vllm_config
@@ -122,26 +126,31 @@ class BlockRunner:
         # vLLM may lower the first limit after start-up, to what the cache holds.
         max_model_len = self._vllm_config.model_config.max_model_len
         fitted = fit_blocks(
-            prefix_lens, num_places, max_model_len, readable_len, self._window
+            prefix_lens, num_places, max_model_len, readable_len, self.prefix_window
         )
-        if self._window is not None:
-            readable_len = min(readable_len, most_read(self._window, num_places))
+        if self.prefix_window is not None:
+            readable_len = min(readable_len, most_read(self.prefix_window, num_places))
+        read_tables = tables
+        if fitted.skipped is not None:
+            read_tables = [
+                table_without(table, fitted.skipped, alike.block_size, readable_len)
+                for alike, table in zip(self._alike, tables, strict=True)
+            ]
         batch = _block_metadata(fitted, readable_len, metadata)
-        return Blocks(anchor_ids, fitted, boundary, tables, batch)
+        return Blocks(anchor_ids, fitted, boundary, tables, read_tables, batch)
 
     def forward(self, blocks: Blocks, layer_metadata: LayerMetadata) -> torch.Tensor:
         """Run the drafter on the blocks. ``[B, k, hidden_size]``."""
         positions, beyond = blocks.fitted.positions, blocks.fitted.beyond
         per_layer: dict[str, object] = {}
         slot_mapping: dict[str, torch.Tensor] = {}
-        for alike, table in zip(self._alike, blocks.tables, strict=True):
+        kinds = zip(self._alike, blocks.tables, blocks.read_tables, strict=True)
+        for alike, table, read_table in kinds:
             slots = slots_of_positions(positions, table, alike.block_size)
             slots = slots.masked_fill(beyond, PAD_SLOT).flatten()
             slot_mapping |= dict.fromkeys(alike.layer_names, slots)
-            if blocks.fitted.skipped is not None:
-                table = self._table_to_read(table, blocks.fitted.skipped, alike)
             of_kind = blocks.metadata.replace(
-                block_table_tensor=table, slot_mapping=slots
+                block_table_tensor=read_table, slot_mapping=slots
             )
             per_layer |= layer_metadata(alike, of_kind)
         with set_forward_context(
@@ -152,16 +161,6 @@ class BlockRunner:
             slot_mapping=slot_mapping,
         ):
             return self._bound.forward(blocks.anchor_ids, positions, blocks.boundary)
-
-    def _table_to_read(
-        self, table: torch.Tensor, skipped: torch.Tensor, alike: AlikeLayers
-    ) -> torch.Tensor:
-        """The table ``[B, M]`` int32 without what the window leaves out."""
-        assert self._window is not None
-        most = most_read(
-            self._window, self._bound.drafter.config.num_speculative_tokens
-        )
-        return table_without(table, skipped, alike.block_size, most)
 
     def _block_table(
         self, alike: AlikeLayers, metadata: CommonAttentionMetadata
@@ -198,4 +197,7 @@ def _block_metadata(
         max_seq_len=min(metadata.max_seq_len + num_places, readable_len),
         positions=blocks.positions.flatten(),
         causal=True,
+        # Ranges of images in the prompt, in which attention is not causal, by their
+        # places in the whole sequence. The block lies in none.
+        mm_req_doc_ranges=None,
     )

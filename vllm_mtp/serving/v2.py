@@ -10,6 +10,7 @@ is in a tensor.
 
 import copy
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -137,15 +138,22 @@ class MTPPlaceholderSpeculator(DraftModelSpeculator):
 
         The base class and graphs read no others, and they stay where they are.
         """
-        require_whole_blocks(block_sizes)
+        names = self._host.attention_layer_names
+        bound = [
+            not names.isdisjoint(group.layer_names)
+            for group in self.kv_cache_config.kv_cache_groups
+        ]
+        require_whole_blocks(itertools.compress(block_sizes, bound))
         self._window = prefix_window
         most = most_read(prefix_window, self.num_speculative_steps)
         self._readable_len = min(self._table_len, most)
         self.block_tables = copy.copy(target_tables)
         self.block_tables.input_block_tables = [
             table.new_zeros(len(table), min(table.shape[1], -(-most // size)))
-            for table, size in zip(
-                target_tables.input_block_tables, block_sizes, strict=True
+            if is_bound
+            else table
+            for table, size, is_bound in zip(
+                target_tables.input_block_tables, block_sizes, bound, strict=True
             )
         ]
         self._block_sizes = block_sizes
@@ -292,6 +300,8 @@ class MTPPlaceholderSpeculator(DraftModelSpeculator):
             strict=True,
         )
         for ours, theirs, size in tables:
+            if ours is theirs:
+                continue  # of layers that the drafter does not read
             room = ours.shape[1] * size
             ours[:num_reqs] = table_without(theirs[:num_reqs], skipped, size, room)
             ours[num_reqs:] = 0  # as vLLM's own: the null block
