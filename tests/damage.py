@@ -417,7 +417,7 @@ def wrong_value(draw: st.DrawFn, good: Good) -> Damage:
 
 
 # Keys without which a config is another, or none.
-_OPTIONAL = ("name", "weights_fingerprint", "lora")
+_OPTIONAL = ("name", "weights_fingerprint", "lora", "prefix_window")
 
 
 @st.composite
