@@ -20,15 +20,16 @@ from typing import Any
 
 from vllm_mtp.bench.loads import context_loads
 from vllm_mtp.bench.plan import Load
+from vllm_mtp.bench.report import spread_text
 from vllm_mtp.bench.run import tokenizer_of
+from vllm_mtp.bench.summary import Spread
 from vllm_mtp.block import WINDOW_STEP
+from vllm_mtp.commands.bench import FIRST_UNSEEN_PROMPT
 from vllm_mtp.demo.prompts import sharegpt_prompts
 from vllm_mtp.demo.target import ensure_demo_target
 from vllm_mtp.metrics import AcceptanceCounts, read_vllm_counters
 
 ALL = None  # the whole prefix
-# Behind the prompts that drafters were trained on; see vllm_mtp/commands/bench.py.
-_FIRST_PROMPT = 12000
 _TEXTS = 200
 HEAD = ("Context", "Window", "AL", "ms per step", "Tokens/s over those without")
 
@@ -61,7 +62,7 @@ def main() -> int:
     target = ensure_demo_target()
     loads = context_loads(
         tokenizer_of(target),
-        sharegpt_prompts(_TEXTS, skip=_FIRST_PROMPT, max_chars=1000),
+        sharegpt_prompts(_TEXTS, skip=FIRST_UNSEEN_PROMPT, max_chars=1000),
         options.contexts,
         options.max_tokens,
         options.prompts,
@@ -156,7 +157,7 @@ def _row(name: str, own: list[Turn], whole: list[Turn]) -> tuple[str, ...]:
         "all" if own[0].window is None else f"{own[0].window:,}",
         f"{counts.acceptance_length:.3f}",
         f"{statistics.median(turn.ms_per_step for turn in own):.1f}",
-        f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})",
+        spread_text(Spread.of(ratios)),
     )
 
 

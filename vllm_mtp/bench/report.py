@@ -150,9 +150,9 @@ def _row(line: Line) -> tuple[str, ...]:
         line.load,
         line.side,
         f"{line.tokens_per_s.median:.1f}",
-        _spread(line.ratio),
-        _spread(line.ttft_ratio),
-        _spread(line.tpot_ratio) if line.tpot_ratio else "",
+        spread_text(line.ratio),
+        spread_text(line.ttft_ratio),
+        spread_text(line.tpot_ratio) if line.tpot_ratio else "",
         f"{line.counts.acceptance_length:.2f}" if drafted else "",
         places if drafted else "",
         f"{line.same_texts}/{line.texts}",
@@ -160,7 +160,8 @@ def _row(line: Line) -> tuple[str, ...]:
     )
 
 
-def _spread(value: Spread) -> str:
+def spread_text(value: Spread) -> str:
+    """The median, and between what it lies."""
     return f"{value.median:.2f} ({value.low:.2f} to {value.high:.2f})"
 
 

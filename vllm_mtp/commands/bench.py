@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from vllm_mtp.bench.run import Drafters
 
 # Behind every prompt that the shipped drafters were trained on or chosen by.
-_FIRST_UNSEEN_PROMPT = 12000
+FIRST_UNSEEN_PROMPT = 12000
 _PROFILED_STEPS = 20
 _TEXTS_BEFORE = 40  # prompts that make up the text of a long context
 _ROOM_AROUND = 128  # tokens of the chat template, and of text that encodes to more
@@ -229,7 +229,7 @@ class Bench:
         from vllm_mtp.demo.prompts import sharegpt_prompts
 
         if self.prompts == "sharegpt":
-            found = sharegpt_prompts(num, skip=_FIRST_UNSEEN_PROMPT, max_chars=1000)
+            found = sharegpt_prompts(num, skip=FIRST_UNSEEN_PROMPT, max_chars=1000)
             return tuple(found)
         return tuple(text for _, text in _read(self.prompts, num))
 
