@@ -2,7 +2,7 @@
 """Write what is generated in this folder.
 
 The tables in ``README.md`` and ``config.schema.json`` come from the models in
-``vllm_mtp/config.py``, so that the written format is the one that is read::
+``vllm_mtp/drafter/config.py``, so that the written format is the one that is read::
 
     python checkpoints_spec/generate.py            # write tables and schema
     python checkpoints_spec/generate.py --check    # exit 1 where they are stale
@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vllm_mtp.config import DrafterConfig
+from vllm_mtp.drafter.config import DrafterConfig
 
 HERE = Path(__file__).parent
 
@@ -31,7 +31,7 @@ class TensorRow(NamedTuple):
     dtype: str = "`dtype`"
 
 
-# Dimension -> where its size comes from. tests/test_golden.py holds the golden
+# Dimension -> where its size comes from. tests/drafter/test_golden.py holds the golden
 # drafters against this table and the next.
 DIMENSIONS = {
     "placeholders": "`num_speculative_tokens` - 1",
@@ -56,7 +56,7 @@ TENSORS = (
         "placeholders",
         ("placeholders", "hidden"),
         "`num_speculative_tokens` > 1",
-        "Input vectors of the places behind the anchor, in order.",
+        "Input vectors of the positions behind the anchor, in order.",
     ),
     TensorRow(
         "layers.{i}.lora.{module}.a",
@@ -138,7 +138,7 @@ TENSORS = (
         "markov.gate.weight",
         ("markov", "hidden"),
         "`markov` not null",
-        "G: gate from the place's last hidden state h.",
+        "G: gate from the position's last hidden state h.",
     ),
     TensorRow("markov.gate.bias", ("markov",), "`markov` not null", "g: its bias."),
     TensorRow(

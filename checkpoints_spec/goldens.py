@@ -17,13 +17,13 @@ from torch import nn
 from transformers import LlamaConfig, PreTrainedModel, Qwen3Config
 from transformers.models.auto import AutoModelForCausalLM
 
-from vllm_mtp.checkpoint import load_drafter, save_drafter
-from vllm_mtp.config import DrafterConfig
-from vllm_mtp.modeling.drafter import BoundDrafter, Drafter
-from vllm_mtp.modeling.heads import pick_greedy
-from vllm_mtp.modeling.hf_target import HFTarget
-from vllm_mtp.modeling.texts import TextBlocks, forward_texts
-from vllm_mtp.target import TargetFacts, fingerprint_of_shapes
+from vllm_mtp.drafter.checkpoint import load_drafter, save_drafter
+from vllm_mtp.drafter.config import DrafterConfig
+from vllm_mtp.drafter.heads import pick_greedy
+from vllm_mtp.drafter.model import BoundDrafter, Drafter
+from vllm_mtp.drafter.target_facts import TargetFacts, fingerprint_of_shapes
+from vllm_mtp.torch_host.hf_target import HFTarget
+from vllm_mtp.torch_host.texts import TextBlocks, forward_texts
 
 LORA = {
     "rank": 2,
@@ -158,7 +158,7 @@ def golden_drafter(name: str, target: PreTrainedModel) -> Drafter:
 
 
 class Blocks(NamedTuple):
-    """What the drafter gives for some blocks (B blocks, k places)."""
+    """What the drafter gives for some blocks (B blocks, k positions)."""
 
     hidden: torch.Tensor  # [B, k, hidden_size]
     tokens: torch.Tensor  # [B, k]
@@ -170,22 +170,22 @@ def run_blocks(
     drafter: Drafter,
     token_ids: torch.Tensor,
     prefix_lens: torch.Tensor,
-    num_places: int,
+    num_draft_tokens: int,
 ) -> Blocks:
-    """Draft greedily at several places of one sequence, in one forward.
+    """Draft greedily at several positions of one sequence, in one forward.
 
     Args:
         target: The target.
         drafter: Its drafter, in the target's type.
         token_ids: ``[T]`` int64.
         prefix_lens: ``[B]`` int64; block b's anchor is ``token_ids[prefix_lens[b]]``.
-        num_places: k.
+        num_draft_tokens: k.
     """
     host = HFTarget(target)
     states = host.encode(token_ids)
     bound = BoundDrafter(drafter, host)
     text = TextBlocks(token_ids, states, prefix_lens)
-    hidden = forward_texts(bound, [text], num_places)
+    hidden = forward_texts(bound, [text], num_draft_tokens)
     scores: list[torch.Tensor] = []
 
     def pick_and_keep(logits: torch.Tensor) -> tuple[torch.Tensor, None]:

@@ -37,13 +37,13 @@ from vllm_mtp import (
     new_drafter,
     save_drafter,
 )
-from vllm_mtp.block import block_labels
-from vllm_mtp.demo.target import ensure_demo_target
+from vllm_mtp.data.demo_target import ensure_demo_target
+from vllm_mtp.drafter.heads import pick_greedy
+from vllm_mtp.drafter.layout import block_labels
+from vllm_mtp.drafter.model import BoundDrafter
 from vllm_mtp.metrics import count_accepted
-from vllm_mtp.modeling.drafter import BoundDrafter
-from vllm_mtp.modeling.heads import pick_greedy
-from vllm_mtp.modeling.hf_target import HFTarget, TargetStates
-from vllm_mtp.modeling.texts import TextBlocks, forward_texts
+from vllm_mtp.torch_host.hf_target import HFTarget, TargetStates
+from vllm_mtp.torch_host.texts import TextBlocks, forward_texts
 
 PROMPT = "The water cycle has four stages. First,"
 NUM_TOKENS = 4
@@ -72,7 +72,7 @@ def main() -> int:
     shared = new_drafter(target, "shared:all", NUM_TOKENS, options)
     drafts = draft(shared, text)
     show("shared:all", tokenizer, text, drafts)
-    exact = count_accepted(drafts, truth(text)).acceptance_per_place[0] == 1.0
+    exact = count_accepted(drafts, truth(text)).acceptance_per_position[0] == 1.0
 
     # 2. The first ten are the target's, the last two have weights of their own.
     options = DrafterOptions(dtype="float32", boundary_hidden="all", markov_rank=16)
@@ -131,7 +131,7 @@ def anchors(text: Text) -> torch.Tensor:
 
 
 def truth(text: Text) -> torch.Tensor:
-    """The target's own next tokens at these places. ``[B, k]``."""
+    """The target's own next tokens at these positions. ``[B, k]``."""
     return block_labels(text.token_ids, anchors(text), NUM_TOKENS)
 
 
@@ -140,9 +140,11 @@ def show(
 ) -> None:
     counts = count_accepted(drafts, truth(text))
     print(f"{layers}: {counts.accepted_tokens} of {counts.draft_tokens} accepted")
-    for place, wanted, drafted in zip(anchors(text), truth(text), drafts, strict=True):
+    for position, wanted, drafted in zip(
+        anchors(text), truth(text), drafts, strict=True
+    ):
         after, wanted, drafted = map(
-            tokenizer.decode, (text.token_ids[place], wanted, drafted)
+            tokenizer.decode, (text.token_ids[position], wanted, drafted)
         )
         print(f"  after {after!r:<14} the target: {wanted!r:<26} drafted: {drafted!r}")
     print()

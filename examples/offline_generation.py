@@ -51,8 +51,10 @@ def main() -> int:
         print(f"\nQ: {question}\nA: {answer.outputs[0].text.strip()}")
 
     counts = read_vllm_counters(llm.get_metrics())
-    places = " ".join(f"{rate:.3f}" for rate in counts.acceptance_per_place)
-    print(f"\nacceptance length {counts.acceptance_length:.3f}, by place {places}")
+    positions = " ".join(f"{rate:.3f}" for rate in counts.acceptance_per_position)
+    print(
+        f"\nacceptance length {counts.acceptance_length:.3f}, by position {positions}"
+    )
     if counts.acceptance_length < arguments.min_acceptance_length:
         print(f"FAILED: expected {arguments.min_acceptance_length} or more")
         return 1
@@ -68,7 +70,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def demo_target() -> str:
-    from vllm_mtp.demo.target import ensure_demo_target
+    from vllm_mtp.data.demo_target import ensure_demo_target
 
     return str(ensure_demo_target())
 

@@ -28,7 +28,7 @@ from prometheus_client.parser import text_string_to_metric_families
 # vLLM's counters, less "vllm:spec_decode_num_" in front and "_total" behind.
 DRAFTS, ACCEPTED = "drafts", "accepted_tokens"
 PER_PLACE = "accepted_tokens_per_pos"
-Counters = dict[tuple[str, int], float]  # (counter, place) -> value
+Counters = dict[tuple[str, int], float]  # (counter, position) -> value
 
 MESSAGES: list[ChatCompletionMessageParam] = [
     {"role": "user", "content": "Name the planets of the solar system."}
@@ -55,9 +55,9 @@ def main() -> int:
     after = read_counters(metrics_url)
     drafts, accepted = (after[c, 0] - before.get((c, 0), 0) for c in (DRAFTS, ACCEPTED))
     print(f"drafts {drafts:.0f}, accepted draft tokens {accepted:.0f}")
-    for name, place in sorted(key for key in after if key[0] == PER_PLACE):
-        grown = after[name, place] - before.get((name, place), 0)
-        print(f"  place {place + 1}: {grown / max(drafts, 1):.3f} accepted")
+    for name, position in sorted(key for key in after if key[0] == PER_PLACE):
+        grown = after[name, position] - before.get((name, position), 0)
+        print(f"  position {position + 1}: {grown / max(drafts, 1):.3f} accepted")
     length = 1 + accepted / max(drafts, 1)
     print(f"acceptance length {length:.3f}")
 

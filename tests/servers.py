@@ -62,7 +62,7 @@ def _servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Server]]
 @pytest.fixture
 def server(_servers: list[Server], tmp_path_factory: pytest.TempPathFactory) -> Server:
     """The session's server. One that a test has ended is started again."""
-    from vllm_mtp.demo.target import ensure_demo_target
+    from vllm_mtp.data.demo_target import ensure_demo_target
 
     if not _servers or not _servers[-1].running:
         folder = tmp_path_factory.mktemp("server")

@@ -14,7 +14,7 @@ PACKAGE = Path(vllm_mtp.__file__).parent
 HEAVY = {"torch", "transformers", "vllm", "pydantic", "safetensors", "numpy"}
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 # Runs engines the way a user does, so it may use what vLLM exports to users.
-USERS_OF_VLLM = {Path("demo/run.py")}
+USERS_OF_VLLM = {Path("evaluation/demo.py")}
 
 
 def _loaded_by(statement: str) -> set[str]:
@@ -36,8 +36,8 @@ def test_importing_the_plugin_is_cheap(module: str) -> None:
 def test_the_drafter_in_torch_does_not_load_vllm() -> None:
     """By no detour either: training must run where vLLM is not installed."""
     loaded = _loaded_by(
-        "import vllm_mtp.checkpoint, vllm_mtp.metrics, vllm_mtp.layer_spec, "
-        "vllm_mtp.modeling.init, vllm_mtp.modeling.hf_target"
+        "import vllm_mtp.drafter.checkpoint, vllm_mtp.metrics, "
+        "vllm_mtp.drafter.init, vllm_mtp.torch_host.hf_target"
     )
     assert {"torch", "transformers"} <= loaded
     assert "vllm" not in loaded

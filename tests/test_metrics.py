@@ -19,21 +19,21 @@ def test_definitions() -> None:
     assert counts.accepted_tokens == 11
     assert counts.acceptance_length == pytest.approx(1 + 11 / 10)
     assert counts.acceptance_rate == pytest.approx(11 / 40)
-    assert counts.acceptance_per_place == pytest.approx((0.6, 0.4, 0.1, 0.0))
+    assert counts.acceptance_per_position == pytest.approx((0.6, 0.4, 0.1, 0.0))
 
 
 def test_nothing_drafted_is_one_token_per_step() -> None:
     assert NOTHING.acceptance_length == 1.0
     assert NOTHING.acceptance_rate == 0.0
-    assert NOTHING.acceptance_per_place == ()
-    assert AcceptanceCounts(0, 0, (0, 0)).acceptance_per_place == (0.0, 0.0)
+    assert NOTHING.acceptance_per_position == ()
+    assert AcceptanceCounts(0, 0, (0, 0)).acceptance_per_position == (0.0, 0.0)
 
 
 @st.composite
 def counts(draw: st.DrawFn) -> AcceptanceCounts:
-    places = draw(st.lists(st.integers(0, 50), max_size=5))
+    positions = draw(st.lists(st.integers(0, 50), max_size=5))
     return AcceptanceCounts(
-        draw(st.integers(0, 50)), draw(st.integers(0, 250)), tuple(places)
+        draw(st.integers(0, 50)), draw(st.integers(0, 250)), tuple(positions)
     )
 
 
@@ -48,12 +48,12 @@ def test_sums_add_every_counter(a: AcceptanceCounts, b: AcceptanceCounts) -> Non
 
 @given(counts(), counts())
 def test_subtracting_undoes_adding(a: AcceptanceCounts, b: AcceptanceCounts) -> None:
-    places = max(len(a.accepted_per_place), len(b.accepted_per_place))
-    same_width = a + AcceptanceCounts(0, 0, (0,) * places)
+    positions = max(len(a.accepted_per_position), len(b.accepted_per_position))
+    same_width = a + AcceptanceCounts(0, 0, (0,) * positions)
     assert (a + b) - b == same_width
 
 
-def test_places_are_added_place_by_place() -> None:
+def test_positions_are_added_position_by_position() -> None:
     long, short = AcceptanceCounts(3, 9, (3, 2, 1)), AcceptanceCounts(2, 2, (2,))
     assert long + short == AcceptanceCounts(5, 11, (5, 2, 1))
     assert long - short == AcceptanceCounts(1, 7, (1, 2, 1))
@@ -62,11 +62,11 @@ def test_places_are_added_place_by_place() -> None:
 @st.composite
 def drafts_and_truth(draw: st.DrawFn) -> tuple[list[list[int]], list[list[int]]]:
     """Few different tokens, so that matches are common; -1 was not reached."""
-    places = draw(st.integers(1, 5))
+    positions = draw(st.integers(1, 5))
     num_drafts = draw(st.integers(1, 6))
 
     def table(least: int) -> list[list[int]]:
-        row = st.lists(st.integers(least, 2), min_size=places, max_size=places)
+        row = st.lists(st.integers(least, 2), min_size=positions, max_size=positions)
         return draw(st.lists(row, min_size=num_drafts, max_size=num_drafts))
 
     return table(0), table(-1)
@@ -79,10 +79,10 @@ def test_count_accepted_stops_at_the_first_wrong_token(
     drafted, truth = tables
     accepted = [0] * len(drafted[0])
     for tokens, right in zip(drafted, truth, strict=True):
-        for place, (token, wanted) in enumerate(zip(tokens, right, strict=True)):
+        for position, (token, wanted) in enumerate(zip(tokens, right, strict=True)):
             if token != wanted:
                 break
-            accepted[place] += 1
+            accepted[position] += 1
     found = count_accepted(torch.tensor(drafted), torch.tensor(truth))
     assert found == AcceptanceCounts(
         len(drafted), len(drafted) * len(drafted[0]), tuple(accepted)
@@ -128,4 +128,4 @@ def test_drafts_of_several_engines_are_added() -> None:
 
 
 def test_accepted_tokens_of_several_engines_are_added() -> None:
-    assert read_vllm_counters(TWO_ENGINES).accepted_per_place == (9, 5)
+    assert read_vllm_counters(TWO_ENGINES).accepted_per_position == (9, 5)

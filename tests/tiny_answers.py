@@ -18,7 +18,7 @@ from vllm_mtp.data.settings import (
     SourceSettings,
 )
 from vllm_mtp.data.store import Row, Store
-from vllm_mtp.target import TargetFacts
+from vllm_mtp.drafter.target_facts import TargetFacts
 from vllm_mtp.training.arguments import DrafterTrainingArguments
 
 PROMPT_TOKENS, ANSWER_TOKENS = 4, 20

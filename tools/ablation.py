@@ -22,8 +22,8 @@ from typing import Any
 import torch
 import yaml
 
-from vllm_mtp.cli import _load
-from vllm_mtp.modeling.hf_target import HFTarget, TargetStates
+from vllm_mtp.cli.main import _load
+from vllm_mtp.torch_host.hf_target import HFTarget, TargetStates
 from vllm_mtp.training.run import TrainingRun, fit
 
 ROOT = Path(__file__).parent.parent
@@ -145,15 +145,15 @@ def table_of(question: dict[str, Any], results: dict[str, Any]) -> str:
     lines = [
         f"## {question['question']}",
         "",
-        "| | AL | place 1 | 2 | 3 | 4 | trained parameters | cost of a draft | flags |",
+        "| | AL | position 1 | 2 | 3 | 4 | trained weights | cost of a draft | flags |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in question["rows"]:
         found = results.get(key_of(row["set"]))
         if found is None:
             continue
-        places = [found[f"eval_acceptance_place_{i}"] for i in range(1, 5)]
-        numbers = [found["eval_acceptance_length"], *places]
+        positions = [found[f"eval_acceptance_position_{i}"] for i in range(1, 5)]
+        numbers = [found["eval_acceptance_length"], *positions]
         flags = " ".join(flags_of(row["set"]))
         lines.append(
             f"| {row['name']} | {' | '.join(f'{n:.3f}' for n in numbers)} | "
@@ -180,8 +180,8 @@ def plot(results: dict[str, Any]) -> None:
         axis.barh(names, [length - 1 for length in lengths], left=1, color="#4c72b0")
         axis.set_title(question["question"], loc="left", fontsize=9)
         axis.tick_params(labelsize=8)
-        for place, length in enumerate(lengths):
-            axis.text(length, place, f" {length:.2f}", va="center", fontsize=8)
+        for position, length in enumerate(lengths):
+            axis.text(length, position, f" {length:.2f}", va="center", fontsize=8)
         axis.set_xlim(1, max([1.5, *lengths]) * 1.1)
     figure.supxlabel("acceptance length (bonus token included)", fontsize=9)
     figure.tight_layout()

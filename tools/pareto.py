@@ -18,10 +18,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from tools.ablation import key_of, questions
-from vllm_mtp.checkpoint import read_config
-from vllm_mtp.modeling.cost import draft_cost
-from vllm_mtp.publishing.folder import read_evaluation
+from vllm_mtp.drafter.checkpoint import read_config
+from vllm_mtp.drafter.cost import draft_cost
 from vllm_mtp.references import reference_folders
+from vllm_mtp.sharing.folder import read_evaluation
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "docs" / "ablation.json"

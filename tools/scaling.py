@@ -4,7 +4,7 @@
     python -m tools.scaling            write them
     python -m tools.scaling --check    only say whether the tables are up to date
 
-Nothing is measured here: see `vllm_mtp.bench.cost_model`.
+Nothing is measured here: see `tools.cost_model`.
 """
 
 import argparse
@@ -16,10 +16,10 @@ from statistics import geometric_mean
 from textwrap import fill
 from typing import NamedTuple
 
+from tools import cost_model as model
+from tools.cost_model import Drafter, Hardware, Point, Target
 from tools.tables import Part, _table
-from vllm_mtp.bench import cost_model as model
-from vllm_mtp.bench.cost_model import Drafter, Hardware, Point, Target
-from vllm_mtp.block import most_read
+from vllm_mtp.drafter.layout import most_read
 
 ROOT = Path(__file__).parents[1]
 PAGE, PLOT = ROOT / "docs" / "scaling.md", ROOT / "docs" / "scaling.png"

@@ -25,7 +25,7 @@ from vllm_mtp.serving.versions import TABLE, Release, Status
 ROOT = Path(__file__).parents[1]
 TESTS = ("tests/serving/test_contract.py", "tests/serving/test_exact.py")
 SOURCES = "sources_are_those_of_the_release or all_that_our_code_needs"
-# Drafters of which the first place, or with shared-1 every place, must be accepted:
+# Drafters of which the first position, or with shared-1 all, must be accepted:
 # where they are not, what they read of the cache is wrong.
 DRAFTERS = {"V1": "llama-shared-4", "V2": "llama-shared-1 or llama-mixed"}
 TRITON = ROOT / "tests" / "serving" / "triton_interpreter"

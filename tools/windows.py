@@ -23,10 +23,10 @@ from vllm_mtp.bench.plan import Load
 from vllm_mtp.bench.report import spread_text
 from vllm_mtp.bench.run import tokenizer_of
 from vllm_mtp.bench.summary import Spread
-from vllm_mtp.block import WINDOW_STEP
-from vllm_mtp.commands.bench import FIRST_UNSEEN_PROMPT
-from vllm_mtp.demo.prompts import sharegpt_prompts
-from vllm_mtp.demo.target import ensure_demo_target
+from vllm_mtp.cli.bench import FIRST_UNSEEN_PROMPT
+from vllm_mtp.data.demo_target import ensure_demo_target
+from vllm_mtp.data.sharegpt import sharegpt_prompts
+from vllm_mtp.drafter.layout import WINDOW_STEP
 from vllm_mtp.metrics import AcceptanceCounts, read_vllm_counters
 
 ALL = None  # the whole prefix

@@ -9,25 +9,25 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vllm_mtp.checkpoint import load_drafter, read_config, save_drafter
-    from vllm_mtp.config import DrafterConfig
+    from vllm_mtp.drafter.checkpoint import load_drafter, read_config, save_drafter
+    from vllm_mtp.drafter.config import DrafterConfig
+    from vllm_mtp.drafter.init import DrafterOptions, new_drafter
+    from vllm_mtp.drafter.model import Drafter
     from vllm_mtp.metrics import AcceptanceCounts, read_vllm_counters
-    from vllm_mtp.modeling.drafter import Drafter
-    from vllm_mtp.modeling.init import DrafterOptions, new_drafter
-    from vllm_mtp.publishing.hub import push_to_hub, save_pretrained
+    from vllm_mtp.sharing.hub import push_to_hub, save_pretrained
 
 _HOME = {
     "AcceptanceCounts": "vllm_mtp.metrics",
-    "Drafter": "vllm_mtp.modeling.drafter",
-    "DrafterConfig": "vllm_mtp.config",
-    "DrafterOptions": "vllm_mtp.modeling.init",
-    "load_drafter": "vllm_mtp.checkpoint",
-    "new_drafter": "vllm_mtp.modeling.init",
-    "push_to_hub": "vllm_mtp.publishing.hub",
-    "read_config": "vllm_mtp.checkpoint",
+    "Drafter": "vllm_mtp.drafter.model",
+    "DrafterConfig": "vllm_mtp.drafter.config",
+    "DrafterOptions": "vllm_mtp.drafter.init",
+    "load_drafter": "vllm_mtp.drafter.checkpoint",
+    "new_drafter": "vllm_mtp.drafter.init",
+    "push_to_hub": "vllm_mtp.sharing.hub",
+    "read_config": "vllm_mtp.drafter.checkpoint",
     "read_vllm_counters": "vllm_mtp.metrics",
-    "save_drafter": "vllm_mtp.checkpoint",
-    "save_pretrained": "vllm_mtp.publishing.hub",
+    "save_drafter": "vllm_mtp.drafter.checkpoint",
+    "save_pretrained": "vllm_mtp.sharing.hub",
 }
 
 __all__ = [

@@ -4,8 +4,8 @@
 * acceptance rate: accepted draft tokens / draft tokens
 * acceptance length: 1 + accepted draft tokens / drafts. The 1 is the token that
   the target itself gives in every step (the bonus token).
-* acceptance of place i: drafts whose first i tokens were all accepted / drafts.
-  It is unconditional, so it never grows from one place to the next.
+* acceptance of position i: drafts whose first i tokens were all accepted / drafts.
+  It is unconditional, so it never grows from one position to the next.
 
 A "draft" is one drafting step of one request.
 """
@@ -26,11 +26,11 @@ class AcceptanceCounts:
 
     drafts: int
     draft_tokens: int
-    accepted_per_place: tuple[int, ...]
+    accepted_per_position: tuple[int, ...]
 
     @property
     def accepted_tokens(self) -> int:
-        return sum(self.accepted_per_place)
+        return sum(self.accepted_per_position)
 
     @property
     def acceptance_length(self) -> float:
@@ -42,8 +42,8 @@ class AcceptanceCounts:
         return self.accepted_tokens / self.draft_tokens if self.draft_tokens else 0.0
 
     @property
-    def acceptance_per_place(self) -> tuple[float, ...]:
-        return tuple(n / max(self.drafts, 1) for n in self.accepted_per_place)
+    def acceptance_per_position(self) -> tuple[float, ...]:
+        return tuple(n / max(self.drafts, 1) for n in self.accepted_per_position)
 
     def __sub__(self, earlier: "AcceptanceCounts") -> "AcceptanceCounts":
         return self._combined(earlier, -1)
@@ -52,9 +52,10 @@ class AcceptanceCounts:
         return self._combined(other, 1)
 
     def _combined(self, other: "AcceptanceCounts", sign: int) -> "AcceptanceCounts":
-        width = max(len(self.accepted_per_place), len(other.accepted_per_place))
+        width = max(len(self.accepted_per_position), len(other.accepted_per_position))
         mine, theirs = (
-            counts.accepted_per_place + (0,) * (width - len(counts.accepted_per_place))
+            counts.accepted_per_position
+            + (0,) * (width - len(counts.accepted_per_position))
             for counts in (self, other)
         )
         return AcceptanceCounts(
@@ -69,8 +70,8 @@ def count_accepted(drafted: torch.Tensor, truth: torch.Tensor) -> AcceptanceCoun
 
     Args:
         drafted: ``[B, k]`` int64; drafted tokens.
-        truth: ``[B, k]`` int64; the target's own tokens at these places. A
-            place that was not reached holds a value that no token has.
+        truth: ``[B, k]`` int64; the target's own tokens at these positions. A
+            position that was not reached holds a value that no token has.
     """
     accepted = (drafted == truth).long().cumprod(dim=1).sum(dim=0)
     return AcceptanceCounts(drafted.shape[0], drafted.numel(), tuple(accepted.tolist()))
@@ -85,13 +86,15 @@ def read_vllm_counters(metrics: Iterable[Any]) -> AcceptanceCounts:
         metrics: vLLM's ``Counter`` and ``Vector`` objects; others are skipped.
     """
     totals = {"drafts": 0, "draft_tokens": 0}
-    per_place: list[int] = []
+    per_position: list[int] = []
     for metric in metrics:
         name = metric.name.removeprefix(_PREFIX)
         if name in totals:
             totals[name] += int(metric.value)
         elif name == "accepted_tokens_per_pos":
             # One vector per engine (data parallel): add them up.
-            sums = zip_longest(per_place, metric.values, fillvalue=0)
-            per_place = [int(a) + int(b) for a, b in sums]
-    return AcceptanceCounts(totals["drafts"], totals["draft_tokens"], tuple(per_place))
+            sums = zip_longest(per_position, metric.values, fillvalue=0)
+            per_position = [int(a) + int(b) for a, b in sums]
+    return AcceptanceCounts(
+        totals["drafts"], totals["draft_tokens"], tuple(per_position)
+    )

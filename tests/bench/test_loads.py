@@ -66,7 +66,7 @@ def test_a_load_for_each_category() -> None:
 
 
 def test_the_file_of_unseen_prompts_has_categories() -> None:
-    from vllm_mtp.commands.bench import _read
+    from vllm_mtp.cli.bench import _read
 
     found = _read(str(Path("examples/prompts/unseen.jsonl")))
     assert len({category for category, _ in found}) > 3

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from vllm_mtp.bench.client import LoadResult
 from vllm_mtp.bench.loads import CONTEXT
 from vllm_mtp.bench.measure import Record
 from vllm_mtp.bench.plan import (
@@ -24,7 +25,6 @@ from vllm_mtp.bench.report import Report, Stage, markdown, write
 from vllm_mtp.bench.summary import best_schedule, lines_of, speed_record
 from vllm_mtp.errors import MTPError
 from vllm_mtp.metrics import AcceptanceCounts
-from vllm_mtp.serving.load import LoadResult
 from vllm_mtp.serving.settings import checked
 
 OURS = tuple(drafter_side("ours", "/drafters/ours", k) for k in (1, 2, 4))

@@ -13,7 +13,7 @@ import pytest
 
 from tests.data.conftest import ASSISTANT, BEGIN, USER, WriteJsonl, make_tokenizer
 from tests.tiny_targets import make_tiny_llama
-from vllm_mtp.cli import main
+from vllm_mtp.cli.main import main
 from vllm_mtp.data.generation import Answer
 from vllm_mtp.data.progress import Progress, time_text
 from vllm_mtp.data.render import Request
@@ -62,8 +62,8 @@ class FakeEngine:
 def engine(monkeypatch: pytest.MonkeyPatch) -> type[FakeEngine]:
     """What was asked of the engine."""
     FakeEngine.calls, FakeEngine.before_call = [], lambda: None
-    monkeypatch.setattr("vllm_mtp.serving.generate.Engine", FakeEngine)
-    monkeypatch.setattr("vllm_mtp.serving.generate.vllm_version", lambda: "1.2")
+    monkeypatch.setattr("vllm_mtp.data.engine.Engine", FakeEngine)
+    monkeypatch.setattr("vllm_mtp.data.engine.vllm_version", lambda: "1.2")
     return FakeEngine
 
 
@@ -406,7 +406,7 @@ def test_a_target_without_a_tokenizer(
 def test_the_package_is_missed_first(
     run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("vllm_mtp.commands.generate.find_spec", lambda _: None)
+    monkeypatch.setattr("vllm_mtp.cli.generate.find_spec", lambda _: None)
     assert run(target="/nonexistent") == 1
     assert "pip install 'vllm-mtp[train]'" in capsys.readouterr().err
 

@@ -81,7 +81,7 @@ def test_skip_and_limit(
             '{"messages": [{"role": "assistant", "content": "a"}]}',
             ["the last turn must be the user's", "'assistant'", "leave the answer out"],
         ),
-        ('{"prompt": "ab\\ud83d"}', ["half of a character", "'\\ud83d'", "place 2"]),
+        ('{"prompt": "ab\\ud83d"}', ["half of a character", "'\\ud83d'", "position 2"]),
     ],
 )
 def test_broken_lines_are_named(tmp_path: Path, line: str, words: list[str]) -> None:
@@ -179,7 +179,7 @@ def test_sharegpt(monkeypatch: pytest.MonkeyPatch) -> None:
     def fake(limit: int, *, skip: int) -> list[str]:
         return [f"text {number}" for number in range(skip, min(skip + limit, 5))]
 
-    monkeypatch.setattr("vllm_mtp.demo.prompts.sharegpt_prompts", fake)
+    monkeypatch.setattr("vllm_mtp.data.sharegpt.sharegpt_prompts", fake)
     assert texts(read("sharegpt", skip=3)) == ["text 3", "text 4"]
     (found,) = read("sharegpt", skip=1, limit=1)
     assert found == Prompt(({"role": "user", "content": "text 1"},), "sharegpt")

@@ -16,7 +16,7 @@ import torch
 from transformers.models.auto import AutoModelForCausalLM
 
 from tests.data.conftest import WriteJsonl
-from vllm_mtp.cli import main
+from vllm_mtp.cli.main import main
 from vllm_mtp.data.store import GENERATION_FILE, SPLITS, read_provenance, read_split
 
 pytest.importorskip("vllm")
@@ -76,7 +76,7 @@ def stop_in_the_middle(
     """
     wanted = len(parts(out)) + 2
     process = subprocess.Popen(
-        [sys.executable, "-m", "vllm_mtp.cli", *command],
+        [sys.executable, "-m", "vllm_mtp.cli.main", *command],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

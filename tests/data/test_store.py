@@ -35,8 +35,8 @@ from vllm_mtp.data.store import (
     read_split,
     require_made_by,
 )
+from vllm_mtp.drafter.target_facts import TargetFacts, weights_sample_sha256
 from vllm_mtp.errors import DataError, OutputError, UnsupportedTargetError
-from vllm_mtp.target import TargetFacts, weights_sample_sha256
 
 pytest.importorskip("datasets")
 

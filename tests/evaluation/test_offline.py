@@ -14,7 +14,9 @@ from transformers.models.auto import AutoModelForCausalLM
 
 from checkpoints_spec.goldens import fill_weights, run_blocks
 from tests.tiny_targets import make_tiny_llama
-from vllm_mtp.checkpoint import save_drafter
+from vllm_mtp.drafter.checkpoint import save_drafter
+from vllm_mtp.drafter.init import DrafterOptions, new_drafter
+from vllm_mtp.drafter.model import BoundDrafter, Drafter
 from vllm_mtp.errors import DataError, MTPError
 from vllm_mtp.evaluation.offline import (
     CategoryResult,
@@ -26,10 +28,8 @@ from vllm_mtp.evaluation.offline import (
     walk,
 )
 from vllm_mtp.metrics import AcceptanceCounts
-from vllm_mtp.modeling.drafter import BoundDrafter, Drafter
-from vllm_mtp.modeling.hf_target import HFTarget
-from vllm_mtp.modeling.init import DrafterOptions, new_drafter
-from vllm_mtp.modeling.texts import TextBlocks
+from vllm_mtp.torch_host.hf_target import HFTarget
+from vllm_mtp.torch_host.texts import TextBlocks
 
 # So few tokens that drafts of an untrained drafter are often right by chance.
 VOCAB_SIZE = 4
@@ -100,8 +100,8 @@ def decode(
             text.append(token)
             if token == eos or len(text) == longest:
                 break
-    places = tuple(len([a for a in accepted if a > i]) for i in range(k))
-    return Decoded(text, AcceptanceCounts(len(accepted), k * len(accepted), places))
+    positions = tuple(len([a for a in accepted if a > i]) for i in range(k))
+    return Decoded(text, AcceptanceCounts(len(accepted), k * len(accepted), positions))
 
 
 def _verified(
@@ -175,7 +175,7 @@ class TestAgainstDecoding:
                 beyond += said > max_tokens + 1
         assert beyond > 0
 
-    def test_fewer_places_are_their_own_evaluation(
+    def test_fewer_positions_are_their_own_evaluation(
         self, bound: BoundDrafter, target: PreTrainedModel
     ) -> None:
         rows = answers(target, bound)
@@ -230,7 +230,7 @@ class TestTeacherForced:
         assert total.simulated == AcceptanceCounts(6 * 8, 6 * 8, (6 * 8,))
         rows[0]["input_ids"][-1] = (rows[0]["input_ids"][-1] + 1) % VOCAB_SIZE
         changed = evaluate_texts(bound, rows, 1).total
-        assert changed.teacher_forced.accepted_per_place == (6 * 16 - 1,)
+        assert changed.teacher_forced.accepted_per_position == (6 * 16 - 1,)
 
     def test_every_anchor_is_verified_as_if_alone(
         self, bound: BoundDrafter, target: PreTrainedModel
@@ -354,7 +354,9 @@ class TestCategories:
 
 class TestRefused:
     @pytest.mark.parametrize("k", [0, K + 1])
-    def test_places_that_the_drafter_has_not(self, bound: BoundDrafter, k: int) -> None:
+    def test_positions_that_the_drafter_has_not(
+        self, bound: BoundDrafter, k: int
+    ) -> None:
         with pytest.raises(MTPError, match=f"got {k}, expected 1 to {K}"):
             evaluate_texts(bound, [], k)
 
@@ -400,8 +402,8 @@ def test_walk_is_a_plain_loop_over_tokens(
             accepted_at[i].add(anchor)
             said += 1
         said += 1  # the target's own token
-    places = tuple(map(len, accepted_at))
-    assert walk(lengths, k) == AcceptanceCounts(steps, steps * k, places)
+    positions = tuple(map(len, accepted_at))
+    assert walk(lengths, k) == AcceptanceCounts(steps, steps * k, positions)
 
 
 class TestJSON:

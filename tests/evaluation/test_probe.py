@@ -14,13 +14,15 @@ from transformers.models.auto import AutoModelForCausalLM
 
 from tests.evaluation.drafter_faults import FAULTS, Fault
 from tests.tiny_targets import VOCAB_SIZE
-from vllm_mtp.checkpoint import load_drafter, read_config, save_drafter
-from vllm_mtp.config import DrafterConfig, LoRAConfig
+from vllm_mtp.drafter.checkpoint import load_drafter, read_config, save_drafter
+from vllm_mtp.drafter.config import DrafterConfig, LoRAConfig
+from vllm_mtp.drafter.init import DrafterOptions, new_drafter
+from vllm_mtp.drafter.model import BoundDrafter, Drafter
 from vllm_mtp.errors import CheckpointError, MTPError
 from vllm_mtp.evaluation.blocks import (
     choose_texts,
     run_in_torch,
-    sketched_places,
+    sketched_positions,
     stage_names,
     tries_window,
 )
@@ -39,9 +41,7 @@ from vllm_mtp.evaluation.probe import (
     write_probe,
 )
 from vllm_mtp.evaluation.sketch import relative_errors, sketch
-from vllm_mtp.modeling.drafter import BoundDrafter, Drafter
-from vllm_mtp.modeling.hf_target import HFTarget
-from vllm_mtp.modeling.init import DrafterOptions, new_drafter
+from vllm_mtp.torch_host.hf_target import HFTarget
 
 ROWS: list[dict[str, Any]] = [
     {
@@ -119,7 +119,7 @@ class TestChoice:
         keys = [block.key for block in texts.blocks()]
         assert len(set(keys)) == len(keys) > 12
 
-    def test_without_loss_spans_any_place_will_do(self, tiny_llama: Path) -> None:
+    def test_without_loss_spans_any_position_will_do(self, tiny_llama: Path) -> None:
         texts = choose_texts([{"input_ids": [1, 2, 3]}], self.config(tiny_llama), 512)
         assert (texts.token_ids, texts.prefix_lens) == (((1, 2),), ((1,),))
 
@@ -146,10 +146,10 @@ class TestChoice:
         with pytest.raises(MTPError, match="no row has 3 tokens"):
             choose_texts([{"input_ids": [1, 2]}], self.config(tiny_llama), 512)
 
-    def test_places_are_spread(self) -> None:
-        assert sketched_places(1) == [0]
-        assert sketched_places(4) == [0, 1, 2, 3]
-        assert sketched_places(64) == [0, 9, 18, 27, 36, 45, 54, 63]
+    def test_positions_are_spread(self) -> None:
+        assert sketched_positions(1) == [0]
+        assert sketched_positions(4) == [0, 1, 2, 3]
+        assert sketched_positions(64) == [0, 9, 18, 27, 36, 45, 54, 63]
 
 
 def test_a_probe_stays_small(tmp_path: Path) -> None:
@@ -309,5 +309,5 @@ def test_a_draft_may_differ_where_the_probe_shows_a_tie() -> None:
     drafts = torch.tensor([[1, 9, 9], [4, 5, 6]])
     assert worst_gap(expected, expected, gaps, is_chained=False) == 0
     assert worst_gap(drafts, expected, gaps, is_chained=False) == pytest.approx(0.9)
-    # With the Markov correction the third place follows from the second.
+    # With the Markov correction the third position follows from the second.
     assert worst_gap(drafts, expected, gaps, is_chained=True) == pytest.approx(0.1)

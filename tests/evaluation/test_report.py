@@ -42,7 +42,8 @@ def test_table_has_every_number() -> None:
     simulated, teacher_forced = tables(markdown(RESULT))
     assert simulated[0][0] == "| category"
     assert simulated[0][1:] == [
-        "sequences", "tokens", "drafts", "place 1", "place 2", "AL k=1", "AL k=2 |",
+        "sequences", "tokens", "drafts", "position 1", "position 2", "AL k=1",
+        "AL k=2 |",
     ]  # fmt: skip
     assert simulated[2:] == [
         ["| chat", "2", "1,500", "400", "0.750", "0.250", "1.900", "2.000 |"],

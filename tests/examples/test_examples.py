@@ -58,9 +58,9 @@ def test_offline_generation() -> None:
 def test_openai_client(server: Server) -> None:
     done = run("openai_client.py", "--base-url", f"{server.url}/v1")
     assert done.returncode == 0
-    place = re.search(r"place 1: (\d\.\d+) accepted", done.stdout)
-    assert place is not None
-    assert float(place[1]) > 0.1
+    position = re.search(r"position 1: (\d\.\d+) accepted", done.stdout)
+    assert position is not None
+    assert float(position[1]) > 0.1
 
 
 def test_openai_client_without_a_server_fails() -> None:

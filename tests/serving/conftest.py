@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from tests.tiny_targets import make_tiny, make_tiny_w8a8
-from vllm_mtp.checkpoint import save_drafter
-from vllm_mtp.config import LoRAConfig
-from vllm_mtp.modeling.drafter import Drafter
-from vllm_mtp.modeling.init import DrafterOptions, new_drafter
+from vllm_mtp.drafter.checkpoint import save_drafter
+from vllm_mtp.drafter.config import LoRAConfig
+from vllm_mtp.drafter.init import DrafterOptions, new_drafter
+from vllm_mtp.drafter.model import Drafter
 
 # Everything that can stand around a list of layers, at once.
 ALL_OPTIONS = DrafterOptions(
@@ -29,7 +29,7 @@ DRAFTERS: dict[str, tuple[str, int, DrafterOptions]] = {
     "shared-4": ("shared:all", 4, PLAIN),
     "own-1": ("own:all", 1, PLAIN),
     "own-some": ("own:0,3", 3, PLAIN),
-    "own-random": ("own:1,3", 3, DrafterOptions(dtype="float32", own_start="random")),
+    "own-random": ("own:1,3", 3, DrafterOptions(dtype="float32", own_init="random")),
     "mixed": ("shared:0-1,own:2,3", 4, ALL_OPTIONS),
     # Both skip tokens from a prefix of 306 on.
     "windowed": ("shared:all", 4, PLAIN._replace(prefix_window=50)),
@@ -99,7 +99,7 @@ def stir(drafter: Drafter) -> None:
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """The demo target's folder."""
-    from vllm_mtp.demo.target import ensure_demo_target
+    from vllm_mtp.data.demo_target import ensure_demo_target
 
     return ensure_demo_target()
 
@@ -109,7 +109,7 @@ def smollm2_prompts(smollm2: Path) -> list[list[int]]:
     """24 real prompts as token ids, from 30 to about 500 tokens."""
     from transformers import AutoTokenizer
 
-    from vllm_mtp.demo.prompts import sharegpt_prompts
+    from vllm_mtp.data.sharegpt import sharegpt_prompts
 
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     return [

@@ -60,7 +60,7 @@ class _Found:
     def __init__(self, package: str) -> None:
         self.package = package
         self.host: set[int] = set()  # storages that lie on the host anyway
-        self.places: list[str] = []
+        self.positions: list[str] = []
 
     def add(self, name: str, args: Iterable[Any]) -> None:
         first = next((a for a in args if isinstance(a, torch.Tensor)), None)
@@ -71,7 +71,9 @@ class _Found:
             assert frame.f_back is not None
             frame = frame.f_back
         if frame.f_code.co_filename.startswith(self.package):
-            self.places.append(f"{name}: {frame.f_code.co_filename}:{frame.f_lineno}")
+            self.positions.append(
+                f"{name}: {frame.f_code.co_filename}:{frame.f_lineno}"
+            )
 
 
 class _Operators(TorchDispatchMode):
@@ -121,7 +123,7 @@ def host_syncs(
         if isinstance(tensor, torch.Tensor)
     }
     with _Functions(found), _Operators(found):
-        yield found.places
+        yield found.positions
 
 
 def watch_propose(
@@ -137,15 +139,15 @@ def watch_propose(
         What was found, and the number of requests in each step; both grow.
     """
     propose = drafter.propose
-    places: list[str] = []
+    positions: list[str] = []
     sizes: list[int] = []
 
     def watched(*args: Any, **kwargs: Any) -> torch.Tensor:
         with host_syncs(host_tensors_of((*args, *kwargs.values()))) as found:
             drafts: torch.Tensor = propose(*args, **kwargs)
-        places.extend(found)
+        positions.extend(found)
         sizes.append(len(drafts))
         return drafts
 
     drafter.propose = watched
-    return places, sizes
+    return positions, sizes

@@ -69,8 +69,8 @@ def require_same_outputs(plain: Collection[Run], drafted: Collection[Run]) -> No
         assert run.counts.drafts > 0
 
 
-def require_first_place_accepted(runs: Collection[Run], excused: int = 0) -> None:
+def require_first_position_accepted(runs: Collection[Run], excused: int = 0) -> None:
     """Every draft's first token, but for ``excused`` of them."""
     for run in runs:
-        assert run.counts.accepted_per_place[0] >= run.counts.drafts - excused
+        assert run.counts.accepted_per_position[0] >= run.counts.drafts - excused
         assert run.counts.drafts > 2 * excused

@@ -78,7 +78,7 @@ class Soak:
     async def run(self, seconds: float) -> Figures:
         """Send requests for so long, and wait for the last answers."""
         end = time.monotonic() + seconds
-        places = asyncio.Semaphore(CONCURRENCY)
+        positions = asyncio.Semaphore(CONCURRENCY)
         watch = asyncio.create_task(self._watch_memory())
         async with asyncio.TaskGroup() as group:
             # How many run at a time later on depends on the machine.
@@ -86,9 +86,9 @@ class Soak:
                 group.create_task(self._guarded(self._greedy_to_limit))
         async with asyncio.TaskGroup() as group:
             while time.monotonic() < end:
-                await places.acquire()
+                await positions.acquire()
                 task = group.create_task(self._one())
-                task.add_done_callback(lambda _: places.release())
+                task.add_done_callback(lambda _: positions.release())
                 await asyncio.sleep(self._rng.expovariate(1 / MEAN_GAP_SECONDS))
         watch.cancel()
         # vLLM renews its gauges with a step, and the last requests may be given up.
@@ -160,7 +160,7 @@ class Soak:
         self._keep(prompt, choice.token_ids, whole=True, settings=settings)
 
     async def _greedy_to_limit(self) -> None:
-        """As many of these as there are places do not fit into the cache by far."""
+        """As many of these as there are positions do not fit into the cache by far."""
         prompt = self._rng.choice([p for p in self._pool if len(p) <= 33])
         room = MAX_MODEL_LEN - len(prompt)
         answer = await self._ask(prompt, room, temperature=0)

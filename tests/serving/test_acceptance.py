@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from vllm_mtp.checkpoint import save_drafter
-from vllm_mtp.cli import main
-from vllm_mtp.modeling.init import DrafterOptions, new_drafter
+from vllm_mtp.cli.main import main
+from vllm_mtp.drafter.checkpoint import save_drafter
+from vllm_mtp.drafter.init import DrafterOptions, new_drafter
 
 pytestmark = pytest.mark.engine
 
@@ -38,7 +38,7 @@ def test_vllm_counts_what_was_simulated(
         evaluate(drafters / "exact", tiny_llama, tiny_answers, "--baseline", short) == 0
     )
     text = capsys.readouterr().out
-    assert "largest difference of a place over all: 0.00 points" in text
+    assert "largest difference of a position over all: 0.00 points" in text
     assert "| **all** | 1.000 / 1.000 |" in text
     assert f"baseline {short} in vLLM: acceptance length 1." in text
 

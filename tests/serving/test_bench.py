@@ -10,7 +10,7 @@ import pytest
 
 from tests.tiny_targets import make_tiny
 from tests.tiny_tokenizer import save_tiny_tokenizer
-from vllm_mtp.cli import main
+from vllm_mtp.cli.main import main
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(1500)]
 
@@ -47,7 +47,7 @@ def test_a_whole_benchmark(
         assert line["texts"] == (4 if line["load"] == "2 at once" else 2)
         if name in line["side"]:  # the whole target drafts: its first draft is right
             counts = line["counts"]
-            assert counts["accepted_per_place"][0] > 0.8 * counts["drafts"] > 0
+            assert counts["accepted_per_position"][0] > 0.8 * counts["drafts"] > 0
     assert [side["name"] for side in calibrated["plan"]["sides"]][0] == "none"
     (schedule,) = report["schedules"].values()
     assert schedule[0][0] == 1

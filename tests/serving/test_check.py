@@ -10,11 +10,11 @@ import pytest
 from tests.evaluation.drafter_faults import FAULTS, Fault
 from tests.serving.conftest import PLAIN
 from tests.serving.engines import ON_V2
-from vllm_mtp.block import table_without
-from vllm_mtp.checkpoint import save_drafter
-from vllm_mtp.cli import main
+from vllm_mtp.cli.main import main
+from vllm_mtp.drafter.checkpoint import save_drafter
+from vllm_mtp.drafter.init import new_drafter
+from vllm_mtp.drafter.layout import table_without
 from vllm_mtp.evaluation.probe import PROBE_FILE
-from vllm_mtp.modeling.init import new_drafter
 
 pytestmark = pytest.mark.engine
 

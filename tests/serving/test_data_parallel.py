@@ -68,7 +68,7 @@ def test_both_replicas_draft_and_answer_as_the_target(
     counts = replicas.acceptance()
     assert counts.drafts == sum(drafts.values())
     # The whole target drafts, so its first draft is right.
-    assert counts.acceptance_per_place[0] > 0.9
+    assert counts.acceptance_per_position[0] > 0.9
 
 
 def ask(server: Server, target: Path, prompt: list[int]) -> list[int]:

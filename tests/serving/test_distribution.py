@@ -28,7 +28,7 @@ LIMIT = 37.4
 
 @torch.no_grad()
 def second_token(target: Path, temperature: float) -> torch.Tensor:
-    """Probability of each token at the answer's second place. ``[V]`` float64."""
+    """Probability of each token at the answer's second position. ``[V]`` float64."""
     model = AutoModelForCausalLM.from_pretrained(target).eval()
 
     def after(texts: torch.Tensor) -> torch.Tensor:
@@ -101,8 +101,8 @@ def test_the_second_token_is_drawn_as_the_target_draws_it(
         before = counters(llm)[0]
         tokens = draw_second_tokens(llm)
         counts = counters(llm)[0] - before
-    rejected = counts.drafts - counts.accepted_per_place[0]
-    assert counts.accepted_per_place[0] > 0
+    rejected = counts.drafts - counts.accepted_per_position[0]
+    assert counts.accepted_per_position[0] > 0
     assert rejected > NUM_SAMPLES // 4
     assert chi_squared(tokens, second_token(tiny_targets["llama"], 1.0)) < LIMIT
     # It would see a target that is a little cooler.
@@ -114,10 +114,12 @@ COOLER = 0.95
 """What the large test must notice: a temperature of 0.95 instead of 1."""
 
 
-def counts_by_place(answers: list[list[int]], groups: torch.Tensor) -> torch.Tensor:
-    """How often each place has a token of each group. ``[places, 12]`` int64."""
+def counts_by_position(answers: list[list[int]], groups: torch.Tensor) -> torch.Tensor:
+    """How often each position has a token of each group. ``[positions, 12]`` int64."""
     tokens = torch.tensor(answers)
-    return torch.stack([groups[place].bincount(minlength=12) for place in tokens.T])
+    return torch.stack(
+        [groups[position].bincount(minlength=12) for position in tokens.T]
+    )
 
 
 def two_samples(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
@@ -141,14 +143,14 @@ def power(target: Path, groups: torch.Tensor, num_trials: int = 500) -> float:
 
 
 @pytest.mark.slow
-def test_four_places_are_drawn_as_by_the_target_alone(
+def test_four_positions_are_drawn_as_by_the_target_alone(
     tiny_targets: dict[str, Path], tiny_drafter: Callable[[str, str], Path]
 ) -> None:
     target = tiny_targets["llama"]
     groups = groups_of(second_token(target, 1.0))
     with engine(target, max_num_seqs=BATCH) as llm:
         seeds = range(10**6, 10**6 + MANY_SAMPLES)  # others than the drafter's engine
-        plain = counts_by_place(draw_answers(llm, seeds, 4), groups)
+        plain = counts_by_position(draw_answers(llm, seeds, 4), groups)
     found = power(target, groups)
     assert found > 0.99
     for method in ("greedy", "probabilistic"):
@@ -162,10 +164,10 @@ def test_four_places_are_drawn_as_by_the_target_alone(
             answers = draw_answers(llm, range(MANY_SAMPLES), 4)
             counts = counters(llm)[0] - before
         assert 0 < counts.accepted_tokens < counts.draft_tokens
-        statistics = two_samples(counts_by_place(answers, groups), plain)
+        statistics = two_samples(counts_by_position(answers, groups), plain)
         print(
-            f"{method}: chi-squared by place {statistics.tolist()}, limit {LIMIT}, "
+            f"{method}: chi-squared by position {statistics.tolist()}, limit {LIMIT}, "
             f"power {found:.3f}, {counts.drafts} drafts, of which "
-            f"{counts.accepted_per_place[0]} had the first place accepted"
+            f"{counts.accepted_per_position[0]} had the first position accepted"
         )
         assert (statistics < LIMIT).all()

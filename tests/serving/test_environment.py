@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from vllm_mtp.serving.environment import (
+from vllm_mtp.bench.cpu_settings import (
     added,
     fastest_environment,
     intel_openmp,

@@ -13,7 +13,7 @@ from tests.serving.engines import ON_V2
 from tests.serving.scenarios import (
     Scenario,
     Side,
-    require_first_place_accepted,
+    require_first_position_accepted,
     require_same_outputs,
     run_scenarios,
 )
@@ -94,16 +94,16 @@ def test_outputs_are_the_targets(name: str, sides: Sides) -> None:
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
-def test_first_place_of_an_exact_drafter_is_always_accepted(
+def test_first_position_of_an_exact_drafter_is_always_accepted(
     name: str, sides: Sides
 ) -> None:
     if sides.drafter not in EXACT:
         pytest.skip("not the target itself")
-    # Where a block of several places passes the limit, its rows read a little less
-    # of the prefix (`block.fit_blocks`): one draft per request may be worse.
+    # Where a block of several positions passes the limit, its rows read a little less
+    # of the prefix (`layout.fit_blocks`): one draft per request may be worse.
     at_limit = name == "near-max-model-len" and DRAFTERS[sides.drafter][1] > 1
     excused = len(SCENARIOS[name].lengths) if at_limit else 0
-    require_first_place_accepted(sides.drafted.runs[name], excused)
+    require_first_position_accepted(sides.drafted.runs[name], excused)
 
 
 def test_scenarios_do_what_they_are_named_for(sides: Sides) -> None:

@@ -18,7 +18,7 @@ from tests.serving.engines import ON_V2, cannot_here
 from tests.serving.scenarios import (
     Scenario,
     Side,
-    require_first_place_accepted,
+    require_first_position_accepted,
     require_same_outputs,
     run_scenarios,
 )
@@ -137,7 +137,7 @@ def test_outputs_are_the_targets(name: str, sides: Sides) -> None:
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
-def test_first_place_of_an_exact_drafter_is_always_accepted(
+def test_first_position_of_an_exact_drafter_is_always_accepted(
     name: str, sides: Sides
 ) -> None:
     if sides.drafter not in EXACT:
@@ -145,7 +145,7 @@ def test_first_place_of_an_exact_drafter_is_always_accepted(
     # As in `test_exact.py`: at the limit one draft per request may be worse.
     at_limit = name == "near-max-model-len" and sides.drafter == "shared-4"
     excused = len(SCENARIOS[name].lengths) if at_limit else 0
-    require_first_place_accepted(sides.drafted.runs[name], excused)
+    require_first_position_accepted(sides.drafted.runs[name], excused)
 
 
 def test_scenarios_do_what_they_are_named_for(sides: Sides) -> None:

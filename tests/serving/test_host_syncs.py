@@ -96,8 +96,8 @@ def test_propose_does_not_wait(
     with engine(tiny_targets["llama"], spec) as llm:
         runner = runner_of(llm)
         drafter = runner.speculator if ON_V2 else runner.drafter
-        places, sizes = watch_propose(drafter, host_tensors)
+        positions, sizes = watch_propose(drafter, host_tensors)
         generate(llm, PROMPTS, 8, temperature=float(method == "probabilistic"), seed=1)
-    assert places == []
+    assert positions == []
     assert len(sizes) > 2
     assert max(sizes) == len(PROMPTS)

@@ -44,7 +44,7 @@ def test_the_less_likely_a_draft_may_be_the_more_are_verified(
     drafted = [run.counts.draft_tokens for run in runs]
     assert drafted == sorted(drafted)
     assert drafted[0] == 0
-    assert len(set(drafted)) >= 4, "cut at different places"
+    assert len(set(drafted)) >= 4, "cut at different positions"
     assert runs[-2].counts == runs[-1].counts
     assert runs[-1].counts.draft_tokens == 4 * runs[-1].counts.drafts
 

@@ -11,11 +11,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.serving.engines import ON_V2, bound_drafter_of, engine, generate
-from vllm_mtp.checkpoint import load_drafter
-from vllm_mtp.modeling.drafter import BoundDrafter
-from vllm_mtp.modeling.heads import pick_greedy
-from vllm_mtp.modeling.hf_target import HFTarget
-from vllm_mtp.modeling.texts import TextBlocks, forward_texts
+from vllm_mtp.drafter.checkpoint import load_drafter
+from vllm_mtp.drafter.heads import pick_greedy
+from vllm_mtp.drafter.model import BoundDrafter
+from vllm_mtp.torch_host.hf_target import HFTarget
+from vllm_mtp.torch_host.texts import TextBlocks, forward_texts
 
 pytestmark = pytest.mark.engine
 
@@ -124,12 +124,12 @@ def text_of(
 
 @torch.no_grad()
 def torch_step(
-    drafter: BoundDrafter, tokens: torch.Tensor, prefix_len: int, num_places: int
+    drafter: BoundDrafter, tokens: torch.Tensor, prefix_len: int, num_draft_tokens: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits ``[k, V]`` and greedy tokens ``[k]`` of one step in plain torch."""
     target = drafter.target
     assert isinstance(target, HFTarget)
     lens = torch.tensor([prefix_len])
     text = TextBlocks(tokens, target.encode(tokens[: prefix_len + 1]), lens)
-    hidden = forward_texts(drafter, [text], num_places)
+    hidden = forward_texts(drafter, [text], num_draft_tokens)
     return drafter.logits(hidden)[0], drafter.draft(hidden, pick_greedy)[0][0]

@@ -15,8 +15,9 @@ import pytest
 from vllm.config import SpeculativeConfig
 from vllm.engine.arg_utils import EngineArgs
 
+from vllm_mtp.cli import doctor
 from vllm_mtp.plugin import register
-from vllm_mtp.serving import doctor, ledger, versions
+from vllm_mtp.serving import ledger, versions
 from vllm_mtp.serving.config import MTPPlaceholderSpecConfig
 from vllm_mtp.serving.versions import Installed
 
@@ -158,7 +159,7 @@ def test_serving_code_is_not_imported_until_it_is_used() -> None:
     )
     loaded = in_new_process(code)
     assert "'vllm_mtp.serving.ledger'" in loaded
-    for module in ("serving.config", "serving.v1", "modeling", "checkpoint"):
+    for module in ("serving.config", "serving.v1", "drafter", "torch_host"):
         assert module not in loaded
 
 

@@ -37,8 +37,8 @@ def test_a_drafter_that_is_the_target_is_accepted_when_sampling(
         run = generate(llm, PROMPTS, 40, temperature=1.0, seed=3)
         # Greedy and sampled requests with different settings in one batch.
         cool = generate(llm, PROMPTS, 20, temperature=0.4)
-    assert run.counts.accepted_per_place[0] == run.counts.drafts > 100
-    assert cool.counts.accepted_per_place[0] == cool.counts.drafts
+    assert run.counts.accepted_per_position[0] == run.counts.drafts > 100
+    assert cool.counts.accepted_per_position[0] == cool.counts.drafts
 
 
 def test_all_options_with_probabilistic_drafts(
@@ -74,8 +74,8 @@ def test_fewer_tokens_than_the_drafter_was_made_for(
     spec = spec_for(tiny_drafter("llama", "shared-4"), num_speculative_tokens=2)
     with engine(tiny_targets["llama"], spec) as llm:
         run = generate(llm, PROMPTS, 20)
-    assert len(run.counts.accepted_per_place) == 2
-    assert run.counts.accepted_per_place[0] == run.counts.drafts
+    assert len(run.counts.accepted_per_position) == 2
+    assert run.counts.accepted_per_position[0] == run.counts.drafts
 
 
 def test_tokens_by_batch_size(

@@ -99,9 +99,9 @@ def test_metrics_show_the_drafts(server: Server, client: OpenAI) -> None:
     assert counts.drafts > 5
     assert counts.draft_tokens > 3 * counts.drafts  # k is 4, less near the end
     # The drafter that the method finds, on a single answer: above what luck gives.
-    assert counts.acceptance_per_place[0] > 0.1
+    assert counts.acceptance_per_position[0] > 0.1
     assert counts.acceptance_length > 1.1
-    assert len(counts.accepted_per_place) == 4
+    assert len(counts.accepted_per_position) == 4
 
 
 @pytest.mark.parametrize(

@@ -15,11 +15,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests import damage
-from tests.damage import Damage, Good
+from tests.drafter import damage
+from tests.drafter.damage import Damage, Good
+from tests.drafter.test_target_facts import FACTS
 from tests.serving.test_wrong_use import Drafter, start
-from tests.test_target import FACTS
-from vllm_mtp.checkpoint import CONFIG_FILE, WEIGHTS_FILE
+from vllm_mtp.drafter.checkpoint import CONFIG_FILE, WEIGHTS_FILE
 from vllm_mtp.errors import MTPError
 from vllm_mtp.serving.resolve import resolve_drafter
 from vllm_mtp.serving.settings import ALLOWED_KEYS
@@ -267,7 +267,7 @@ def _files_of(folder: Path) -> Good:
 def test_a_damaged_drafter_does_not_start(
     tiny_targets: dict[str, Path], tiny_drafter: Drafter, tmp_path: Path
 ) -> None:
-    """What `tests/test_corruption.py` holds of reading, here of vLLM's start."""
+    """As `tests/drafter/test_corruption.py` for reading, here for vLLM's start."""
     whole = _files_of(tiny_drafter("llama", "mixed"))
     other = _files_of(tiny_drafter("llama", "own-some"))
     folder = tmp_path / "drafter"

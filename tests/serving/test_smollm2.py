@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import pytest
 
 from tests.serving.engines import Run, engine, generate, num_kv_blocks
-from vllm_mtp.checkpoint import save_drafter
+from vllm_mtp.drafter.checkpoint import save_drafter
+from vllm_mtp.drafter.init import DrafterOptions, new_drafter
 from vllm_mtp.evaluation.equality import BF16_TIE_MARGIN, Comparison, compare_greedy
-from vllm_mtp.modeling.init import DrafterOptions, new_drafter
 
 pytestmark = pytest.mark.engine
 
@@ -124,10 +124,10 @@ def test_real_prompts(
     results += compare(reference.again, answers.again, margin)
     assert [r for r in results if r.verdict == "different"] == []
     counts = answers.all.counts + answers.again.counts
-    first = counts.acceptance_per_place[0]
+    first = counts.acceptance_per_position[0]
     equal = sum(result.verdict == "equal" for result in results)
     print(
-        f"\n{dtype} {name}: first place {first:.4f}, acceptance length "
+        f"\n{dtype} {name}: first position {first:.4f}, acceptance length "
         f"{counts.acceptance_length:.3f}, {counts.drafts} drafts, equal {equal} of "
         f"{len(results)}, preemptions {answers.all.preemptions}, prefix hits "
         f"{answers.again.prefix_hits}"

@@ -174,6 +174,6 @@ def tell(figures: Figures, counts: AcceptanceCounts, compared: int) -> None:
     )
     print(
         f"drafts         {counts.drafts}, acceptance length "
-        f"{counts.acceptance_length:.3f}, by place "
-        f"{[round(rate, 3) for rate in counts.acceptance_per_place]}"
+        f"{counts.acceptance_length:.3f}, by position "
+        f"{[round(rate, 3) for rate in counts.acceptance_per_position]}"
     )

@@ -99,13 +99,13 @@ def attention_layers(runner: Any) -> list[Any]:
 
 
 def scratch_slots(
-    table: torch.Tensor, num_places: int, prefix_lens: Sequence[int]
+    table: torch.Tensor, num_draft_tokens: int, prefix_lens: Sequence[int]
 ) -> list[int]:
     """Slots of positions n to n + k - 1, below the limit."""
     return [
         int(table[row, position // BLOCK_SIZE]) * BLOCK_SIZE + position % BLOCK_SIZE
         for row, start in enumerate(prefix_lens)
-        for position in range(start, min(start + num_places, MAX_MODEL_LEN))
+        for position in range(start, min(start + num_draft_tokens, MAX_MODEL_LEN))
     ]
 
 
@@ -144,10 +144,10 @@ def test_a_draft_changes_no_byte_outside_the_scratch_slots(
     print(f"{len(steps)} drafts wrote {written} numbers, all into the scratch slots")
 
 
-def drafts_by_place(
+def drafts_by_position(
     llm: LLM, texts: list[list[int]]
 ) -> tuple[dict[tuple[int, int], list[int]], Any]:
-    """Drafts by prompt and prefix length, of places where decoding drafts."""
+    """Drafts by prompt and prefix length, of positions where decoding drafts."""
     scheduler, names = core_of(llm).scheduler, {}
     add = scheduler.add_request
 
@@ -166,7 +166,7 @@ def drafts_by_place(
         for name, anchor, start, drafts in rows:
             text = names[name]
             decoding = len(texts[text]) <= start < len(said[text])
-            # In an unfinished prompt, what stands at the anchor's place is nobody's.
+            # In an unfinished prompt, what stands at the anchor's position is nobody's.
             if decoding and said[text][start] == anchor:
                 found[text, start] = drafts
     return found, run
@@ -177,17 +177,17 @@ def test_a_moved_request_drafts_what_it_would_have_drafted(
 ) -> None:
     texts = prompts("moved", Scenario("", LENGTHS))
     with engine(tiny_targets["llama"], spec) as llm:
-        alone, _ = drafts_by_place(llm, texts)
-        again, hit = drafts_by_place(llm, texts)
+        alone, _ = drafts_by_position(llm, texts)
+        again, hit = drafts_by_position(llm, texts)
     with engine(tiny_targets["llama"], spec, **FEW_BLOCKS) as llm:
-        moved, run = drafts_by_place(llm, texts)
+        moved, run = drafts_by_position(llm, texts)
     assert hit.prefix_hits > 0
     assert run.preemptions > 0
     assert len(alone) > 20
     assert again == alone
     shared = alone.keys() & moved.keys()
     assert len(shared) > 0.8 * len(alone)
-    assert {place: moved[place] for place in shared} == {
-        place: alone[place] for place in shared
+    assert {position: moved[position] for position in shared} == {
+        position: alone[position] for position in shared
     }
     print(f"{len(alone)} drafts again behind prefix hits, {len(shared)} preempted")

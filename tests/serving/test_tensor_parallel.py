@@ -12,8 +12,8 @@ from vllm import LLM
 from tests.serving.conftest import PLAIN
 from tests.serving.engines import ON_V2, Run, engine, generate, of_each_runner
 from tests.tiny_targets import make_tiny_llama
-from vllm_mtp.checkpoint import save_drafter
-from vllm_mtp.modeling.init import new_drafter
+from vllm_mtp.drafter.checkpoint import save_drafter
+from vllm_mtp.drafter.init import new_drafter
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(1500)]
 

@@ -49,7 +49,9 @@ def main() -> None:
                 "tokens": [list(output.token_ids) for output in outputs],
                 # As text that gives back every bit.
                 "logprobs": [
-                    _exact(place) for output in outputs for place in output.logprobs
+                    _exact(position)
+                    for output in outputs
+                    for position in output.logprobs
                 ],
                 "loaded": sorted(m for m in sys.modules if m.startswith("vllm_mtp")),
             }
@@ -57,8 +59,8 @@ def main() -> None:
     )
 
 
-def _exact(place: Any) -> dict[str, str]:
-    return {str(token): value.logprob.hex() for token, value in place.items()}
+def _exact(position: Any) -> dict[str, str]:
+    return {str(token): value.logprob.hex() for token, value in position.items()}
 
 
 if __name__ == "__main__":

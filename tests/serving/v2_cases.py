@@ -12,7 +12,7 @@ import torch
 
 from tests.serving.engines import ON_V2, bound_drafter_of, engine, generate, runner_of
 from tests.serving.played_graphs import play_graphs
-from vllm_mtp.block import PAD_SLOT
+from vllm_mtp.drafter.layout import PAD_SLOT
 
 pytestmark = pytest.mark.skipif(not ON_V2, reason="needs test_v2.py's environment")
 
@@ -46,7 +46,7 @@ def test_a_drafter_that_is_the_target_is_accepted_when_sampling(
     )
     with engine(tiny_targets["llama"], spec) as llm:
         run = generate(llm, PROMPTS, 12, temperature=1.0, seed=3)
-    assert run.counts.accepted_per_place[0] == run.counts.drafts > 10
+    assert run.counts.accepted_per_position[0] == run.counts.drafts > 10
 
 
 def test_draft_distributions_cover_the_targets_vocabulary(

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from tools.ablation import BASE, ROOT, all_rows, flags_of, key_of
-from vllm_mtp.cli import _load
-from vllm_mtp.layer_spec import parse_layers
+from vllm_mtp.cli.main import _load
+from vllm_mtp.drafter.layer_spec import parse_layers
 
 
 @pytest.mark.parametrize("row", all_rows(), ids=lambda row: row["name"])

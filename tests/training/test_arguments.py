@@ -10,8 +10,8 @@ import pytest
 from transformers import TrainingArguments
 
 from tests.tiny_answers import MakeArguments
-from vllm_mtp.cli import _load, main
-from vllm_mtp.commands.train import Train
+from vllm_mtp.cli.main import _load, main
+from vllm_mtp.cli.train import Train
 from vllm_mtp.errors import MTPError
 
 EXAMPLES = sorted(
@@ -29,7 +29,7 @@ def load(*flags: str):  # type: ignore[no-untyped-def]
 @pytest.mark.parametrize("file", EXAMPLES, ids=lambda file: file.stem)
 def test_example_settings_are_valid(file: Path) -> None:
     args = load(str(file))
-    assert args.plan().objective.place_weights(4).sum() == pytest.approx(1.0)
+    assert args.plan().objective.position_weights(4).sum() == pytest.approx(1.0)
 
 
 def test_there_are_examples() -> None:
@@ -69,9 +69,9 @@ def test_target_and_data_are_needed() -> None:
         _load("train", ["--target", "t"])
 
 
-def test_new_places_need_a_start() -> None:
+def test_new_positions_need_a_start() -> None:
     with pytest.raises(MTPError, match="needs warm_start"):
-        load("--train_only", "new_places")
+        load("--train_only", "new_positions")
 
 
 def load_yaml(folder: Path, text: str, *flags: str):  # type: ignore[no-untyped-def]
@@ -144,7 +144,7 @@ class TestTheBest:
         assert load().metric_for_best_model is None
 
     def test_another_metric_is_kept(self, arguments: MakeArguments) -> None:
-        name = "eval_acceptance_place_1"
+        name = "eval_acceptance_position_1"
         args = arguments(
             save_strategy="best", eval_strategy="epoch", metric_for_best_model=name
         )
@@ -154,7 +154,7 @@ class TestTheBest:
 
     @pytest.mark.parametrize("name", ["loss", "eval_loss"])
     def test_no_loss_is_measured(self, name: str) -> None:
-        reason = f"got '{name}'.*eval_acceptance_length, eval_acceptance_place_1"
+        reason = f"got '{name}'.*eval_acceptance_length, eval_acceptance_position_1"
         with pytest.raises(MTPError, match=reason):
             load("--metric_for_best_model", name)
 
@@ -195,7 +195,7 @@ class TestTheBest:
             {
                 "stages": ["own:0"],
                 "stage_steps": 1,
-                "train_only": "new_places",
+                "train_only": "new_positions",
                 "warm_start": "d",
             },
             "does not go with stages",
@@ -266,7 +266,7 @@ class TestMachine:
         assert args.n_gpu == 1
         assert args.train_batch_size == 2
         assert "one of 2 GPUs" in caplog.text
-        assert "accelerate launch -m vllm_mtp.cli train" in caplog.text
+        assert "accelerate launch -m vllm_mtp.cli.main train" in caplog.text
 
     def test_no_tensorboard(
         self, arguments: MakeArguments, monkeypatch: pytest.MonkeyPatch

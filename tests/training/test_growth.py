@@ -9,12 +9,12 @@ from transformers.models.auto import AutoModelForCausalLM
 
 from checkpoints_spec.goldens import fill_weights, run_blocks
 from tests.tiny_targets import VOCAB_SIZE
-from vllm_mtp.config import LoRAConfig
-from vllm_mtp.modeling.drafter import Drafter
-from vllm_mtp.modeling.init import DrafterOptions, new_drafter
+from vllm_mtp.drafter.config import LoRAConfig
+from vllm_mtp.drafter.init import DrafterOptions, new_drafter
+from vllm_mtp.drafter.model import Drafter
 from vllm_mtp.training.growth import (
-    freeze_all_but_new_places,
-    require_same_but_places,
+    freeze_all_but_new_positions,
+    require_same_but_positions,
     warm_start,
 )
 from vllm_mtp.training.states import TrainingInputError
@@ -78,7 +78,7 @@ def test_nothing_that_fits_is_refused(tiny_llama: Path, trained: Drafter) -> Non
         warm_start(other, trained)
 
 
-def test_a_looped_extension_keeps_the_first_places(
+def test_a_looped_extension_keeps_the_first_positions(
     tiny_llama: Path, trained: Drafter
 ) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_llama).eval()
@@ -89,7 +89,7 @@ def test_a_looped_extension_keeps_the_first_places(
     assert longer.placeholders is not None
     assert trained.placeholders is not None
     assert longer.placeholders[2:4].equal(trained.placeholders)
-    freeze_all_but_new_places(longer, num_old=3)
+    freeze_all_but_new_positions(longer, num_old=3)
     optimizer = torch.optim.AdamW(
         [p for p in longer.parameters() if p.requires_grad], lr=0.1, weight_decay=0.0
     )
@@ -105,8 +105,8 @@ def test_a_looped_extension_keeps_the_first_places(
 
 
 def test_an_extension_that_adds_nothing_is_refused(trained: Drafter) -> None:
-    with pytest.raises(TrainingInputError, match="adds no place"):
-        freeze_all_but_new_places(trained, num_old=3)
+    with pytest.raises(TrainingInputError, match="adds no position"):
+        freeze_all_but_new_positions(trained, num_old=3)
 
 
 def test_another_lora_scale_is_refused(tiny_llama: Path) -> None:
@@ -119,11 +119,11 @@ def test_another_lora_scale_is_refused(tiny_llama: Path) -> None:
         warm_start(made(8.0), made(4.0))
 
 
-def test_new_places_keep_the_rest(tiny_llama: Path, trained: Drafter) -> None:
+def test_new_positions_keep_the_rest(tiny_llama: Path, trained: Drafter) -> None:
     same = new_drafter(tiny_llama, "shared:0,own:1,own:2,own:2", 6, OPTIONS)
-    require_same_but_places(same, trained)
+    require_same_but_positions(same, trained)
     other = new_drafter(
         tiny_llama, "shared:0,own:2", 6, OPTIONS._replace(markov_rank=None)
     )
     with pytest.raises(TrainingInputError, match="layers, markov differ"):
-        require_same_but_places(other, trained)
+        require_same_but_positions(other, trained)

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vllm_mtp.block import IGNORE_LABEL
+from vllm_mtp.drafter.layout import IGNORE_LABEL
 from vllm_mtp.errors import MTPError
 from vllm_mtp.training.objective import Objective, Teacher, objective_loss
 
@@ -38,7 +38,7 @@ def distribution(teacher: Teacher) -> torch.Tensor:
     return torch.zeros(B, K, C).scatter_(-1, teacher.columns, teacher.probs)
 
 
-def mean_over_places(values: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def mean_over_positions(values: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     valid = labels != IGNORE_LABEL
     return torch.stack([values[valid[:, i], i].mean() for i in range(K)])
 
@@ -48,7 +48,7 @@ def test_cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> None:
     each = F.cross_entropy(
         logits.flatten(0, 1), labels.flatten(), reduction="none"
     ).view(B, K)
-    torch.testing.assert_close(loss, mean_over_places(each, labels).mean())
+    torch.testing.assert_close(loss, mean_over_positions(each, labels).mean())
     torch.testing.assert_close(parts["ce"], each[labels != IGNORE_LABEL].mean())
 
 
@@ -58,7 +58,7 @@ def test_kl_over_everything_is_the_kl(
     teacher = whole_teacher()
     loss, _ = objective_loss(logits, labels, Objective(ce=0, kl=1), teacher)
     each = F.kl_div(logits.log_softmax(-1), distribution(teacher), reduction="none")
-    torch.testing.assert_close(loss, mean_over_places(each.sum(-1), labels).mean())
+    torch.testing.assert_close(loss, mean_over_positions(each.sum(-1), labels).mean())
 
 
 def test_tv_over_everything_is_half_the_l1_distance(
@@ -67,7 +67,7 @@ def test_tv_over_everything_is_half_the_l1_distance(
     teacher = whole_teacher()
     loss, _ = objective_loss(logits, labels, Objective(ce=0, tv=1), teacher)
     each = (logits.softmax(-1) - distribution(teacher)).abs().sum(-1) / 2
-    torch.testing.assert_close(loss, mean_over_places(each, labels).mean())
+    torch.testing.assert_close(loss, mean_over_positions(each, labels).mean())
 
 
 def test_a_mix_is_the_weighted_sum(logits: torch.Tensor, labels: torch.Tensor) -> None:
@@ -83,16 +83,18 @@ def test_a_mix_is_the_weighted_sum(logits: torch.Tensor, labels: torch.Tensor) -
     )
 
 
-def test_earlier_places_weigh_more(logits: torch.Tensor, labels: torch.Tensor) -> None:
-    weights = Objective(place_decay=2.0).place_weights(K)
+def test_earlier_positions_weigh_more(
+    logits: torch.Tensor, labels: torch.Tensor
+) -> None:
+    weights = Objective(position_decay=2.0).position_weights(K)
     torch.testing.assert_close(weights[1] / weights[0], torch.tensor(math.exp(-0.5)))
     torch.testing.assert_close(weights.sum(), torch.tensor(1.0))
-    loss, _ = objective_loss(logits, labels, Objective(place_decay=1e-3))
+    loss, _ = objective_loss(logits, labels, Objective(position_decay=1e-3))
     only_first, _ = objective_loss(logits[:, :1], labels[:, :1], Objective())
     torch.testing.assert_close(loss, only_first)
 
 
-def test_ignored_places_get_no_gradient(
+def test_ignored_positions_get_no_gradient(
     logits: torch.Tensor, labels: torch.Tensor
 ) -> None:
     objective = Objective(ce=1, kl=1, tv=1)
@@ -104,7 +106,7 @@ def test_ignored_places_get_no_gradient(
 
 @pytest.mark.parametrize(
     "weights",
-    [{"ce": 0.0}, {"ce": -1.0}, {"kl": math.inf}, {"place_decay": 0.0}],
+    [{"ce": 0.0}, {"ce": -1.0}, {"kl": math.inf}, {"position_decay": 0.0}],
 )
 def test_wrong_weights_are_refused(weights: dict[str, float]) -> None:
     with pytest.raises(MTPError, match="expected"):

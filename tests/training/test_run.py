@@ -14,7 +14,7 @@ import yaml
 
 from tests.full_disk import no_file_above
 from tests.tiny_answers import MakeArguments
-from vllm_mtp.checkpoint import load_drafter, read_config
+from vllm_mtp.drafter.checkpoint import load_drafter, read_config
 from vllm_mtp.errors import CheckpointError, DataError, OutputError
 from vllm_mtp.training.resume import newest_whole
 from vllm_mtp.training.run import train
@@ -59,7 +59,7 @@ class TestLearning:
             "provenance.json",
         }
         if design["layers"] == "shared:all":
-            assert metrics["eval_acceptance_place_1"] == 1.0
+            assert metrics["eval_acceptance_position_1"] == 1.0
 
 
 class TestFullDisk:
@@ -115,7 +115,7 @@ class TestResume:
             "save_steps": 40,
         }
         settings.write_text(yaml.safe_dump(self.DESIGN | more))
-        command = [sys.executable, "-m", "vllm_mtp.cli", "train", str(settings)]
+        command = [sys.executable, "-m", "vllm_mtp.cli.main", "train", str(settings)]
         broken, whole = tmp_path / "broken", tmp_path / "whole"
         victim = subprocess.Popen([*command, "--output_dir", str(broken)])
         try:

@@ -115,8 +115,8 @@ class Side:
 def counts_of(drafts: list[tuple[int, int]]) -> AcceptanceCounts:
     """Counters of drafts, each given as its tokens and how many were accepted."""
     width = max((drafted for drafted, _ in drafts), default=0)
-    places = tuple(sum(n > i for _, n in drafts) for i in range(width))
-    return AcceptanceCounts(len(drafts), sum(d for d, _ in drafts), places)
+    positions = tuple(sum(n > i for _, n in drafts) for i in range(width))
+    return AcceptanceCounts(len(drafts), sum(d for d, _ in drafts), positions)
 
 
 def start_all(

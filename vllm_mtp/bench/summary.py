@@ -6,12 +6,12 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from vllm_mtp.bench.client import LoadResult
 from vllm_mtp.bench.loads import CONCURRENCY
 from vllm_mtp.bench.measure import Record
 from vllm_mtp.bench.plan import PLAIN, Plan, Side
 from vllm_mtp.metrics import AcceptanceCounts
-from vllm_mtp.publishing.speed import SpeedRecord, SpeedRow
-from vllm_mtp.serving.load import LoadResult
+from vllm_mtp.sharing.speed import SpeedRecord, SpeedRow
 
 
 @dataclass(frozen=True)
@@ -61,11 +61,11 @@ class Line:
 
 def lines_of(plan: Plan, records: Iterable[Record]) -> list[Line]:
     """A line for each load and side, in the plan's order."""
-    by_place: dict[tuple[str, str], list[Record]] = {}
+    by_position: dict[tuple[str, str], list[Record]] = {}
     for record in sorted(records, key=lambda record: record.round):
-        by_place.setdefault((record.load, record.side), []).append(record)
+        by_position.setdefault((record.load, record.side), []).append(record)
     return [
-        _line(by_place[load.name, side.name], by_place[load.name, PLAIN])
+        _line(by_position[load.name, side.name], by_position[load.name, PLAIN])
         for load in plan.loads
         for side in plan.sides
     ]

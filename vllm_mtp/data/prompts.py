@@ -41,7 +41,7 @@ def read_prompts(source: SourceSettings) -> Iterator[Prompt]:
 
 
 def _sharegpt(source: SourceSettings) -> Iterator[Prompt]:
-    from vllm_mtp.demo.prompts import sharegpt_prompts
+    from vllm_mtp.data.sharegpt import sharegpt_prompts
 
     limit = _NO_LIMIT if source.limit is None else source.limit
     for text in sharegpt_prompts(limit, skip=source.skip):
@@ -149,7 +149,8 @@ def _require_encodable(text: str, where: str) -> None:
     except UnicodeEncodeError as error:
         raise DataError(
             f"{where}: half of a character, {text[error.start : error.end]!r}, at "
-            f"place {error.start} (an emoji cut in two?); repair or remove the prompt"
+            f"position {error.start} (an emoji cut in two?); repair or remove "
+            "the prompt"
         ) from None
 
 

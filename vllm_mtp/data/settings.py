@@ -3,7 +3,7 @@
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from vllm_mtp.target import TargetFacts
+from vllm_mtp.drafter.target_facts import TargetFacts
 
 # A copy of the target in another folder is the same target, and the size of parts is
 # no flag: a folder keeps its own.

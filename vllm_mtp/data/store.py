@@ -41,9 +41,9 @@ from vllm_mtp.data.settings import (
     SplitCounts,
 )
 from vllm_mtp.data.split import is_held_out
+from vllm_mtp.drafter.target_facts import TargetFacts, weights_sample_sha256
 from vllm_mtp.errors import DataError
 from vllm_mtp.files import unfinished, write_whole, writing
-from vllm_mtp.target import TargetFacts, weights_sample_sha256
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Probe blocks: which ones are probed, and what a drafter computes for each.
 
-Dimensions: N texts, B blocks behind all of them, k places, P of these sketched.
+Dimensions: N texts, B blocks behind all of them, k positions, P of these sketched.
 """
 
 import itertools
@@ -12,14 +12,14 @@ from typing import Any, NamedTuple
 
 import torch
 
-from vllm_mtp.block import first_to_skip, possible_anchors
-from vllm_mtp.config import DrafterConfig
+from vllm_mtp.drafter.config import DrafterConfig
+from vllm_mtp.drafter.heads import pick_greedy
+from vllm_mtp.drafter.layout import first_to_skip, possible_anchors
+from vllm_mtp.drafter.model import BoundDrafter, Traced
 from vllm_mtp.errors import MTPError
 from vllm_mtp.evaluation.sketch import sketch
-from vllm_mtp.modeling.drafter import BoundDrafter, Traced
-from vllm_mtp.modeling.heads import pick_greedy
-from vllm_mtp.modeling.hf_target import HFTarget, TargetStates
-from vllm_mtp.modeling.texts import TextBlocks, forward_texts
+from vllm_mtp.torch_host.hf_target import HFTarget, TargetStates
+from vllm_mtp.torch_host.texts import TextBlocks, forward_texts
 
 MAX_TEXT_TOKENS = 512
 _MAX_TEXTS = 4
@@ -72,10 +72,10 @@ def stage_names(config: DrafterConfig) -> dict[int, str]:
     return {Traced.INPUT: "input", **layers, Traced.FINAL_NORM: "final norm"}
 
 
-def sketched_places(num_places: int) -> list[int]:
-    """Which places of a block are sketched: at most eight, evenly spread."""
-    count = min(num_places, _MAX_SKETCHED_PLACES)
-    return [i * (num_places - 1) // max(count - 1, 1) for i in range(count)]
+def sketched_positions(num_draft_tokens: int) -> list[int]:
+    """Which positions of a block are sketched: at most eight, evenly spread."""
+    count = min(num_draft_tokens, _MAX_SKETCHED_PLACES)
+    return [i * (num_draft_tokens - 1) // max(count - 1, 1) for i in range(count)]
 
 
 def choose_texts(
@@ -94,9 +94,9 @@ def choose_texts(
     Raises:
         MTPError: No row is long enough.
     """
-    num_places = config.num_speculative_tokens
-    longest = min(max_tokens - num_places, MAX_TEXT_TOKENS)
-    num_texts, per_text = _counts(len(config.layers) + 2, num_places)
+    num_draft_tokens = config.num_speculative_tokens
+    longest = min(max_tokens - num_draft_tokens, MAX_TEXT_TOKENS)
+    num_texts, per_text = _counts(len(config.layers) + 2, num_draft_tokens)
     texts, lens, taken = [], [], set[tuple[int, int]]()
     for row in rows:
         ids = [int(token) for token in row["input_ids"]][:longest]
@@ -114,7 +114,7 @@ def choose_texts(
         )
     if config.prefix_window is not None:
         num_prefix = first_to_skip(config.prefix_window) + 1
-        if num_prefix + num_places <= max_tokens:
+        if num_prefix + num_draft_tokens <= max_tokens:
             tokens = itertools.cycle([token for text in texts for token in text])
             texts.append(tuple(itertools.islice(tokens, num_prefix + 1)))
             lens.append((num_prefix,))
@@ -129,9 +129,9 @@ def tries_window(texts: ProbeTexts, config: DrafterConfig) -> bool:
     )
 
 
-def _counts(num_stages: int, num_places: int) -> tuple[int, int]:
+def _counts(num_stages: int, num_draft_tokens: int) -> tuple[int, int]:
     """How many texts, and how many blocks behind each."""
-    size = num_stages * len(sketched_places(num_places)) * _BYTES_PER_SKETCH
+    size = num_stages * len(sketched_positions(num_draft_tokens)) * _BYTES_PER_SKETCH
     num_blocks = min(_MAX_BLOCKS, max(_MAX_SKETCH_BYTES // size, 1))
     num_texts = min(_MAX_TEXTS, num_blocks)
     return num_texts, num_blocks // num_texts
@@ -145,10 +145,10 @@ def _anchors(row: Mapping[str, Any], num_tokens: int) -> list[int]:
     return learnt.tolist()
 
 
-def _spread(places: Sequence[int], count: int) -> list[int]:
+def _spread(positions: Sequence[int], count: int) -> list[int]:
     """At most ``count`` of them, evenly spread, the last one included."""
-    count = min(count, len(places))
-    return [places[(i + 1) * len(places) // count - 1] for i in range(count)]
+    count = min(count, len(positions))
+    return [positions[(i + 1) * len(positions) // count - 1] for i in range(count)]
 
 
 class BlockRecorder:
@@ -176,7 +176,7 @@ class BlockRecorder:
             blocks = rows.cpu().long()
         else:
             blocks = sketch(rows).unflatten(0, (len(self._keys), -1))
-            blocks = blocks[:, sketched_places(blocks.shape[1])]
+            blocks = blocks[:, sketched_positions(blocks.shape[1])]
         for key, block in zip(self._keys, blocks, strict=True):
             self._seen.setdefault(key, {}).setdefault(stage, block.clone())
 

@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from vllm_mtp.checkpoint import WEIGHTS_FILE, read_config
-from vllm_mtp.config import DrafterConfig
+from vllm_mtp.drafter.checkpoint import WEIGHTS_FILE, read_config
+from vllm_mtp.drafter.config import DrafterConfig
+from vllm_mtp.drafter.target_facts import TargetFacts
 from vllm_mtp.evaluation.blocks import Outcome, TorchRun
 from vllm_mtp.evaluation.probe import Probe, checksums, coarsest, flat_config
 from vllm_mtp.evaluation.sketch import relative_errors
-from vllm_mtp.target import TargetFacts
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Limits:
     Attributes:
         error: Largest relative error of a stage, see `stage_error`.
         gap: Drafts may differ where the recorded best two logits lie this close, in
-            standard deviations of the place's logits.
+            standard deviations of the position's logits.
     """
 
     error: float
@@ -192,9 +192,9 @@ def _described(config: DrafterConfig) -> dict[str, str]:
 
 
 def stage_error(got: torch.Tensor, expected: torch.Tensor) -> float:
-    """Root mean square over the blocks of the relative error, at the worst place.
+    """Root mean square over the blocks of the relative error, at the worst position.
 
-    One number that shows a fault in every block, in one block and at one place. The
+    One number that shows a fault in every block, in one block and at one position. The
     worst row alone would not do: in bfloat16 single rows come far from the others.
 
     Args:
@@ -211,13 +211,13 @@ def worst_gap(
     *,
     is_chained: bool,
 ) -> float:
-    """Largest gap of a place where the drafts differ.
+    """Largest gap of a position where the drafts differ.
 
     Args:
         drafts: ``[B, k]``.
         expected: ``[B, k]``.
         gaps: ``[B, k]``, see `TorchRun.gaps`.
-        is_chained: Whether a place depends on the token before (Markov): then only
+        is_chained: Whether a position depends on the token before (Markov): then only
             the first difference of a block counts.
 
     Returns:

@@ -23,12 +23,12 @@ class Comparison:
     Attributes:
         verdict: ``equal``, ``tie`` (differs first at a proven float tie) or
             ``different``.
-        place: Index of the first differing token, or None.
+        position: Index of the first differing token, or None.
         gap: The reference's logprob difference of the two tokens there.
     """
 
     verdict: Literal["equal", "tie", "different"]
-    place: int | None = None
+    position: int | None = None
     gap: float | None = None
 
 
@@ -51,12 +51,12 @@ def compare_greedy(
     if list(reference) == list(other):
         return Comparison("equal")
     pairs = zip(reference, other, strict=False)
-    place = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
-    if place is None:
+    position = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
+    if position is None:
         return Comparison("different", min(len(reference), len(other)))
-    top = reference_logprobs[place]
-    if other[place] not in top:
-        return Comparison("different", place)
-    gap = top[reference[place]].logprob - top[other[place]].logprob
+    top = reference_logprobs[position]
+    if other[position] not in top:
+        return Comparison("different", position)
+    gap = top[reference[position]].logprob - top[other[position]].logprob
     is_tie = tie_margin > 0 and 0 <= gap <= tie_margin
-    return Comparison("tie" if is_tie else "different", place, gap)
+    return Comparison("tie" if is_tie else "different", position, gap)

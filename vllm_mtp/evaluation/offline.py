@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Acceptance of a drafter behind the target's own answers, without vLLM.
 
-Behind a prefix of n tokens the anchor is token n, and place i (from 0) drafts token
+Behind a prefix of n tokens the anchor is token n, and position i (from 0) drafts token
 n + 1 + i. An answer in the span [start, end) has the anchors start .. end - 2: decoding
 samples token ``start`` after the prefill, and stops as soon as token ``end - 1`` is
 there. Two measures are taken, both in vLLM's terms (see `vllm_mtp.metrics`):
@@ -37,23 +37,23 @@ import torch
 from pydantic import JsonValue, TypeAdapter, ValidationError
 from transformers.cache_utils import DynamicCache
 
-from vllm_mtp.block import anchors_of, block_labels
-from vllm_mtp.config import DrafterConfig
+from vllm_mtp.drafter.config import DrafterConfig
+from vllm_mtp.drafter.heads import pick_greedy
+from vllm_mtp.drafter.layout import anchors_of, block_labels
+from vllm_mtp.drafter.model import BoundDrafter
 from vllm_mtp.errors import DataError, MTPError
 from vllm_mtp.metrics import AcceptanceCounts, count_accepted
-from vllm_mtp.modeling.drafter import BoundDrafter
-from vllm_mtp.modeling.heads import pick_greedy
-from vllm_mtp.modeling.hf_target import HFTarget, TargetStates
-from vllm_mtp.modeling.texts import TextBlocks, forward_texts
+from vllm_mtp.torch_host.hf_target import HFTarget, TargetStates
+from vllm_mtp.torch_host.texts import TextBlocks, forward_texts
 
 # Blocks per forward. Their logits, 64 * k * vocabulary, are the largest tensor.
 _BLOCKS = 64
 
 DEFINITIONS = {
-    "drafts": "drafting steps, the denominator of the acceptance by place",
+    "drafts": "drafting steps, the denominator of the acceptance by position",
     "draft_tokens": "drafts * k, the denominator of the acceptance rate",
-    "accepted_per_place": "drafts whose first i tokens were all accepted, i = 1 .. k",
-    "acceptance_per_place": "accepted_per_place / drafts (unconditional)",
+    "accepted_per_position": "drafts whose first i tokens were accepted, i = 1 .. k",
+    "acceptance_per_position": "accepted_per_position / drafts (unconditional)",
     "acceptance_length_by_k": (
         "1 + accepted tokens / drafts with k' = 1 .. k drafted tokens; the 1 is the "
         "bonus token, which the target gives in every step"
@@ -98,10 +98,10 @@ class CategoryResult:
     def teacher_forced_by_k(self) -> tuple[AcceptanceCounts, ...]:
         """Drafts of 1, 2, .. k tokens; shorter drafts are the longer ones' starts."""
         drafts = self.teacher_forced.drafts
-        places = self.teacher_forced.accepted_per_place
+        positions = self.teacher_forced.accepted_per_position
         return tuple(
-            AcceptanceCounts(drafts, drafts * k, places[:k])
-            for k in range(1, len(places) + 1)
+            AcceptanceCounts(drafts, drafts * k, positions[:k])
+            for k in range(1, len(positions) + 1)
         )
 
     def __add__(self, other: "CategoryResult") -> "CategoryResult":
@@ -155,12 +155,19 @@ class OfflineResult:
             DataError: The text is something else.
         """
         try:
-            return TypeAdapter(cls).validate_json(text)
+            return TypeAdapter(cls).validate_json(_with_todays_names(text))
         except ValidationError as error:
             raise DataError(
                 f"not an evaluation that this version of vllm-mtp wrote ({error}); "
                 "run `vllm-mtp eval` again"
             ) from None
+
+
+def _with_todays_names(text: str | bytes) -> str | bytes:
+    """What 0.1 wrote, which called a position of the block a place."""
+    if isinstance(text, bytes):
+        return text.replace(b'"accepted_per_place"', b'"accepted_per_position"')
+    return text.replace('"accepted_per_place"', '"accepted_per_position"')
 
 
 def _as_json(result: CategoryResult) -> dict[str, Any]:
@@ -175,7 +182,7 @@ def _as_json(result: CategoryResult) -> dict[str, Any]:
 
 def _derived(by_k: Sequence[AcceptanceCounts]) -> dict[str, Any]:
     return {
-        "acceptance_per_place": by_k[-1].acceptance_per_place,
+        "acceptance_per_position": by_k[-1].acceptance_per_position,
         "acceptance_rate": by_k[-1].acceptance_rate,
         "acceptance_length_by_k": [counts.acceptance_length for counts in by_k],
     }
@@ -203,7 +210,7 @@ def evaluate_texts(
         DataError: There is no row, no row with an anchor, or a row with a span that
             leaves its tokens.
     """
-    require_places(bound.drafter.config, k)
+    require_positions(bound.drafter.config, k)
     results: dict[str, CategoryResult] = {}
     for row in rows:
         name = row["category"]
@@ -214,7 +221,7 @@ def evaluate_texts(
     return result
 
 
-def require_places(config: DrafterConfig, k: int) -> None:
+def require_positions(config: DrafterConfig, k: int) -> None:
     """Raise unless the drafter can draft k tokens.
 
     Raises:
@@ -282,7 +289,7 @@ def _evaluate_span(
         0,
         0,
         count_accepted(drafts, truth),
-        tuple(walk(lengths, places) for places in range(1, k + 1)),
+        tuple(walk(lengths, positions) for positions in range(1, k + 1)),
     )
 
 
@@ -309,7 +316,7 @@ def draft_everywhere(
 
 
 def _true_tokens(host: HFTarget, blocks: TextBlocks, end: int, k: int) -> torch.Tensor:
-    """What the target says at every place. ``[B, k]`` int64."""
+    """What the target says at every position. ``[B, k]`` int64."""
     known = blocks.token_ids[:end]
     missing = int(blocks.prefix_lens[-1]) + k + 1 - end
     if missing > 0:
@@ -353,17 +360,17 @@ def walk(lengths: Sequence[int], k: int) -> AcceptanceCounts:
         k: Tokens drafted per step.
     """
     steps: list[int] = []
-    place = 0
-    while place < len(lengths):
-        steps.append(min(lengths[place], k))
-        place += steps[-1] + 1
+    position = 0
+    while position < len(lengths):
+        steps.append(min(lengths[position], k))
+        position += steps[-1] + 1
     return _counts(steps, k)
 
 
 def _counts(accepted: Sequence[int], k: int) -> AcceptanceCounts:
     """Counts of drafts of k tokens, given how many each had accepted."""
-    per_place = tuple(sum(n > place for n in accepted) for place in range(k))
-    return AcceptanceCounts(len(accepted), len(accepted) * k, per_place)
+    per_position = tuple(sum(n > position for n in accepted) for position in range(k))
+    return AcceptanceCounts(len(accepted), len(accepted) * k, per_position)
 
 
 def _torch_host(bound: BoundDrafter) -> HFTarget:

@@ -22,7 +22,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from vllm_mtp.config import DrafterConfig
+from vllm_mtp.drafter.config import DrafterConfig
+from vllm_mtp.drafter.model import BoundDrafter, Drafter
 from vllm_mtp.errors import CheckpointError
 from vllm_mtp.evaluation.blocks import (
     MAX_TEXT_TOKENS,
@@ -33,7 +34,6 @@ from vllm_mtp.evaluation.blocks import (
     run_in_torch,
 )
 from vllm_mtp.files import writing
-from vllm_mtp.modeling.drafter import BoundDrafter, Drafter
 
 PROBE_FILE = "probe.safetensors"
 _FORMAT = "vllm-mtp probe 1"

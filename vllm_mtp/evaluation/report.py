@@ -80,25 +80,27 @@ def compare_served(
         served: vLLM's counters by category.
 
     Returns:
-        A markdown table, and the largest difference of any place over all rows, in
+        A markdown table, and the largest difference of any position over all rows, in
         points (hundredths).
     """
     total = sum(served.values(), AcceptanceCounts(0, 0, ()))
     pairs = [(n, r.simulated, served[n]) for n, r in offline.by_category.items()]
     pairs.append(("**all**", offline.total.simulated, total))
-    header = " | ".join(f"place {i}" for i in range(1, offline.k + 1))
+    header = " | ".join(f"position {i}" for i in range(1, offline.k + 1))
     lines = [
         f"| category | {header} | AL | AL in vLLM |",
         "|---|" + "---|" * (offline.k + 2),
     ]
     for name, ours, its in pairs:
-        places = zip(ours.acceptance_per_place, its.acceptance_per_place, strict=True)
-        cells = [f"{a:.3f} / {b:.3f}" for a, b in places]
+        positions = zip(
+            ours.acceptance_per_position, its.acceptance_per_position, strict=True
+        )
+        cells = [f"{a:.3f} / {b:.3f}" for a, b in positions]
         lengths = f"{ours.acceptance_length:.3f} | {its.acceptance_length:.3f}"
         lines.append(f"| {name} | {' | '.join(cells)} | {lengths} |")
     both = zip(
-        offline.total.simulated.acceptance_per_place,
-        total.acceptance_per_place,
+        offline.total.simulated.acceptance_per_position,
+        total.acceptance_per_position,
         strict=True,
     )
     apart = max(abs(a - b) for a, b in both)
@@ -114,7 +116,7 @@ def _table(
 ) -> str:
     numbers = range(1, k + 1)
     header = ["category", "sequences", "tokens", "drafts"]
-    header += [f"place {i}" for i in numbers] + [f"AL k={i}" for i in numbers]
+    header += [f"position {i}" for i in numbers] + [f"AL k={i}" for i in numbers]
     cells = [header] + [_cells(name, row, by_k) for name, row, by_k in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = ["| " + " | ".join(_padded(row, widths)) + " |" for row in cells]
@@ -132,7 +134,7 @@ def _cells(
         f"{row.sequences:,}",
         f"{row.tokens:,}",
         f"{whole.drafts:,}",
-        *(f"{part:.3f}" for part in whole.acceptance_per_place),
+        *(f"{part:.3f}" for part in whole.acceptance_per_position),
         *(f"{counts.acceptance_length:.3f}" for counts in by_k),
     ]
 
@@ -144,7 +146,7 @@ def _padded(row: Sequence[str], widths: Sequence[int]) -> list[str]:
 
 
 def plot(result: OfflineResult, path: Path) -> None:
-    """Draw the acceptance by place in simulated decoding, a line per category.
+    """Draw the acceptance by position in simulated decoding, a line per category.
 
     Args:
         result: What to draw; of many categories, those with the most drafts.
@@ -153,18 +155,20 @@ def plot(result: OfflineResult, path: Path) -> None:
     # Not pyplot: it would choose a window system, and keep the figure for ever.
     from matplotlib.figure import Figure
 
-    places = range(1, result.k + 1)
+    positions = range(1, result.k + 1)
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     for name, row in _largest(result):
-        axes.plot(places, row.simulated.acceptance_per_place, marker="o", label=name)
-    everything = result.total.simulated.acceptance_per_place
-    axes.plot(places, everything, "k-o", linewidth=2.5, label=" all")
+        axes.plot(
+            positions, row.simulated.acceptance_per_position, marker="o", label=name
+        )
+    everything = result.total.simulated.acceptance_per_position
+    axes.plot(positions, everything, "k-o", linewidth=2.5, label=" all")
     axes.set(
         title=f"Simulated greedy decoding, k = {result.k}",
-        xlabel="place",
-        ylabel="drafts accepted up to this place",
-        xticks=list(places),
+        xlabel="position",
+        ylabel="drafts accepted up to this position",
+        xticks=list(positions),
         ylim=(0, 1.02),
     )
     axes.grid(alpha=0.3)

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The only place that knows vLLM."""
+"""The only position that knows vLLM."""

@@ -12,7 +12,7 @@ from torch._dynamo.exc import TorchDynamoException
 from vllm.config import CompilationMode, VllmConfig
 from vllm.platforms import current_platform
 
-from vllm_mtp.modeling.drafter import BoundDrafter, RunLayers
+from vllm_mtp.drafter.model import BoundDrafter, RunLayers
 
 logger = logging.getLogger("vllm.mtp_placeholder")
 

@@ -10,22 +10,22 @@ from typing import Any
 from vllm.config import SpeculativeConfig
 from vllm.platforms import current_platform
 
-from vllm_mtp.block import require_whole_blocks
-from vllm_mtp.checkpoint import load_drafter
-from vllm_mtp.config import DrafterConfig, require_window
+from vllm_mtp.drafter.checkpoint import load_drafter
+from vllm_mtp.drafter.config import DrafterConfig, require_window
+from vllm_mtp.drafter.layout import require_whole_blocks
+from vllm_mtp.drafter.sharding import require_divisible
+from vllm_mtp.drafter.target_facts import TargetFacts, sliding_windows
 from vllm_mtp.errors import (
     MethodConfigError,
     MTPError,
     UnsupportedTargetError,
     UnsupportedVLLMError,
 )
-from vllm_mtp.modeling.sharding import require_divisible
 from vllm_mtp.plugin import METHOD
 from vllm_mtp.serving import versions
 from vllm_mtp.serving.ledger import install_for_runner
 from vllm_mtp.serving.resolve import resolve_drafter
 from vllm_mtp.serving.settings import OWN_KEYS, checked, num_speculative_tokens
-from vllm_mtp.target import TargetFacts, sliding_windows
 
 logger = logging.getLogger("vllm.mtp_placeholder")
 

@@ -6,12 +6,12 @@ from pathlib import Path
 import torch
 from vllm.config import VllmConfig
 
-from vllm_mtp.checkpoint import load_drafter
-from vllm_mtp.modeling.drafter import BoundDrafter
-from vllm_mtp.modeling.sharding import part_of
+from vllm_mtp.drafter.checkpoint import load_drafter
+from vllm_mtp.drafter.model import BoundDrafter
+from vllm_mtp.drafter.sharding import part_of
 from vllm_mtp.serving.compiled import compile_layers
-from vllm_mtp.serving.gemm import use_vllm_kernels
-from vllm_mtp.serving.host import VllmTarget, this_rank
+from vllm_mtp.serving.kernels import use_vllm_kernels
+from vllm_mtp.serving.vllm_target import VllmTarget, this_rank
 
 
 def load_bound_drafter(

@@ -5,12 +5,16 @@ import stat
 from functools import partial
 from pathlib import Path
 
-from vllm_mtp.checkpoint import CONFIG_FILE, WEIGHTS_FILE, read_config
+from vllm_mtp.drafter.checkpoint import CONFIG_FILE, WEIGHTS_FILE, read_config
+from vllm_mtp.drafter.target_facts import (
+    TargetFacts,
+    fingerprint_of_shapes,
+    weights_fingerprint,
+)
 from vllm_mtp.errors import DrafterNotFoundError
 from vllm_mtp.plugin import METHOD
 from vllm_mtp.references import reference_folders
 from vllm_mtp.serving.settings import shown
-from vllm_mtp.target import TargetFacts, fingerprint_of_shapes, weights_fingerprint
 
 _HUB_SECONDS = 10.0
 

@@ -13,13 +13,13 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.spec_decode.draft_model import DraftModelProposer
 
-from vllm_mtp.block import block_positions
-from vllm_mtp.modeling.heads import pick_greedy, pick_with_probability, sure_lengths
-from vllm_mtp.modeling.scopes import DRAFT, scope
+from vllm_mtp.drafter.heads import pick_greedy, pick_with_probability, sure_lengths
+from vllm_mtp.drafter.layout import block_positions
+from vllm_mtp.drafter.scopes import DRAFT, scope
 from vllm_mtp.plugin import METHOD
-from vllm_mtp.serving.ends import all_have_ended
 from vllm_mtp.serving.faults import FILLER_TOKEN, DraftGuard
-from vllm_mtp.serving.late import LateDrafts
+from vllm_mtp.serving.finished_requests import all_have_ended
+from vllm_mtp.serving.lazy_drafts import LateDrafts
 from vllm_mtp.serving.loading import load_bound_drafter
 from vllm_mtp.serving.v1_blocks import AlikeLayers, BlockRunner, Blocks, split_by_kind
 
@@ -268,13 +268,15 @@ class MTPPlaceholderProposer(DraftModelProposer):
     def dummy_run(self, num_tokens: int, *_: Any, **__: Any) -> None:
         """Run once without a cache, so that vLLM's memory profile sees the drafter."""
         # As many rows as a step can have, also where the budget of tokens is less.
-        num_places = self.speculative_config.num_speculative_tokens
+        num_draft_tokens = self.speculative_config.num_speculative_tokens
         batch = self.max_batch_size
         ids = torch.zeros(batch, dtype=torch.int64, device=self.device)
         boundary = None
         if self._bound.drafter.config.uses_boundary_hidden:
             boundary = self.hidden_states.new_zeros(batch, self.hidden_size)
-        with set_forward_context(None, self.vllm_config, num_tokens=batch * num_places):
-            positions = block_positions(ids, num_places)
+        with set_forward_context(
+            None, self.vllm_config, num_tokens=batch * num_draft_tokens
+        ):
+            positions = block_positions(ids, num_draft_tokens)
             hidden = self._bound.forward(ids, positions, boundary)
             self._bound.draft(hidden, pick_greedy)

@@ -11,7 +11,7 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import KVCacheConfig
 
-from vllm_mtp.block import (
+from vllm_mtp.drafter.layout import (
     PAD_SLOT,
     FittedBlocks,
     fit_blocks,
@@ -20,7 +20,7 @@ from vllm_mtp.block import (
     slots_of_positions,
     table_without,
 )
-from vllm_mtp.modeling.drafter import BoundDrafter
+from vllm_mtp.drafter.model import BoundDrafter
 
 
 class AlikeLayers(NamedTuple):
@@ -92,7 +92,7 @@ class BlockRunner:
 
     def blocks(
         self,
-        num_places: int,
+        num_draft_tokens: int,
         anchor_ids: torch.Tensor,
         target_hidden_states: torch.Tensor,
         last_rows: torch.Tensor | None,
@@ -102,7 +102,7 @@ class BlockRunner:
         """What to draft from.
 
         Args:
-            num_places: k of this step.
+            num_draft_tokens: k of this step.
             anchor_ids: ``[B]`` int32.
             target_hidden_states: ``[tokens, hidden_size]``.
             last_rows: ``[B]`` int32; row of each request's last valid token, None
@@ -126,10 +126,16 @@ class BlockRunner:
         # vLLM may lower the first limit after start-up, to what the cache holds.
         max_model_len = self._vllm_config.model_config.max_model_len
         fitted = fit_blocks(
-            prefix_lens, num_places, max_model_len, readable_len, self.prefix_window
+            prefix_lens,
+            num_draft_tokens,
+            max_model_len,
+            readable_len,
+            self.prefix_window,
         )
         if self.prefix_window is not None:
-            readable_len = min(readable_len, most_read(self.prefix_window, num_places))
+            readable_len = min(
+                readable_len, most_read(self.prefix_window, num_draft_tokens)
+            )
         read_tables = tables
         if fitted.skipped is not None:
             read_tables = [
@@ -178,26 +184,30 @@ def _block_metadata(
 
     Block table and slots are still the target's.
     """
-    batch, num_places = blocks.positions.shape
-    rows = batch * num_places
-    starts = torch.arange(0, rows + 1, num_places, dtype=torch.int32)
+    batch, num_draft_tokens = blocks.positions.shape
+    rows = batch * num_draft_tokens
+    starts = torch.arange(0, rows + 1, num_draft_tokens, dtype=torch.int32)
     upper = metadata.seq_lens_cpu_upper_bound
     if upper is not None:
         # Some backends index the block table by this bound.
-        upper = (upper + num_places).clamp(max=readable_len)
+        upper = (upper + num_draft_tokens).clamp(max=readable_len)
     return metadata.replace(
         query_start_loc=torch.arange(
-            0, rows + 1, num_places, dtype=torch.int32, device=blocks.positions.device
+            0,
+            rows + 1,
+            num_draft_tokens,
+            dtype=torch.int32,
+            device=blocks.positions.device,
         ),
         query_start_loc_cpu=starts,
         seq_lens=blocks.seq_lens.to(metadata.seq_lens.dtype),
         seq_lens_cpu_upper_bound=upper,
         num_actual_tokens=rows,
-        max_query_len=num_places,
-        max_seq_len=min(metadata.max_seq_len + num_places, readable_len),
+        max_query_len=num_draft_tokens,
+        max_seq_len=min(metadata.max_seq_len + num_draft_tokens, readable_len),
         positions=blocks.positions.flatten(),
         causal=True,
         # Ranges of images in the prompt, in which attention is not causal, by their
-        # places in the whole sequence. The block lies in none.
+        # positions in the whole sequence. The block lies in none.
         mm_req_doc_ranges=None,
     )

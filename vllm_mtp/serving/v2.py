@@ -31,14 +31,14 @@ from vllm.v1.worker.gpu.input_batch import InputBatch, InputBuffers
 from vllm.v1.worker.gpu.sample.gumbel import gumbel_sample
 from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 
-from vllm_mtp.block import (
+from vllm_mtp.drafter.heads import pick_greedy
+from vllm_mtp.drafter.layout import (
     PAD_SLOT,
     fit_blocks,
     most_read,
     require_whole_blocks,
     table_without,
 )
-from vllm_mtp.modeling.heads import pick_greedy
 from vllm_mtp.plugin import METHOD
 from vllm_mtp.serving.faults import FILLER_TOKEN, DraftGuard
 from vllm_mtp.serving.loading import load_bound_drafter
@@ -55,16 +55,16 @@ class MTPPlaceholderSpeculator(DraftModelSpeculator):
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
         super().__init__(vllm_config, device)
-        self.num_query_per_req = num_places = self.num_speculative_steps
+        self.num_query_per_req = num_draft_tokens = self.num_speculative_steps
         # The base class sizes its buffers by the target's token budget; ours may be
         # larger, since the drafter does not take from that budget.
-        num_rows = self.max_num_reqs * num_places
+        num_rows = self.max_num_reqs * num_draft_tokens
         self.input_buffers = InputBuffers(self.max_num_reqs, num_rows, device)
         self._starts = (
             torch.arange(self.max_num_reqs + 1, dtype=torch.int32, device=device)
-            * num_places
+            * num_draft_tokens
         )
-        self._places = torch.arange(num_places, device=device)
+        self._positions = torch.arange(num_draft_tokens, device=device)
         self._anchors, self._prefix_lens = torch.zeros(
             2, self.max_num_reqs, dtype=torch.int64, device=device
         )
@@ -196,7 +196,7 @@ class MTPPlaceholderSpeculator(DraftModelSpeculator):
             args: Differ from version to version; not used.
             dummy_run: The batch is made up: nothing may be written.
             skip_attn_for_dummy_run: There is no cache yet.
-            num_speculative_tokens: 0 skips drafting; otherwise all places are
+            num_speculative_tokens: 0 skips drafting; otherwise all positions are
                 drafted, and the runner drops those that it does not want.
             kwargs: As ``args``.
 
@@ -270,15 +270,15 @@ class MTPPlaceholderSpeculator(DraftModelSpeculator):
         last_hidden_states: torch.Tensor,
     ) -> None:
         """Lay the blocks out in the buffers; rows behind the batch are padding."""
-        num_reqs, num_places = input_batch.num_reqs, self.num_speculative_steps
+        num_reqs, num_draft_tokens = input_batch.num_reqs, self.num_speculative_steps
         prefix_lens = input_batch.seq_lens[:num_reqs] - num_rejected
         self._prefix_lens[:num_reqs].copy_(prefix_lens)
         blocks = fit_blocks(
-            prefix_lens, num_places, self._limit, self._table_len, self._window
+            prefix_lens, num_draft_tokens, self._limit, self._table_len, self._window
         )
         if blocks.skipped is not None:
             self._cut_tables(blocks.skipped)
-        buffers, num_rows = self.input_buffers, num_reqs * num_places
+        buffers, num_rows = self.input_buffers, num_reqs * num_draft_tokens
         buffers.positions[:num_rows].copy_(blocks.positions.flatten())
         self._beyond[:num_rows].copy_(blocks.beyond.flatten())
         buffers.seq_lens[:num_reqs].copy_(blocks.seq_lens)
@@ -308,17 +308,17 @@ class MTPPlaceholderSpeculator(DraftModelSpeculator):
 
     def _draft_step(self, input_batch: InputBatch) -> None:
         """Draft over the cache: replay a graph, or run what it would hold."""
-        num_reqs, num_places = input_batch.num_reqs, self.num_speculative_steps
-        num_rows = num_reqs * num_places
+        num_reqs, num_draft_tokens = input_batch.num_reqs, self.num_speculative_steps
+        num_rows = num_reqs * num_draft_tokens
         self._write_slots(num_reqs)
         batch = BatchExecutionDescriptor(
             cg_mode=CUDAGraphMode.NONE,
             num_tokens=num_rows,
             num_reqs=num_reqs,
-            uniform_token_count=num_places,
+            uniform_token_count=num_draft_tokens,
         )
         if self._graphs is not None:
-            batch = self._graphs.dispatch(num_reqs, num_rows, num_places, 0)
+            batch = self._graphs.dispatch(num_reqs, num_rows, num_draft_tokens, 0)
         # With a graph too: vLLM's builders refresh what the graph reads.
         metadata = self._block_metadata(input_batch, batch)
         if self._graphs is not None and batch.cg_mode == CUDAGraphMode.FULL:
@@ -347,18 +347,20 @@ class MTPPlaceholderSpeculator(DraftModelSpeculator):
         self, input_batch: InputBatch, batch: BatchExecutionDescriptor
     ) -> dict[str, Any] | None:
         """The drafter's batch: k query rows behind every request's prefix."""
-        num_reqs, num_places = input_batch.num_reqs, self.num_speculative_steps
+        num_reqs, num_draft_tokens = input_batch.num_reqs, self.num_speculative_steps
         # As NumPy, since this must stay a tensor of the host.
         upper = input_batch.seq_lens_cpu_upper_bound
         longest = int(upper[:num_reqs].numpy().max())
-        self.draft_max_seq_len = min(longest + num_places, self._readable_len)
+        self.draft_max_seq_len = min(longest + num_draft_tokens, self._readable_len)
         return self._build_attn_metadata(
             num_reqs=num_reqs,
             batch_desc=batch,
-            query_start_loc_np=self.arange_np[: num_reqs + 1] * num_places,
+            query_start_loc_np=self.arange_np[: num_reqs + 1] * num_draft_tokens,
             # Some backends index the block table by this bound, k added.
-            seq_lens_cpu_upper_bound=upper.clamp(max=self._readable_len - num_places),
-            step=num_places,
+            seq_lens_cpu_upper_bound=upper.clamp(
+                max=self._readable_len - num_draft_tokens
+            ),
+            step=num_draft_tokens,
             slot_mappings=self._slots[:, : batch.num_tokens],
         )
 
@@ -399,20 +401,20 @@ class MTPPlaceholderSpeculator(DraftModelSpeculator):
         if cache is None:
             return self._bound.draft(hidden, pick_greedy)[0]
         num_reqs = hidden.shape[0]
-        columns = iter(self._places)
+        columns = iter(self._positions)
 
         def pick(logits: torch.Tensor) -> tuple[torch.Tensor, None]:
-            place = next(columns)
+            position = next(columns)
             tokens = gumbel_sample(
                 logits.to(cache.dtype),
                 self.idx_mapping[:num_reqs],
                 self.temperature,
                 self.seeds,
-                self._prefix_lens[:num_reqs] + place,
+                self._prefix_lens[:num_reqs] + position,
                 apply_temperature=True,
                 is_drafting=True,
                 logits_cache=cache,
-                logits_cache_col=place,
+                logits_cache_col=position,
                 use_fp64=self.use_fp64_gumbel,
             )
             return tokens, None
@@ -434,21 +436,21 @@ class MTPPlaceholderSpeculator(DraftModelSpeculator):
         self, desc: BatchExecutionDescriptor, warmup: bool
     ) -> Callable[[CUDAGraphMode], None]:
         """Stage a made-up batch that writes nothing; vLLM runs and captures it."""
-        num_reqs, num_places = desc.num_reqs, self.num_speculative_steps
+        num_reqs, num_draft_tokens = desc.num_reqs, self.num_speculative_steps
         assert num_reqs is not None, "graphs of whole batches have a size"
         buffers, slots = self.input_buffers, self._slots[:, : desc.num_tokens]
         self.idx_mapping.fill_(-1)
         self._slots.fill_(PAD_SLOT)
         buffers.query_start_loc.copy_(self._starts)
-        buffers.seq_lens.fill_(num_places)
-        starts = self.arange_np[: num_reqs + 1] * num_places
+        buffers.seq_lens.fill_(num_draft_tokens)
+        starts = self.arange_np[: num_reqs + 1] * num_draft_tokens
         metadata = build_attn_metadata(
             attn_groups=self.attn_groups,
             num_reqs=num_reqs,
             num_tokens=desc.num_tokens,
             query_start_loc_gpu=buffers.query_start_loc[: num_reqs + 1],
             query_start_loc_cpu=torch.from_numpy(starts),
-            max_query_len=num_places,
+            max_query_len=num_draft_tokens,
             seq_lens=buffers.seq_lens[:num_reqs],
             max_seq_len=self._readable_len,
             block_tables=self.block_tables.get_dummy_block_tables(num_reqs),

@@ -11,10 +11,10 @@ import torch
 from transformers import TrainingArguments
 from transformers.integrations import is_tensorboard_available
 
-from vllm_mtp.block import SERVED_READS, BlockReads
+from vllm_mtp.drafter.design import DrafterDesign
+from vllm_mtp.drafter.layout import SERVED_READS, BlockReads
 from vllm_mtp.errors import MTPError
-from vllm_mtp.modeling.design import DrafterDesign
-from vllm_mtp.training.learner import LessonPlan
+from vllm_mtp.training.loss_module import LossPlan
 from vllm_mtp.training.objective import Objective
 
 logger = logging.getLogger("vllm.mtp_placeholder.training")
@@ -46,8 +46,8 @@ class DrafterTrainingArguments(DrafterDesign, TrainingArguments):
         "fit new bridges to this many texts before training (0: they start as nothing)",
         128,
     )
-    train_only: Literal["all", "new_places"] = _flag(
-        "new_places: keep what came with warm_start as it is, and train the added "
+    train_only: Literal["all", "new_positions"] = _flag(
+        "new_positions: keep what came with warm_start as it is, and train the added "
         "placeholders alone (looped extension)",
         "all",
     )
@@ -57,10 +57,10 @@ class DrafterTrainingArguments(DrafterDesign, TrainingArguments):
     tv_weight: float = _flag("weight of the total variation to the same", 0.0)
     feature_weight: float = _flag("weight of the feature loss of own layers", 0.0)
     teacher_tokens: int = _flag("how many likeliest tokens", 64)
-    place_decay: float | None = _flag("gamma of place weights exp(-(i-1)/gamma)")
+    position_decay: float | None = _flag("gamma of position weights exp(-(i-1)/gamma)")
 
     train_places: int | None = _flag(
-        "teach only the first so many places (default: all); shorter blocks leave "
+        "teach only the first so many positions (default: all); shorter blocks leave "
         "time for more of them"
     )
     anchors_per_text: int = _flag("most blocks behind one text in one step", 64)
@@ -131,27 +131,27 @@ class DrafterTrainingArguments(DrafterDesign, TrainingArguments):
         if self.n_gpu > 1:
             logger.warning(
                 "train: using one of %d GPUs; start one process per GPU with "
-                "`accelerate launch -m vllm_mtp.cli train ...` to use them all",
+                "`accelerate launch -m vllm_mtp.cli.main train ...` to use them all",
                 self.n_gpu,
             )
             self._n_gpu = 1
 
-    def plan(self) -> LessonPlan:
+    def plan(self) -> LossPlan:
         """How texts become lessons."""
-        return LessonPlan(
+        return LossPlan(
             objective=Objective(
                 self.ce_weight,
                 self.kl_weight,
                 self.tv_weight,
                 self.teacher_tokens,
-                self.place_decay,
+                self.position_decay,
             ),
             anchors_per_text=self.anchors_per_text,
             feature_weight=self.feature_weight,
             reads=self.reads(),
             states_budget=self.states_budget_gb * 2**30,
             seed=self.seed,
-            num_places=self.train_places,
+            num_draft_tokens=self.train_places,
         )
 
     def reads(self) -> BlockReads:
@@ -165,7 +165,7 @@ class DrafterTrainingArguments(DrafterDesign, TrainingArguments):
 
 
 # Metrics of our evaluation, the one to go by first.
-_METRICS = ("eval_acceptance_length", "eval_acceptance_place_1")
+_METRICS = ("eval_acceptance_length", "eval_acceptance_position_1")
 
 # Names, what holds for their values, and how to say that. NaN fails them all.
 _RANGES: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
@@ -227,18 +227,18 @@ def _require_stages(args: DrafterTrainingArguments) -> None:
 
 
 def _require_start(args: DrafterTrainingArguments) -> None:
-    if args.train_only != "new_places":
+    if args.train_only != "new_positions":
         return
     if args.stages:
         raise MTPError(
-            f"train_only: new_places does not go with stages (got {args.stages}), "
+            f"train_only: new_positions does not go with stages (got {args.stages}), "
             "which train every layer; leave one of them out"
         )
     if not args.warm_start:
-        raise MTPError("train_only: new_places needs warm_start, a trained drafter")
+        raise MTPError("train_only: new_positions needs warm_start, a trained drafter")
 
 
-def _require_places(args: DrafterTrainingArguments) -> None:
+def _require_positions(args: DrafterTrainingArguments) -> None:
     if (args.train_places or 0) > args.num_speculative_tokens:
         raise MTPError(
             f"train_places: got {args.train_places}, but the drafter has "
@@ -294,7 +294,7 @@ _REQUIREMENTS = (
     _require_ranges,
     _require_stages,
     _require_start,
-    _require_places,
+    _require_positions,
     _require_own_layers,
     _require_few_teacher_tokens,
     _require_best,

@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 
-from vllm_mtp.block import possible_anchors
-from vllm_mtp.modeling.drafter import BoundDrafter, Drafter, Traced
-from vllm_mtp.modeling.hf_target import HFTarget
-from vllm_mtp.modeling.layers import OwnLayer
-from vllm_mtp.modeling.texts import TextBlocks, forward_texts
+from vllm_mtp.drafter.layers import OwnLayer
+from vllm_mtp.drafter.layout import possible_anchors
+from vllm_mtp.drafter.model import BoundDrafter, Drafter, Traced
+from vllm_mtp.torch_host.hf_target import HFTarget
+from vllm_mtp.torch_host.texts import TextBlocks, forward_texts
 
 logger = logging.getLogger("vllm.mtp_placeholder.training")
 
@@ -93,7 +93,7 @@ def _inputs_of(
     try:
         inputs = []
         for text in blocks:
-            forward_texts(bound, [text], num_places=1, whole_blocks=True)
+            forward_texts(bound, [text], num_draft_tokens=1, whole_blocks=True)
             inputs.append(seen[index - 1 if index else Traced.INPUT])
     finally:
         bound.trace = before

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from vllm_mtp.block import IGNORE_LABEL, block_positions
-from vllm_mtp.modeling.drafter import BoundDrafter
-from vllm_mtp.modeling.layers import OwnLayer
-from vllm_mtp.modeling.texts import TextBlocks
+from vllm_mtp.drafter.layers import OwnLayer
+from vllm_mtp.drafter.layout import IGNORE_LABEL, block_positions
+from vllm_mtp.drafter.model import BoundDrafter
+from vllm_mtp.torch_host.texts import TextBlocks
 
 
 class FeatureLoss:
@@ -56,7 +56,7 @@ class FeatureLoss:
             labels: ``[B, k]`` int64; rows without a label are left out.
 
         Returns:
-            Mean over the compared places in depth of the smooth L1 error, each
+            Mean over the compared positions in depth of the smooth L1 error, each
             channel measured in its standard deviation.
         """
         valid = labels != IGNORE_LABEL
@@ -67,20 +67,20 @@ class FeatureLoss:
             compared.append((stream.view_as(hidden), rows))
         self._seen = {}
         losses = [
-            _relative_error(got[valid], _at_places(rows, texts, got)[valid], rows)
+            _relative_error(got[valid], _at_positions(rows, texts, got)[valid], rows)
             for got, rows in compared
         ]
         return torch.stack(losses).mean()
 
 
-def _at_places(
+def _at_positions(
     of_texts: Sequence[torch.Tensor], texts: Sequence[TextBlocks], like: torch.Tensor
 ) -> torch.Tensor:
     """Rows ``[T, hidden_size]`` of each text at its blocks' positions."""
     parts = []
     for rows, text in zip(of_texts, texts, strict=True):
-        places = block_positions(text.prefix_lens, like.shape[1])
-        parts.append(rows[places.clamp(max=rows.shape[0] - 1)])
+        positions = block_positions(text.prefix_lens, like.shape[1])
+        parts.append(rows[positions.clamp(max=rows.shape[0] - 1)])
     return torch.cat(parts)
 
 

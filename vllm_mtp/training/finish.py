@@ -7,20 +7,20 @@ from pathlib import Path
 
 from datasets import Dataset
 
-from vllm_mtp.block import SERVED_READS
-from vllm_mtp.checkpoint import load_drafter, save_drafter
+from vllm_mtp.drafter.checkpoint import load_drafter, save_drafter
+from vllm_mtp.drafter.layout import SERVED_READS
+from vllm_mtp.drafter.model import BoundDrafter
 from vllm_mtp.evaluation.offline import evaluate_texts
 from vllm_mtp.evaluation.probe import write_probe
-from vllm_mtp.modeling.drafter import BoundDrafter
-from vllm_mtp.publishing.run import RunInfo, publish_run
 from vllm_mtp.training.arguments import DrafterTrainingArguments
-from vllm_mtp.training.learner import Learner
+from vllm_mtp.training.loss_module import LossModule
+from vllm_mtp.training.record import RunInfo, publish_run
 
 logger = logging.getLogger("vllm.mtp_placeholder.training")
 
 
 def finish(
-    learner: Learner,
+    loss_module: LossModule,
     args: DrafterTrainingArguments,
     target: Path,
     held_out: Dataset,
@@ -35,7 +35,7 @@ def finish(
     evaluation of what was written, and the model card.
 
     Args:
-        learner: With the trained drafter.
+        loss_module: With the trained drafter.
         args: The run's settings.
         target: The target's folder.
         held_out: Texts for the probe and the evaluation.
@@ -50,11 +50,11 @@ def finish(
             args.output_dir,
         )
         return
-    folder = save_drafter(learner.drafter, str(args.output_dir))
+    folder = save_drafter(loss_module.drafter, str(args.output_dir))
     with args.autocast():
-        write_probe(folder, learner.bound, held_out)
+        write_probe(folder, loss_module.bound, held_out)
     evaluation = evaluate_texts(
-        _as_written(folder, learner), held_out, args.num_speculative_tokens
+        _as_written(folder, loss_module), held_out, args.num_speculative_tokens
     )
     publish_run(
         RunInfo(
@@ -68,11 +68,11 @@ def finish(
     )
 
 
-def _as_written(folder: Path, learner: Learner) -> BoundDrafter:
+def _as_written(folder: Path, loss_module: LossModule) -> BoundDrafter:
     """What was trained in float32 is served in the checkpoint's type."""
-    model = learner.host.model
+    model = loss_module.host.model
     drafter = load_drafter(folder, dtype=model.dtype, device=model.device)
-    return BoundDrafter(drafter, learner.host)
+    return BoundDrafter(drafter, loss_module.host)
 
 
 def _step_of(checkpoint: Path | None) -> int:

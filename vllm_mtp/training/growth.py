@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Start a drafter from a trained one: fewer layers, or more places."""
+"""Start a drafter from a trained one: fewer layers, or more positions."""
 
 from collections import defaultdict
 from pathlib import Path
 
 import torch
 
-from vllm_mtp.checkpoint import load_drafter
-from vllm_mtp.modeling.drafter import Drafter
+from vllm_mtp.drafter.checkpoint import load_drafter
+from vllm_mtp.drafter.model import Drafter
 from vllm_mtp.training.states import TrainingInputError
 
 _TOKENS = "draft_vocab.token_ids"
@@ -103,8 +103,8 @@ def _require_same_lora_scale(drafter: Drafter, source: Drafter) -> None:
             )
 
 
-def require_same_but_places(drafter: Drafter, source: Drafter) -> None:
-    """Raise unless the drafters differ in the number of places alone.
+def require_same_but_positions(drafter: Drafter, source: Drafter) -> None:
+    """Raise unless the drafters differ in the number of positions alone.
 
     Raises:
         TrainingInputError: Names the settings that differ.
@@ -113,19 +113,19 @@ def require_same_but_places(drafter: Drafter, source: Drafter) -> None:
     free = ("num_speculative_tokens", "dtype", "target")
     if wrong := [k for k in ours if k not in free and ours[k] != theirs[k]]:
         raise TrainingInputError(
-            f"train_only: new_places keeps everything but the new places, yet "
+            f"train_only: new_positions keeps everything but the new positions, yet "
             f"{', '.join(wrong)} differ from warm_start; describe the drafter as it is"
         )
 
 
 def _layers_taken(drafter: Drafter, source: Drafter) -> dict[int, int]:
     """Layer number in the drafter to layer number in the source."""
-    places: dict[tuple[str, int], list[int]] = defaultdict(list)
+    positions: dict[tuple[str, int], list[int]] = defaultdict(list)
     for index, layer in enumerate(source.config.layers):
-        places[layer.kind, layer.target_layer].append(index)
+        positions[layer.kind, layer.target_layer].append(index)
     taken: dict[int, int] = {}
     for index, layer in enumerate(drafter.config.layers):
-        if queue := places[layer.kind, layer.target_layer]:
+        if queue := positions[layer.kind, layer.target_layer]:
             taken[index] = queue.pop(0)
     return taken
 
@@ -138,23 +138,23 @@ def _name_in_source(name: str, taken: dict[int, int]) -> str:
     return "" if origin is None else f"layers.{origin}.{rest}"
 
 
-def freeze_all_but_new_places(drafter: Drafter, num_old: int) -> None:
-    """Train the placeholders behind the first ``num_old`` places alone.
+def freeze_all_but_new_positions(drafter: Drafter, num_old: int) -> None:
+    """Train the placeholders behind the first ``num_old`` positions alone.
 
-    Rows of a causal block do not read later ones, so the first places draft
+    Rows of a causal block do not read later ones, so the first positions draft
     exactly what they drafted before.
 
     Raises:
-        TrainingInputError: There is no new place.
+        TrainingInputError: There is no new position.
     """
     drafter.requires_grad_(False)
     if drafter.placeholders is None or len(drafter.placeholders) < num_old:
         raise TrainingInputError(
-            f"train_only: new_places, but num_speculative_tokens "
-            f"({drafter.config.num_speculative_tokens}) adds no place to the "
+            f"train_only: new_positions, but num_speculative_tokens "
+            f"({drafter.config.num_speculative_tokens}) adds no position to the "
             f"{num_old} of warm_start; ask for more"
         )
     drafter.placeholders.requires_grad_(True)
     mask = torch.ones_like(drafter.placeholders)
-    mask[: num_old - 1] = 0.0  # the first place is the anchor's
+    mask[: num_old - 1] = 0.0  # the first position is the anchor's
     drafter.placeholders.register_hook(lambda gradient: gradient * mask)

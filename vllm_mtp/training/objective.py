@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a drafter is trained for: losses per place, and their weighted sum.
+"""What a drafter is trained for: losses per position, and their weighted sum.
 
-Dimensions: B blocks, k places, C candidate tokens, N teacher tokens.
+Dimensions: B blocks, k positions, C candidate tokens, N teacher tokens.
 """
 
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from vllm_mtp.block import IGNORE_LABEL
+from vllm_mtp.drafter.layout import IGNORE_LABEL
 from vllm_mtp.errors import MTPError
 
 
@@ -24,15 +24,15 @@ class Objective:
         tv: Total variation distance to the same; one minus it is the rate at which
             rejection sampling accepts (LongSpark, 2609.37029, calls it L1).
         teacher_tokens: N.
-        place_decay: Gamma of the place weights ``exp(-(i - 1) / gamma)``; None for
-            equal weights.
+        position_decay: Gamma of the positions' weights ``exp(-(i - 1) / gamma)``; None
+            for equal weights.
     """
 
     ce: float = 1.0
     kl: float = 0.0
     tv: float = 0.0
     teacher_tokens: int = 64
-    place_decay: float | None = None
+    position_decay: float | None = None
 
     def __post_init__(self) -> None:
         weights = {"ce": self.ce, "kl": self.kl, "tv": self.tv}
@@ -42,27 +42,27 @@ class Objective:
                 f"objective weights: got {weights}; expected numbers of 0 or more, and "
                 "one of them above 0 (--ce-weight, --kl-weight, --tv-weight)"
             )
-        if self.place_decay is not None and not self.place_decay > 0:
+        if self.position_decay is not None and not self.position_decay > 0:
             raise MTPError(
-                f"--place-decay: got {self.place_decay}, expected more than 0, or "
-                "nothing for equal weights"
+                f"--position-decay: got {self.position_decay}, expected more than 0, "
+                "or nothing for equal weights"
             )
 
     @property
     def needs_teacher(self) -> bool:
         return self.kl > 0 or self.tv > 0
 
-    def place_weights(self, num_places: int) -> torch.Tensor:
+    def position_weights(self, num_draft_tokens: int) -> torch.Tensor:
         """``[k]`` float32, summing to 1."""
-        places = torch.arange(num_places, dtype=torch.float32)
-        if self.place_decay is None:
-            return torch.full((num_places,), 1 / num_places)
-        weights = torch.exp(-places / self.place_decay)
+        positions = torch.arange(num_draft_tokens, dtype=torch.float32)
+        if self.position_decay is None:
+            return torch.full((num_draft_tokens,), 1 / num_draft_tokens)
+        weights = torch.exp(-positions / self.position_decay)
         return weights / weights.sum()
 
 
 class Teacher(NamedTuple):
-    """The target's likeliest tokens at each place, detached."""
+    """The target's likeliest tokens at each position, detached."""
 
     columns: torch.Tensor  # [B, k, N] int64, candidates
     probs: torch.Tensor  # [B, k, N] float32, over these N
@@ -78,13 +78,13 @@ def objective_loss(
 
     Args:
         logits: ``[B, k, C]``.
-        labels: ``[B, k]`` int64, candidates, or ``IGNORE_LABEL``: such a place
+        labels: ``[B, k]`` int64, candidates, or ``IGNORE_LABEL``: such a position
             counts nowhere.
         objective: The weights.
         teacher: Needed where ``objective.needs_teacher``.
 
     Returns:
-        The loss, and each part's mean over the places, detached.
+        The loss, and each part's mean over the positions, detached.
     """
     valid = labels != IGNORE_LABEL
     normaliser = logits.float().logsumexp(-1, keepdim=True)
@@ -96,7 +96,7 @@ def objective_loss(
         assert teacher is not None, "the objective asks for a teacher"
         log_q = logits.gather(-1, teacher.columns).float() - normaliser
         parts |= _distances(log_q, teacher.probs, objective)
-    weights = objective.place_weights(labels.shape[1]).to(logits.device)
+    weights = objective.position_weights(labels.shape[1]).to(logits.device)
     loss = torch.zeros((), device=logits.device)
     for name, values in parts.items():
         loss = loss + getattr(objective, name) * _mean(values, valid, weights)
@@ -108,7 +108,7 @@ def objective_loss(
 def _distances(
     log_q: torch.Tensor, p: torch.Tensor, objective: Objective
 ) -> dict[str, torch.Tensor]:
-    """KL and total variation per place, from ``[B, k, N]`` to ``[B, k]``."""
+    """KL and total variation per position, from ``[B, k, N]`` to ``[B, k]``."""
     parts = {}
     if objective.kl:
         parts["kl"] = (p * (p.clamp(min=1e-9).log() - log_q)).sum(-1)
@@ -121,6 +121,6 @@ def _distances(
 def _mean(
     values: torch.Tensor, valid: torch.Tensor, weights: torch.Tensor
 ) -> torch.Tensor:
-    """Mean over the blocks of each place ``[B, k]``, then the places' weighted sum."""
+    """Mean over the blocks of each position ``[B, k]``, then their weighted sum."""
     counts = valid.sum(0).clamp(min=1)
     return (values.masked_fill(~valid, 0.0).sum(0) / counts * weights).sum()

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vllm_mtp.modeling.layers import OwnLayer
+from vllm_mtp.drafter.layers import OwnLayer
 
 Group = dict[str, Any]
 

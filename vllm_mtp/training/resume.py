@@ -9,8 +9,8 @@ from safetensors import SafetensorError, safe_open
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from vllm_mtp.config import DrafterConfig
-from vllm_mtp.training.learner import Learner
+from vllm_mtp.drafter.config import DrafterConfig
+from vllm_mtp.training.loss_module import LossModule
 from vllm_mtp.training.states import TrainingInputError
 
 LAST = "last"
@@ -24,7 +24,7 @@ def write_checkpoint_config(checkpoint: Path | str, config: DrafterConfig) -> No
 
 
 def checkpoint_to_resume(
-    wanted: str | None, output_dir: Path, learner: Learner
+    wanted: str | None, output_dir: Path, loss_module: LossModule
 ) -> Path | None:
     """Find the checkpoint and make sure that it is this run's.
 
@@ -32,7 +32,7 @@ def checkpoint_to_resume(
         wanted: A checkpoint's folder, ``"last"`` for the newest whole one in
             ``output_dir`` (none is fine: the run then begins), or None.
         output_dir: The run's folder.
-        learner: What was saved.
+        loss_module: What was saved.
 
     Raises:
         TrainingInputError: There is no such checkpoint, or it holds other weights;
@@ -49,7 +49,7 @@ def checkpoint_to_resume(
             f"checkpoint-STEP folder, or {LAST!r} for the newest in output_dir"
         )
     try:
-        problem = _difference(checkpoint, learner)
+        problem = _difference(checkpoint, loss_module)
     except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
         raise TrainingInputError(
             f"{checkpoint}: cannot be read ({type(error).__name__}: {error}); name "
@@ -84,22 +84,22 @@ def _is_whole(checkpoint: Path) -> bool:
     return True
 
 
-def _difference(checkpoint: Path, learner: Learner) -> str | None:
+def _difference(checkpoint: Path, loss_module: LossModule) -> str | None:
     """The first thing that the checkpoint has otherwise."""
     found = json.loads((checkpoint / _CONFIG).read_text("utf-8"))
-    wanted = json.loads(learner.drafter.config.model_dump_json())
+    wanted = json.loads(loss_module.drafter.config.model_dump_json())
     for key, value in wanted.items():
         if found.get(key) != value and key != "target":
             return f"{key}: the checkpoint has {found.get(key)}, this run {value}"
     for key, value in wanted["target"].items():
         if found["target"].get(key) != value and key != "name":
             return f"target.{key}: the checkpoint has {found['target'].get(key)}"
-    return _differing_vocabulary(checkpoint, learner)
+    return _differing_vocabulary(checkpoint, loss_module)
 
 
-def _differing_vocabulary(checkpoint: Path, learner: Learner) -> str | None:
+def _differing_vocabulary(checkpoint: Path, loss_module: LossModule) -> str | None:
     # Heads were cut to the vocabulary before the checkpoint is loaded.
-    vocab = learner.drafter.draft_vocab
+    vocab = loss_module.drafter.draft_vocab
     if vocab is None:
         return None
     with safe_open(checkpoint / SAFE_WEIGHTS_NAME, framework="pt") as file:

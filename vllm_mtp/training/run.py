@@ -14,27 +14,27 @@ import torch
 from datasets import Dataset
 from transformers import AutoTokenizer
 
-from vllm_mtp.checkpoint import CONFIG_FILE, load_drafter, read_config
 from vllm_mtp.data.store import read_split, require_made_by
+from vllm_mtp.drafter.checkpoint import CONFIG_FILE, load_drafter, read_config
+from vllm_mtp.drafter.cost import draft_cost
+from vllm_mtp.drafter.init import new_drafter
+from vllm_mtp.drafter.model import Drafter
+from vllm_mtp.drafter.target_facts import TargetFacts
+from vllm_mtp.drafter.vocabulary import frequent_tokens
 from vllm_mtp.errors import MTPError
 from vllm_mtp.files import writing
-from vllm_mtp.modeling.cost import draft_cost
-from vllm_mtp.modeling.drafter import Drafter
-from vllm_mtp.modeling.hf_target import HFTarget, load_frozen
-from vllm_mtp.modeling.init import new_drafter
-from vllm_mtp.modeling.vocabulary import frequent_tokens
-from vllm_mtp.target import TargetFacts
+from vllm_mtp.torch_host.hf_target import HFTarget, load_frozen
 from vllm_mtp.training.arguments import DrafterTrainingArguments
 from vllm_mtp.training.bridges import bridged_layers, fit_bridges
-from vllm_mtp.training.candidates import Candidates, own_token_counts
 from vllm_mtp.training.finish import finish
 from vllm_mtp.training.growth import (
     draft_tokens,
-    freeze_all_but_new_places,
-    require_same_but_places,
+    freeze_all_but_new_positions,
+    require_same_but_positions,
     warm_start,
 )
-from vllm_mtp.training.learner import Learner
+from vllm_mtp.training.loss_module import LossModule
+from vllm_mtp.training.loss_vocabulary import LossVocabulary, own_token_counts
 from vllm_mtp.training.resume import checkpoint_to_resume
 from vllm_mtp.training.states import TrainingInputError
 from vllm_mtp.training.trainer import DrafterTrainer, Texts
@@ -107,14 +107,14 @@ class TrainingRun:
         candidates = None
         if size:
             tokens = torch.tensor(self.frequent(size), device=args.device)
-            candidates = Candidates(tokens, self.facts.vocab_size)
-        learner = Learner(drafter, self.host, args.plan(), candidates)
-        require_trainable(learner)
+            candidates = LossVocabulary(tokens, self.facts.vocab_size)
+        loss_module = LossModule(drafter, self.host, args.plan(), candidates)
+        require_trainable(loss_module)
         texts = _first(self.train_rows, args.train_texts or len(self.train_rows))
         train = Texts(texts, args.max_text_tokens)
         held_out = _first(self.held_out_rows, args.eval_texts)
         return DrafterTrainer(
-            learner,
+            loss_module,
             args=args,
             train_dataset=train,
             eval_dataset=Texts(held_out, args.max_text_tokens, first=len(train)),
@@ -185,7 +185,7 @@ def _train_stage(run: TrainingRun, args: DrafterTrainingArguments) -> dict[str, 
     trainer = fitted.trainer
     if trainer.is_world_process_zero():
         finish(
-            trainer.learner,
+            trainer.loss_module,
             args,
             run.target,
             _first(run.held_out_rows, args.eval_texts),
@@ -199,7 +199,7 @@ def _train_stage(run: TrainingRun, args: DrafterTrainingArguments) -> dict[str, 
 
 
 def _fit_bridges(trainer: DrafterTrainer, args: DrafterTrainingArguments) -> None:
-    bound = trainer.learner.bound
+    bound = trainer.loss_module.bound
     if bridged_layers(bound.drafter):
         texts = trainer.train_dataset
         count = min(args.bridge_texts, len(texts))  # type: ignore[arg-type]
@@ -222,7 +222,7 @@ def fit(run: TrainingRun, args: DrafterTrainingArguments) -> Fitted:
         _warm_start(drafter, args)
     trainer = run.trainer(drafter, args)
     checkpoint = checkpoint_to_resume(
-        args.resume_from_checkpoint, Path(str(args.output_dir)), trainer.learner
+        args.resume_from_checkpoint, Path(str(args.output_dir)), trainer.loss_module
     )
     if args.bridge_texts and not (args.warm_start or checkpoint):
         _fit_bridges(trainer, args)
@@ -234,18 +234,20 @@ def fit(run: TrainingRun, args: DrafterTrainingArguments) -> Fitted:
     return Fitted(trainer, metrics, checkpoint)
 
 
-def require_trainable(learner: Learner) -> None:
+def require_trainable(loss_module: LossModule) -> None:
     """Refuse a drafter without a weight to train.
 
     Raises:
         TrainingInputError: With what to add.
     """
-    drafter = learner.drafter
-    exact_alone = drafter.config.shares_whole_target and learner.num_places == 1
+    drafter = loss_module.drafter
+    exact_alone = (
+        drafter.config.shares_whole_target and loss_module.num_draft_tokens == 1
+    )
     if exact_alone or not any(p.requires_grad for p in drafter.parameters()):
         raise TrainingInputError(
             "layers: nothing to train; shared layers without LoRA have no weights, and "
-            "the first place of a wholly shared target is exact. Ask for more "
+            "the first position of a wholly shared target is exact. Ask for more "
             "num_speculative_tokens, own layers, lora_rank or markov_rank"
         )
 
@@ -264,6 +266,6 @@ def _warm_start(drafter: Drafter, args: DrafterTrainingArguments) -> None:
     source = load_drafter(args.warm_start, dtype=torch.float32, device=args.device)
     left = warm_start(drafter, source)
     logger.info("warm start from %s; new: %s", args.warm_start, left or "nothing")
-    if args.train_only == "new_places":
-        require_same_but_places(drafter, source)
-        freeze_all_but_new_places(drafter, source.config.num_speculative_tokens)
+    if args.train_only == "new_positions":
+        require_same_but_positions(drafter, source)
+        freeze_all_but_new_positions(drafter, source.config.num_speculative_tokens)

@@ -11,7 +11,7 @@ from dataclasses import fields
 import torch
 
 from vllm_mtp.errors import MTPError
-from vllm_mtp.modeling.hf_target import HFTarget, TargetStates
+from vllm_mtp.torch_host.hf_target import HFTarget, TargetStates
 
 
 class TrainingInputError(MTPError):

@@ -13,13 +13,13 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
-from vllm_mtp.block import possible_anchors, span_ends
+from vllm_mtp.drafter.heads import pick_greedy
+from vllm_mtp.drafter.layout import possible_anchors, span_ends
 from vllm_mtp.files import writing
 from vllm_mtp.metrics import AcceptanceCounts, count_accepted
-from vllm_mtp.modeling.heads import pick_greedy
-from vllm_mtp.modeling.texts import TextBlocks, forward_texts
+from vllm_mtp.torch_host.texts import TextBlocks, forward_texts
 from vllm_mtp.training.arguments import DrafterTrainingArguments
-from vllm_mtp.training.learner import Learner
+from vllm_mtp.training.loss_module import LossModule
 from vllm_mtp.training.optimizer import Group, JointOptimizer, muon, own_matrices
 from vllm_mtp.training.resume import write_checkpoint_config
 from vllm_mtp.training.states import TrainingInputError
@@ -71,19 +71,19 @@ def collate(texts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 class DrafterTrainer(Trainer):
-    """Trains a `Learner`. Loop, schedules, checkpoints, resume, logging and several
+    """Trains a `LossModule`. Loop, schedules, checkpoints, resume, logging and several
     devices are transformers'."""
 
     args: DrafterTrainingArguments
 
-    def __init__(self, learner: Learner, **kwargs: Any) -> None:
-        super().__init__(model=learner, data_collator=collate, **kwargs)
+    def __init__(self, loss_module: LossModule, **kwargs: Any) -> None:
+        super().__init__(model=loss_module, data_collator=collate, **kwargs)
         # The loss is a mean already: Trainer must average over accumulated steps.
         self.model_accepts_loss_kwargs = False
         self._parts: dict[str, list[torch.Tensor]] = {}
 
     @property
-    def learner(self) -> Learner:
+    def loss_module(self) -> LossModule:
         return self.accelerator.unwrap_model(self.model)
 
     def create_optimizer(self, model: nn.Module | None = None) -> Any:
@@ -92,11 +92,13 @@ class DrafterTrainer(Trainer):
             kind, settings = self.get_optimizer_cls_and_kwargs(self.args)
             weights = [
                 (name.removeprefix("drafter."), weight)
-                for name, weight in self.learner.named_parameters()
+                for name, weight in self.loss_module.named_parameters()
                 if weight.requires_grad
             ]
             matrices = (
-                own_matrices(self.learner) if self.args.own_optimizer == "muon" else ()
+                own_matrices(self.loss_module)
+                if self.args.own_optimizer == "muon"
+                else ()
             )
             rest = self._groups((n, w) for n, w in weights if w not in matrices)
             self.optimizer = kind(rest, **settings)
@@ -162,7 +164,7 @@ class DrafterTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)
         # Weights of the same shapes may belong to other layers: resuming compares.
-        write_checkpoint_config(str(output_dir), self.learner.drafter.config)
+        write_checkpoint_config(str(output_dir), self.loss_module.drafter.config)
 
     def evaluation_loop(
         self,
@@ -187,18 +189,18 @@ class DrafterTrainer(Trainer):
     def _count(
         self, batches: Iterable[Sequence[Mapping[str, Any]]]
     ) -> AcceptanceCounts:
-        num_places = self.learner.drafter.config.num_speculative_tokens
-        counts = AcceptanceCounts(0, 0, (0,) * num_places)
-        self.learner.eval()
+        num_draft_tokens = self.loss_module.drafter.config.num_speculative_tokens
+        counts = AcceptanceCounts(0, 0, (0,) * num_draft_tokens)
+        self.loss_module.eval()
         for texts in batches:
             with self.accelerator.autocast():
                 counts += self._draft([self._spread_blocks(text) for text in texts])
         flat = torch.tensor(
-            [counts.drafts, counts.draft_tokens, *counts.accepted_per_place],
+            [counts.drafts, counts.draft_tokens, *counts.accepted_per_position],
             device=self.args.device,
         )
-        drafts, tokens, *places = self.accelerator.reduce(flat).tolist()
-        return AcceptanceCounts(drafts, tokens, tuple(places))
+        drafts, tokens, *positions = self.accelerator.reduce(flat).tolist()
+        return AcceptanceCounts(drafts, tokens, tuple(positions))
 
     def _spread_blocks(self, text: Mapping[str, Any]) -> TextBlocks:
         """Evenly spread blocks, the same in every evaluation."""
@@ -206,25 +208,27 @@ class DrafterTrainer(Trainer):
         anchors = possible_anchors(spans, size)
         # What comes behind the end is not known, so it would count as rejected.
         room = span_ends(anchors, spans, size) - anchors
-        whole = anchors[room > self.learner.drafter.config.num_speculative_tokens]
+        whole = anchors[room > self.loss_module.drafter.config.num_speculative_tokens]
         anchors = whole if len(whole) else anchors
         count = min(self.args.eval_anchors, len(anchors))
         chosen = torch.linspace(0, len(anchors) - 1, count).round().long()
-        return self.learner.blocks_at(text, anchors[chosen])
+        return self.loss_module.blocks_at(text, anchors[chosen])
 
     def _draft(self, texts: list[TextBlocks]) -> AcceptanceCounts:
-        learner = self.learner
-        num_places = learner.drafter.config.num_speculative_tokens
-        hidden = forward_texts(learner.bound, texts, num_places, learner.plan.reads)
-        drafted, _ = learner.bound.draft(hidden, pick_greedy)
-        truth = torch.cat([text.labels(num_places) for text in texts])
+        loss_module = self.loss_module
+        num_draft_tokens = loss_module.drafter.config.num_speculative_tokens
+        hidden = forward_texts(
+            loss_module.bound, texts, num_draft_tokens, loss_module.plan.reads
+        )
+        drafted, _ = loss_module.bound.draft(hidden, pick_greedy)
+        truth = torch.cat([text.labels(num_draft_tokens) for text in texts])
         return count_accepted(drafted, truth)
 
 
 def metrics_of(counts: AcceptanceCounts) -> dict[str, float]:
     """The serving metrics by name."""
-    places = {
-        f"acceptance_place_{number}": rate
-        for number, rate in enumerate(counts.acceptance_per_place, 1)
+    positions = {
+        f"acceptance_position_{number}": rate
+        for number, rate in enumerate(counts.acceptance_per_position, 1)
     }
-    return {"acceptance_length": counts.acceptance_length, **places}
+    return {"acceptance_length": counts.acceptance_length, **positions}

@@ -65,7 +65,7 @@ class Result:
         for number, found in enumerate(self.comparisons):
             if found.verdict == "different":
                 one, other = self.plain.answers[number], self.drafted.answers[number]
-                yield f"answer {number}, place {found.place}: {one} != {other}"
+                yield f"answer {number}, position {found.position}: {one} != {other}"
         hits = self.plain.facts.prefix_hits, self.drafted.facts.prefix_hits
         if self.row.same_hits and hits[0] != hits[1]:
             yield f"prefix-cache hits: {hits[0]} tokens, with the drafter {hits[1]}"

@@ -10,8 +10,8 @@ from typing import Any
 
 from tests.tiny_targets import VOCAB_SIZE, make_tiny_llama
 from tests.tiny_tokenizer import save_tiny_tokenizer
-from vllm_mtp.checkpoint import save_drafter
-from vllm_mtp.modeling.init import DrafterOptions, new_drafter
+from vllm_mtp.drafter.checkpoint import save_drafter
+from vllm_mtp.drafter.init import DrafterOptions, new_drafter
 from vllm_mtp.references import reference_folders
 
 MAX_MODEL_LEN = 256
@@ -84,7 +84,7 @@ def text_stream(texts: Sequence[Sequence[int]]) -> Callable[[str, int], list[int
 
 def tiny_subject(target: Path, drafter: Path, *, on_v2: bool) -> Subject:
     """A tiny fp32 target, made by `make_tiny_speaker`, whose drafter is right at the
-    first place and hardly ever later."""
+    first position and hardly ever later."""
     spec = {"method": "mtp_placeholder", "model": str(drafter)}
     if on_v2:  # Triton's interpreter takes about 0.2 s per step
         return Subject("tiny", target, spec, random_stream, 4, 8, (3, 33, 64, 100))
@@ -103,8 +103,8 @@ def smollm2_subject() -> Subject:
     """The demo target in float32 on real prompts, with the drafter `shared`."""
     from transformers import AutoTokenizer
 
-    from vllm_mtp.demo.prompts import sharegpt_prompts
-    from vllm_mtp.demo.target import ensure_demo_target
+    from vllm_mtp.data.demo_target import ensure_demo_target
+    from vllm_mtp.data.sharegpt import sharegpt_prompts
 
     target = ensure_demo_target()
     tokenizer = AutoTokenizer.from_pretrained(target)
@@ -126,7 +126,7 @@ def make_tiny_speaker(folder: Path) -> Path:
     """A tiny Llama with a tokenizer of its own, and many tokens that end an answer."""
     make_tiny_llama(folder)
     save_tiny_tokenizer(folder)
-    # One token in 16, so that answers end at any place of a draft.
+    # One token in 16, so that answers end at any position of a draft.
     ends = {"eos_token_id": list(range(0, VOCAB_SIZE, 16))}
     (folder / "generation_config.json").write_text(json.dumps(ends), "utf-8")
     return folder

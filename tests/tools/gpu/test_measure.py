@@ -61,7 +61,7 @@ def test_outputs_and_speed_are_compared_with_the_first_side() -> None:
     assert found == [(2, 0, 0), (2, 0, 0), (0, 2, 0), (0, 0, 2)]
     assert [row["ratio"]["median"] for row in rows] == [1, 2, 1, 1]
     assert rows[1]["acceptance_length"] == 2.5
-    assert rows[1]["first_place"] == 1.0
+    assert rows[1]["first_position"] == 1.0
     options.dtype = "float32"  # there a gap of 0.1 is no tie
     assert measure.turns(sides, [[1]], 1, options)[2]["different"] == 1
 

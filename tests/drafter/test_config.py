@@ -1,0 +1,279 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`DrafterConfig` takes what the format says, and nothing else."""
+
+import copy
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from vllm_mtp.drafter.checkpoint import CONFIG_FILE, read_config
+from vllm_mtp.drafter.config import DrafterConfig
+from vllm_mtp.errors import CheckpointError
+
+VALID: dict[str, Any] = {
+    "model_type": "mtp_placeholder",
+    "format_version": 1,
+    "num_speculative_tokens": 4,
+    "layers": [
+        {
+            "kind": "shared",
+            "target_layer": 3,
+            "lora": {"rank": 8, "alpha": 16.0, "modules": ["q_proj", "o_proj"]},
+        },
+        {
+            "kind": "own",
+            "target_layer": 1,
+            "intermediate_size": 24,
+            "rms_norm_eps": 1e-5,
+            "qkv_bias": False,
+            "qk_norm": True,
+            "boundary_hidden": True,
+            "bridge": True,
+        },
+        {"kind": "shared", "target_layer": 1, "lora": None},
+    ],
+    "markov": {"rank": 4},
+    "draft_vocab_size": 16,
+    "prefix_window": 256,
+    "dtype": "bfloat16",
+    "target": {
+        "name": "tiny",
+        "model_type": "llama",
+        "num_hidden_layers": 4,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+        "vocab_size": 32,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        "weights_fingerprint": "00ff",
+    },
+}
+OPTIONAL = {
+    ("layers", 0, "lora"): None,
+    ("layers", 1, "qkv_bias"): False,
+    ("layers", 1, "qk_norm"): False,
+    ("layers", 1, "boundary_hidden"): False,
+    ("layers", 1, "bridge"): False,
+    ("layers", 2, "lora"): None,
+    ("markov",): None,
+    ("draft_vocab_size",): None,
+    ("prefix_window",): None,
+    ("target", "name"): None,
+    ("target", "intermediate_size"): None,
+    ("target", "weights_fingerprint"): None,
+}
+FREE = ("target", "rope_parameters")  # whatever the target's config holds
+
+KeyPath = tuple[str | int, ...]
+
+
+def _walk(value: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:
+    """Every object, list and leaf of the valid config with its path."""
+    yield path, value
+    if path == FREE:
+        return
+    items: Any = ()
+    if isinstance(value, dict):
+        items = value.items()
+    elif isinstance(value, list):
+        items = enumerate(value)
+    for key, child in items:
+        yield from _walk(child, (*path, key))
+
+
+def changed(
+    path: KeyPath, value: Any = None, *, remove: bool = False
+) -> dict[str, Any]:
+    config = copy.deepcopy(VALID)
+    at: Any = config
+    for key in path[:-1]:
+        at = at[key]
+    if remove:
+        del at[path[-1]]
+    else:
+        at[path[-1]] = value
+    return config
+
+
+def _read(folder: Path, config: Any) -> DrafterConfig:
+    (folder / CONFIG_FILE).write_text(json.dumps(config), "utf-8")
+    return read_config(folder)
+
+
+def _message(folder: Path, config: Any) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        _read(folder, config)
+    return str(caught.value)
+
+
+KEYS = [path for path, _ in _walk(VALID) if path and isinstance(path[-1], str)]
+OBJECTS = [
+    path for path, value in _walk(VALID) if isinstance(value, dict) and path != FREE
+]
+LEAVES = [
+    (path, value)
+    for path, value in _walk(VALID)
+    if isinstance(value, bool | int | float | str)
+    and path
+    # A literal is compared by value: 1.0 and true are version 1 as well.
+    and path != ("format_version",)
+]
+
+
+def path_id(value: Any) -> str:
+    return ".".join(map(str, value)) if isinstance(value, tuple) else repr(value)
+
+
+def test_valid_config_is_read_as_it_stands(tmp_path: Path) -> None:
+    config = _read(tmp_path, VALID)
+    assert json.loads(config.model_dump_json()) == VALID
+    assert config.bound_layers == (1, 3)
+    assert config.uses_boundary_hidden
+
+
+def test_boundary_hidden_is_used_only_where_a_layer_reads_it(tmp_path: Path) -> None:
+    config = _read(tmp_path, changed(("layers", 1, "boundary_hidden"), False))
+    assert not config.uses_boundary_hidden
+
+
+def test_a_config_cannot_be_changed(tmp_path: Path) -> None:
+    config = _read(tmp_path, VALID)
+    with pytest.raises(ValidationError, match="frozen"):
+        config.num_speculative_tokens = 5  # type: ignore[misc]
+    with pytest.raises(ValidationError, match="frozen"):
+        config.target.vocab_size = 5  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("path", OBJECTS, ids=path_id)
+def test_unknown_keys_are_refused_everywhere(tmp_path: Path, path: KeyPath) -> None:
+    message = _message(tmp_path, changed((*path, "surprise"), 7))
+    assert "surprise: unknown key (got 7); remove it" in message
+
+
+@pytest.mark.parametrize("path", [p for p in KEYS if p not in OPTIONAL], ids=path_id)
+def test_missing_keys_are_named(tmp_path: Path, path: KeyPath) -> None:
+    message = _message(tmp_path, changed(path, remove=True))
+    # Of `kind` the reader can only say that it cannot tell the layer's kind.
+    assert f"{path[-1]}: missing; add it" in message or (
+        path[-1] == "kind" and "using discriminator 'kind'" in message
+    )
+
+
+@pytest.mark.parametrize("path", OPTIONAL, ids=path_id)
+def test_optional_keys_have_defaults(tmp_path: Path, path: KeyPath) -> None:
+    at: Any = _read(tmp_path, changed(path, remove=True))
+    for key in path:
+        at = at[key] if isinstance(key, int) else getattr(at, key)
+    assert at == OPTIONAL[path]
+
+
+def _wrong_types(value: Any) -> list[Any]:
+    """Values of other types, among them those that a lax reader would convert."""
+    if isinstance(value, bool):
+        return [str(value).lower(), int(value)]
+    if isinstance(value, int):
+        return [str(value), float(value), value + 0.5, True]
+    if isinstance(value, float):
+        return [str(value), True]
+    return [7, ["q_proj"]]
+
+
+@pytest.mark.parametrize(
+    ("path", "wrong"),
+    [(path, wrong) for path, value in LEAVES for wrong in _wrong_types(value)],
+    ids=path_id,
+)
+def test_other_types_are_not_converted(
+    tmp_path: Path, path: KeyPath, wrong: Any
+) -> None:
+    message = _message(tmp_path, changed(path, wrong))
+    assert str(wrong) in message
+    name = path[-2] if isinstance(path[-1], int) else path[-1]
+    assert str(name) in message
+
+
+@pytest.mark.parametrize(
+    ("path", "wrong", "expected"),
+    [
+        (("model_type",), "llama", "'mtp_placeholder'"),
+        (("format_version",), 2, "should be 1"),
+        (("num_speculative_tokens",), 0, "greater than or equal to 1"),
+        (("num_speculative_tokens",), 65, "less than or equal to 64"),
+        (("layers",), [], "at least 1"),
+        (("layers", 0, "kind"), "borrowed", "'shared', 'own'"),
+        (("layers", 0, "target_layer"), -1, "greater than or equal to 0"),
+        (("layers", 0, "lora", "rank"), 0, "greater than or equal to 1"),
+        (("layers", 0, "lora", "alpha"), 0, "greater than 0"),
+        (("layers", 0, "lora", "modules"), [], "at least 1"),
+        (("layers", 0, "lora", "modules", 0), "lm_head", "'q_proj', 'k_proj'"),
+        (("layers", 1, "intermediate_size"), 0, "greater than or equal to 1"),
+        (("layers", 1, "rms_norm_eps"), 0.0, "greater than 0"),
+        (("markov", "rank"), 0, "greater than or equal to 1"),
+        (("draft_vocab_size",), 0, "greater than or equal to 1"),
+        (("prefix_window",), 0, "greater than or equal to 1"),
+        (("prefix_window",), 64.0, "valid integer"),
+        (("dtype",), "float64", "'bfloat16', 'float16' or 'float32'"),
+        (("target", "num_hidden_layers"), 0, "greater than or equal to 1"),
+        (("target", "head_dim"), 0, "greater than or equal to 1"),
+    ],
+    ids=path_id,
+)
+def test_values_out_of_range_are_named(
+    tmp_path: Path, path: KeyPath, wrong: Any, expected: str
+) -> None:
+    message = _message(tmp_path, changed(path, wrong))
+    assert f"{wrong!r}" in message
+    assert expected in message
+
+
+def test_the_ends_of_the_ranges_are_allowed(tmp_path: Path) -> None:
+    for positions in (1, 64):
+        config = _read(tmp_path, changed(("num_speculative_tokens",), positions))
+        assert config.num_speculative_tokens == positions
+    assert _read(tmp_path, changed(("draft_vocab_size",), 32)).draft_vocab_size == 32
+
+
+def test_layers_must_be_in_the_target(tmp_path: Path) -> None:
+    message = _message(tmp_path, changed(("layers", 1, "target_layer"), 4))
+    assert "layers.1.target_layer: got 4, the target has layers 0 to 3" in message
+
+
+def test_draft_vocabulary_is_no_larger_than_the_targets(tmp_path: Path) -> None:
+    message = _message(tmp_path, changed(("draft_vocab_size",), 33))
+    assert "draft_vocab_size: got 33, the target's vocabulary has 32" in message
+
+
+def test_lora_modules_are_named_once(tmp_path: Path) -> None:
+    path = ("layers", 0, "lora", "modules")
+    message = _message(tmp_path, changed(path, ["q_proj", "q_proj"]))
+    assert "modules: named twice in ['q_proj', 'q_proj']" in message
+
+
+def test_lora_on_the_mlp_needs_a_dense_mlp(tmp_path: Path) -> None:
+    config = changed(("target", "intermediate_size"), None)
+    assert _read(tmp_path, config).target.intermediate_size is None
+    config["layers"][0]["lora"]["modules"] = ["q_proj", "up_proj"]
+    message = _message(tmp_path, config)
+    assert "layers.0.lora.modules: ['q_proj', 'up_proj']" in message
+    assert "target.intermediate_size is null" in message
+
+
+def test_every_mistake_is_listed_at_once(tmp_path: Path) -> None:
+    config = changed(("num_speculative_tokens",), "4")
+    config["markov"]["rank"] = 0
+    config["extra"] = 1
+    message = _message(tmp_path, config)
+    assert str(tmp_path / CONFIG_FILE) in message
+    for part in ("num_speculative_tokens: got '4'", "markov.rank: got '0'", "extra:"):
+        assert part in message
+
+
+@pytest.mark.parametrize("text", ["[]", "null", "4", '"text"'])
+def test_a_config_is_an_object(tmp_path: Path, text: str) -> None:
+    assert "config: got" in _message(tmp_path, json.loads(text))

@@ -1,0 +1,231 @@
+# SPDX-License-Identifier: Apache-2.0
+"""New drafters: what they are made of, and what they do before training."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import PreTrainedModel
+from transformers.models.auto import AutoModelForCausalLM
+
+from checkpoints_spec.goldens import run_blocks
+from tests.tiny_targets import NUM_LAYERS, make_tiny, make_tiny_llama
+from vllm_mtp.drafter.checkpoint import load_drafter, save_drafter
+from vllm_mtp.drafter.config import LoRAConfig, OwnLayerConfig, SharedLayerConfig
+from vllm_mtp.drafter.init import DrafterOptions, TargetWeights, new_drafter
+from vllm_mtp.drafter.model import Drafter
+from vllm_mtp.drafter.target_facts import TargetFacts
+from vllm_mtp.errors import LayerSpecError, UnsupportedTargetError
+
+LORA = LoRAConfig(rank=2, alpha=4.0, modules=("q_proj", "down_proj"))
+SOURCES = {
+    "input_norm": "input_layernorm",
+    "mlp_norm": "post_attention_layernorm",
+    **{name: f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "o_proj")},
+    **{name: f"self_attn.{name}" for name in ("q_norm", "k_norm")},
+    **{name: f"mlp.{name}" for name in ("gate_proj", "up_proj", "down_proj")},
+}
+
+
+def make(
+    folder: Path, layers: str, num_draft_tokens: int = 3, **options: Any
+) -> Drafter:
+    return new_drafter(
+        folder,
+        layers,
+        num_draft_tokens,
+        DrafterOptions(**{"dtype": "float32"} | options),
+    )
+
+
+@pytest.fixture(params=["tiny_llama", "tiny_qwen3"])
+def folder(request: pytest.FixtureRequest) -> Path:
+    return request.getfixturevalue(request.param)
+
+
+def _load(folder: Path) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(folder).eval()
+
+
+class TestConfig:
+    def test_layers_as_listed(self, tiny_llama: Path) -> None:
+        config = make(tiny_llama, "shared:0,1,own:3", lora=LORA).config
+        assert config.layers == (
+            SharedLayerConfig(target_layer=0, lora=LORA),
+            SharedLayerConfig(target_layer=1, lora=LORA),
+            OwnLayerConfig(target_layer=3, intermediate_size=96, rms_norm_eps=1e-6),
+        )
+        assert config.target == TargetFacts.from_folder(tiny_llama)
+        assert config.num_speculative_tokens == 3
+
+    def test_own_copies_have_what_the_target_has(
+        self, tiny_qwen3: Path, tmp_path: Path
+    ) -> None:
+        layer = make(tiny_qwen3, "own:0").config.layers[0]
+        assert isinstance(layer, OwnLayerConfig)
+        assert (layer.qk_norm, layer.qkv_bias) == (True, False)
+        layer = make(tiny_qwen3, "own:0", own_init="random").config.layers[0]
+        assert isinstance(layer, OwnLayerConfig)
+        assert (layer.qk_norm, layer.qkv_bias) == (False, False)
+
+    def test_options(self, tiny_llama: Path) -> None:
+        drafter = make(
+            tiny_llama,
+            "own:0",
+            boundary_hidden="all",
+            markov_rank=5,
+            draft_token_ids=(9, 2, 4),
+            dtype="bfloat16",
+        )
+        assert drafter.config.uses_boundary_hidden
+        assert drafter.config.markov is not None
+        assert drafter.config.markov.rank == 5
+        assert drafter.config.draft_vocab_size == 3
+        assert drafter.draft_vocab is not None
+        assert drafter.draft_vocab.token_ids.tolist() == [9, 2, 4]
+        assert {weight.dtype for weight in drafter.parameters()} == {torch.bfloat16}
+
+    def test_no_options_no_heads(self, tiny_llama: Path) -> None:
+        config = make(tiny_llama, "shared:0").config
+        assert config.markov is None
+        assert config.draft_vocab_size is None
+        assert not config.uses_boundary_hidden
+
+
+class TestStartValues:
+    def test_own_layers_are_copies(self, folder: Path) -> None:
+        weights = load_file(folder / "model.safetensors")
+        drafter = make(folder, "own:3,1")
+        for index, target_layer in enumerate((3, 1)):
+            own = dict(drafter.layers[index].named_parameters())
+            prefix = f"model.layers.{target_layer}."
+            assert len(own) == sum(name.startswith(prefix) for name in weights)
+            for name, weight in own.items():
+                module, _, kind = name.partition(".")
+                assert weight.equal(weights[f"{prefix}{SOURCES[module]}.{kind}"]), name
+
+    def test_placeholders_are_the_mean_embedding(self, tiny_llama: Path) -> None:
+        embeddings = load_file(tiny_llama / "model.safetensors")[
+            "model.embed_tokens.weight"
+        ]
+        placeholders = make(tiny_llama, "shared:0", 4).placeholders
+        assert placeholders is not None
+        torch.testing.assert_close(
+            placeholders.detach(), embeddings.mean(0).expand(3, -1)
+        )
+
+    def test_placeholders_are_what_enters_the_first_layer(self, tmp_path: Path) -> None:
+        """Gemma scales its embeddings."""
+        folder = make_tiny("gemma3", tmp_path)
+        embed = _load(folder).get_input_embeddings()
+        placeholders = make(folder, "shared:0", 4).placeholders
+        assert placeholders is not None
+        torch.testing.assert_close(
+            placeholders.detach(), embed(torch.arange(512)).mean(0).expand(3, -1)
+        )
+
+    def test_one_place_has_no_placeholders(self, tiny_llama: Path) -> None:
+        assert make(tiny_llama, "shared:0", 1).placeholders is None
+
+    def test_random_layers_pass_their_input_through(self, folder: Path) -> None:
+        """Also with the boundary hidden state and Markov correction, which start
+        at zero."""
+        drafter = make(
+            folder,
+            "own:all",
+            own_init="random",
+            boundary_hidden="all",
+            markov_rank=2,
+        )
+        target = _load(folder)
+        tokens = torch.arange(12) * 31
+        prefix_lens = torch.tensor([3, 11])
+        with torch.no_grad():
+            blocks = run_blocks(target, drafter, tokens, prefix_lens, 3)
+            anchors = target.get_input_embeddings()(tokens[prefix_lens])
+            assert drafter.placeholders is not None
+            inputs = torch.cat(
+                [anchors[:, None], drafter.placeholders.expand(2, -1, -1)], dim=1
+            )
+            expected = target.get_decoder().norm(inputs)
+            logits = target.get_output_embeddings()(expected)
+        torch.testing.assert_close(blocks.hidden, expected)
+        torch.testing.assert_close(blocks.scores, logits)
+
+    def test_random_weights_depend_on_the_seed_only(self, tiny_llama: Path) -> None:
+        def start(seed: int) -> dict[str, torch.Tensor]:
+            return make(
+                tiny_llama,
+                "shared:0,own:1",
+                own_init="random",
+                lora=LORA,
+                markov_rank=2,
+                seed=seed,
+            ).state_dict()
+
+        first, again, other = start(1), start(1), start(2)
+        assert all(first[name].equal(again[name]) for name in first)
+        for name in ("layers.0.lora.q_proj.a", "layers.1.q_proj.weight"):
+            assert not first[name].equal(other[name])
+
+    @pytest.mark.parametrize("own_init", ["copy", "random"])
+    def test_no_value_is_left_open(
+        self, folder: Path, tmp_path: Path, own_init: str
+    ) -> None:
+        """All weights are finite, and the folder can be loaded."""
+        drafter = make(
+            folder,
+            "shared:0,own:1",
+            own_init=own_init,
+            lora=LORA,
+            markov_rank=2,
+            boundary_hidden="all",
+            draft_token_ids=(5, 3),
+        )
+        loaded = load_drafter(save_drafter(drafter, tmp_path))
+        assert loaded.config == drafter.config
+
+
+class TestRefusals:
+    @pytest.mark.parametrize("layers", ["", "3", "own:4", "shared:2-1"])
+    def test_layer_lists(self, tiny_llama: Path, layers: str) -> None:
+        with pytest.raises(LayerSpecError, match="--layers"):
+            make(tiny_llama, layers)
+
+    def test_layers_that_cannot_be_copied(self, tmp_path: Path) -> None:
+        # A bias on the output projection too, which own layers do not have.
+        odd = make_tiny_llama(tmp_path / "odd", attention_bias=True)
+        with pytest.raises(UnsupportedTargetError) as caught:
+            make(odd, "shared:0,own:2")
+        assert "layer 2 of the target cannot be copied" in str(caught.value)
+        assert "['self_attn.o_proj.bias']" in str(caught.value)
+        assert "--own-start random" in str(caught.value)
+        drafter = make(odd, "shared:0,own:2", own_init="random")
+        assert len(drafter.layers) == 2
+
+    def test_targets_without_safetensors(
+        self, tiny_llama: Path, tmp_path: Path
+    ) -> None:
+        (tmp_path / "config.json").write_bytes(
+            (tiny_llama / "config.json").read_bytes()
+        )
+        with pytest.raises(UnsupportedTargetError, match=r"no tensor model\.embed"):
+            make(tmp_path, "shared:all")
+
+
+def test_target_weights_are_found_in_all_shards(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    _load(tiny_llama).save_pretrained(tmp_path, max_shard_size="100KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    whole, parts = TargetWeights(tiny_llama), TargetWeights(tmp_path)
+    assert parts.mean_embedding().equal(whole.mean_embedding())
+    for index in range(NUM_LAYERS):
+        layer = whole.layer(index)
+        assert len(layer) == 9
+        assert layer.keys() == parts.layer(index).keys()
+        assert all(layer[name].equal(parts.layer(index)[name]) for name in layer)
+    assert whole.layer(NUM_LAYERS) == {}
+    assert whole.get("no.such.tensor") is None

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The card: read back as the hub reads it, and as a user copies from it."""
+
+import ast
+import json
+import re
+import shlex
+from types import SimpleNamespace
+
+import pytest
+from huggingface_hub import ModelCard
+
+from vllm_mtp.drafter.cost import draft_cost
+from vllm_mtp.drafter.layer_spec import parse_layers
+from vllm_mtp.drafter.model import Drafter
+from vllm_mtp.evaluation.offline import OfflineResult
+from vllm_mtp.sharing.card import is_made, layers_text, license_of, make_card
+from vllm_mtp.sharing.provenance import DrafterProvenance
+
+
+def blocks(card: ModelCard, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)\n```", card.text, re.DOTALL)
+
+
+def served(card: ModelCard) -> tuple[str, dict[str, object]]:
+    command, _ = blocks(card, "bash")
+    program, verb, target, flag, settings = shlex.split(command)
+    assert (program, verb, flag) == ("vllm", "serve", "--speculative-config")
+    return target, json.loads(settings)
+
+
+def test_data_block_and_numbers_come_back(
+    drafter: Drafter, provenance: DrafterProvenance, evaluation: OfflineResult
+) -> None:
+    config = drafter.config
+    made = make_card(config, provenance, evaluation, repo_id="jane/my-drafter")
+    card = ModelCard(str(made))
+    assert card.data.to_dict() == {
+        "base_model": "owner/target",
+        "library_name": "vllm-mtp",
+        "license": "apache-2.0",
+        "pipeline_tag": "text-generation",
+        "tags": ["speculative-decoding", "vllm", "vllm-mtp", "mtp-placeholder"],
+    }
+    assert "# my-drafter\n" in card.text
+    cost = draft_cost(config)
+    for text in [
+        # By hand: 1 + (130 + 50) / 200 and 1 + (300 + 100) / 400.
+        "acceptance length 1.900 in simulated greedy decoding, 2.000 teacher-forced",
+        "| chat     |         4 |    400 |    100 |   0.800 |   0.400 |",
+        "over 8 answers (split `held_out`) of 800 tokens",
+        "bonus token",
+        "the target's own answers to `prompts.jsonl`",
+        f"{cost.draft_parameters:,}, {cost.relative_cost:.2f} of a target step's",
+        "0.5 x cross-entropy",
+        "train: 1,234 answers, 77,777 tokens of answers",
+        "| Labels seen | 1,234,567 |",
+        "| Started | 2030-01-31 10:00 UTC |",
+        "| Time | 1.50 hours |",
+        "| `ce_weight` | `0.5` |",
+        "`stage-1`",
+        "vllm-mtp check ./my-drafter --target owner/target",
+    ]:
+        assert text in card.text, text
+    assert "KL divergence" not in card.text, "its weight is 0"
+
+
+@pytest.mark.parametrize("repo_id", [None, "jane/d"])
+def test_commands_can_be_copied(drafter: Drafter, repo_id: str | None) -> None:
+    card = make_card(drafter.config, name="it's mine", repo_id=repo_id)
+    target, settings = served(card)
+    assert settings == {
+        "method": "mtp_placeholder",
+        "model": repo_id or "./it's mine",
+        "num_speculative_tokens": drafter.config.num_speculative_tokens,
+    }
+    (python,) = blocks(card, "python")
+    _, assign, make = ast.parse(python).body
+    assert isinstance(assign, ast.Assign)
+    assert ast.literal_eval(assign.value) == settings
+    assert json.dumps(target) in ast.unparse(make).replace("'", '"')
+
+
+def test_works_with_nothing_known(drafter: Drafter) -> None:
+    card = ModelCard(str(make_card(drafter.config)))
+    assert "How it was made is not recorded" in card.text
+    assert "Not measured" in card.text
+    assert "license" not in card.data.to_dict()
+    assert "## Training" not in card.text
+
+
+def test_untrained_is_said(drafter: Drafter, provenance: DrafterProvenance) -> None:
+    bare = provenance.model_copy(update={"training": None, "data": None})
+    text = make_card(drafter.config, bare).text
+    assert "untrained" in text
+    assert "## Training" not in text
+    assert "## Made with" in text
+
+
+def test_a_folder_is_no_base_model(
+    drafter: Drafter, provenance: DrafterProvenance
+) -> None:
+    target = provenance.target.model_copy(update={"name": "folder"})
+    named = provenance.model_copy(update={"target": target})
+    card = make_card(drafter.config, named)
+    assert "base_model" not in card.data.to_dict()
+    assert served(card)[0] == "folder"
+
+
+def test_license_of_the_argument_wins(
+    drafter: Drafter, provenance: DrafterProvenance
+) -> None:
+    card = str(make_card(drafter.config, provenance, license="mit"))
+    assert license_of(card) == "mit"
+    assert is_made(card)
+    assert not is_made("# A person's text")
+
+
+@pytest.mark.parametrize(
+    "spec", ["shared:0-9,own:28,29", "own:0,7,14", "own:3,shared:3,1-2", "own:5,5"]
+)
+def test_layers_are_told_as_init_takes_them(spec: str) -> None:
+    layers = parse_layers(spec, 30)
+    config = SimpleNamespace(layers=layers)  # a layer's kind and number are enough
+    assert parse_layers(layers_text(config), 30) == layers  # type: ignore[arg-type]

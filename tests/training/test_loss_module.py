@@ -1,0 +1,270 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a text to a lesson: anchors, candidates, states and the teacher."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers.models.auto import AutoModelForCausalLM
+
+from checkpoints_spec.goldens import fill_weights
+from tests.tiny_targets import VOCAB_SIZE
+from vllm_mtp.drafter.config import LoRAConfig
+from vllm_mtp.drafter.init import DrafterOptions, new_drafter
+from vllm_mtp.drafter.layout import IGNORE_LABEL, BlockReads, possible_anchors
+from vllm_mtp.drafter.vocabulary import frequent_tokens
+from vllm_mtp.torch_host.hf_target import HFTarget, TargetStates
+from vllm_mtp.torch_host.texts import forward_texts
+from vllm_mtp.training.anchors import choose_anchors, generator_for
+from vllm_mtp.training.loss_module import LossModule, LossPlan
+from vllm_mtp.training.loss_vocabulary import LossVocabulary, own_token_counts
+from vllm_mtp.training.objective import Objective
+from vllm_mtp.training.states import StatesSource, TrainingInputError, require_sane
+
+TOKENS = torch.arange(30) * 37 % VOCAB_SIZE
+TEXT: dict[str, Any] = {"index": 0, "input_ids": TOKENS, "loss_spans": [[4, 30]]}
+OPTIONS = DrafterOptions(
+    dtype="float32",
+    lora=LoRAConfig(rank=2, alpha=4.0, modules=("q_proj", "up_proj")),
+    markov_rank=4,
+)
+
+
+@pytest.fixture(scope="module")
+def host(tiny_llama: Path) -> HFTarget:
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    return HFTarget(model.eval().requires_grad_(False))
+
+
+class TestAnchors:
+    def test_anchor_and_label_are_the_targets_own(self) -> None:
+        assert possible_anchors([[3, 6], [8, 9], [10, 99]], 13).tolist() == [
+            3, 4, 10, 11,
+        ]  # fmt: skip
+
+    def test_a_block_has_a_prefix(self) -> None:
+        assert possible_anchors([[0, 3]], 3).tolist() == [1]
+
+    @given(st.integers(0, 50), st.integers(1, 60), st.integers(0, 1000))
+    def test_choice(self, size: int, count: int, seed: int) -> None:
+        possible = torch.arange(size) * 3
+        chosen = choose_anchors(possible, count, generator_for(seed)).tolist()
+        assert len(chosen) == min(size, count)
+        assert chosen == sorted(set(chosen))
+        assert set(chosen) <= set(possible.tolist())
+        assert chosen == choose_anchors(possible, count, generator_for(seed)).tolist()
+
+    def test_each_step_and_text_has_its_own(self) -> None:
+        possible = torch.arange(1000)
+        chosen = {
+            tuple(choose_anchors(possible, 5, generator_for(0, step, text)).tolist())
+            for step in range(10)
+            for text in range(10)
+        }
+        assert len(chosen) == 100
+
+    def test_labels_end_with_the_targets_own_span(
+        self, host: HFTarget, tiny_llama: Path
+    ) -> None:
+        """What another speaker says is nothing to draft."""
+        drafter = new_drafter(tiny_llama, "own:0", 3, DrafterOptions(dtype="float32"))
+        loss_module = LossModule(drafter, host, LossPlan())
+        text = TEXT | {"loss_spans": [[4, 7], [9, 12]]}
+        blocks = loss_module.blocks(text, step=0)
+        assert blocks.prefix_lens.tolist() == [4, 5, 9, 10]
+        positions = [[5, 6, None], [6, None, None], [10, 11, None], [11, None, None]]
+        assert blocks.labels(3).tolist() == [
+            [IGNORE_LABEL if n is None else TOKENS[n].item() for n in row]
+            for row in positions
+        ]
+
+
+class TestCandidates:
+    def test_columns(self) -> None:
+        candidates = LossVocabulary(torch.tensor([5, 2, 9]), 10)
+        labels = torch.tensor([[2, 7], [IGNORE_LABEL, 9]])
+        assert candidates.columns(labels).tolist() == [
+            [1, IGNORE_LABEL],
+            [IGNORE_LABEL, 2],
+        ]
+        more = candidates.with_labels(labels)
+        assert more.token_ids.tolist() == [5, 2, 9, 7]
+        assert more.columns(labels).tolist() == [[1, 3], [IGNORE_LABEL, 2]]
+        assert candidates.with_labels(torch.tensor([5, 9])) is candidates
+
+    def test_frequent_tokens_are_counted_in_the_targets_own_part(self) -> None:
+        rows = [{"input_ids": [9, 9, 9, 4, 4, 7], "loss_spans": [[3, 6]]}]
+        counts = own_token_counts(rows)
+        assert counts == Counter({4: 2, 7: 1})
+        assert frequent_tokens(counts, [8], 3, 10) == (4, 7, 8)
+        assert frequent_tokens(counts, [], 5, 10) == (0, 1, 2, 4, 7)
+
+
+class TestLearner:
+    def loss_module(
+        self, host: HFTarget, target: Path, layers: str, **plan: Any
+    ) -> LossModule:
+        drafter = new_drafter(target, layers, 3, OPTIONS)
+        fill_weights(drafter, 0.1, salt="lesson ")
+        return LossModule(drafter, host, LossPlan(anchors_per_text=6, **plan))
+
+    @pytest.mark.parametrize("layers", ["shared:all", "shared:0,own:2"])
+    def test_scoring_fewer_tokens_is_scoring_them_alone(
+        self, host: HFTarget, tiny_llama: Path, layers: str
+    ) -> None:
+        """LossVocabulary cut the softmax, and change nothing about the scores."""
+        loss_module = self.loss_module(host, tiny_llama, layers)
+        whole = loss_module([TEXT], step=3)["loss"]
+        loss_module.candidates = LossVocabulary(
+            torch.arange(VOCAB_SIZE).flip(0), VOCAB_SIZE
+        )
+        torch.testing.assert_close(loss_module([TEXT], step=3)["loss"], whole)
+        loss_module.candidates = LossVocabulary(torch.arange(8), VOCAB_SIZE)
+        assert loss_module([TEXT], step=3)["loss"] < whole
+
+    def test_texts_in_a_batch_do_not_touch(
+        self, host: HFTarget, tiny_llama: Path
+    ) -> None:
+        loss_module = self.loss_module(host, tiny_llama, "shared:0,own:2")
+        other = TEXT | {"index": 1, "input_ids": TOKENS.flip(0)[:20]}
+        other["loss_spans"] = [[4, 20]]
+        one, two = (
+            loss_module.loss_of([loss_module.blocks(t, 0)]) for t in (TEXT, other)
+        )
+        both = loss_module.loss_of([loss_module.blocks(t, 0) for t in (TEXT, other)])
+        # Two blocks of 6 run to the end of a text; the positions' means differ by that.
+        expected = (one["ce"] + two["ce"]) / 2
+        torch.testing.assert_close(both["ce"], expected, atol=0.5, rtol=0)
+
+    def test_positions_that_are_not_taught_do_not_count(
+        self, host: HFTarget, tiny_llama: Path
+    ) -> None:
+        """The first positions of a causal block do not depend on the later ones."""
+        loss_module = self.loss_module(host, tiny_llama, "shared:0,own:2")
+        one = self.loss_module(host, tiny_llama, "shared:0,own:2", num_draft_tokens=1)
+        hidden = forward_texts(loss_module.bound, [loss_module.blocks(TEXT, 0)], 3)
+        first = forward_texts(one.bound, [one.blocks(TEXT, 0)], one.num_draft_tokens)
+        torch.testing.assert_close(first, hidden[:, :1])
+        one([TEXT], step=0)["loss"].backward()
+        assert one.drafter.placeholders is not None
+        assert one.drafter.placeholders.grad is None
+        own = one.drafter.layers[1].q_proj.weight.grad
+        assert own.abs().max() > 0
+
+    def test_the_first_position_of_a_shared_target_is_not_taught(
+        self, host: HFTarget, tiny_llama: Path
+    ) -> None:
+        """It is exact whatever the drafter's weights are, so it has no gradient."""
+        loss_module = self.loss_module(host, tiny_llama, "shared:all")
+        assert loss_module.first_position_is_exact
+        loss_module([TEXT], step=0)["loss"].backward()
+        assert all(
+            p.grad is not None and p.grad.abs().sum() > 0
+            for p in loss_module.parameters()
+        )
+
+    def test_teacher_is_the_targets_own_distribution(
+        self, host: HFTarget, tiny_llama: Path
+    ) -> None:
+        objective = Objective(ce=0, kl=1, teacher_tokens=5)
+        loss_module = self.loss_module(host, tiny_llama, "own:0,3", objective=objective)
+        blocks = loss_module.blocks(TEXT, 0)
+        head = host.model.get_output_embeddings()
+        teacher = loss_module._teacher([blocks], head, 3, 0)
+        with torch.no_grad():
+            logits = host.model(TOKENS[None]).logits[0]
+        for block, n in enumerate(blocks.prefix_lens.tolist()):
+            for position in range(3):
+                if n + position < len(TOKENS):
+                    best, columns = logits[n + position].topk(5)
+                    assert teacher.columns[block, position].equal(columns)
+                    torch.testing.assert_close(
+                        teacher.probs[block, position], best.softmax(-1)
+                    )
+
+    def test_a_drafter_that_is_the_target_has_no_kl(
+        self, host: HFTarget, tiny_llama: Path
+    ) -> None:
+        objective = Objective(ce=0, kl=1, tv=1, teacher_tokens=VOCAB_SIZE)
+        drafter = new_drafter(tiny_llama, "own:all", 1, DrafterOptions(dtype="float32"))
+        plan = LossPlan(objective=objective, feature_weight=1.0)
+        parts = LossModule(drafter, host, plan)([TEXT], step=0)
+        for name in ("kl", "tv", "feature"):
+            assert parts[name].abs() < 1e-4, name
+
+    def test_one_row_is_enough_for_features(
+        self, host: HFTarget, tiny_llama: Path
+    ) -> None:
+        drafter = new_drafter(tiny_llama, "own:0,3", 3, OPTIONS)
+        loss_module = LossModule(drafter, host, LossPlan(feature_weight=1.0))
+        parts = loss_module([TEXT | {"loss_spans": [[28, 30]]}], step=0)
+        assert parts["loss"].isfinite()
+
+    def test_an_experiment_teaches_the_first_position_too(
+        self, host: HFTarget, tiny_llama: Path
+    ) -> None:
+        """Rows that read later rows are not the target's own any more."""
+        reads = BlockReads(later_rows=True)
+        loss_module = self.loss_module(host, tiny_llama, "shared:all", reads=reads)
+        assert not loss_module.first_position_is_exact
+
+    def test_features_teach_own_layers(self, host: HFTarget, tiny_llama: Path) -> None:
+        # Next to no weight on the tokens, so that only the features teach.
+        plan = LossPlan(Objective(ce=1e-6), anchors_per_text=6, feature_weight=1.0)
+        drafter = new_drafter(tiny_llama, "own:0,3", 3, OPTIONS)
+        loss_module = LossModule(drafter, host, plan)
+        optimizer = torch.optim.AdamW(loss_module.parameters(), lr=3e-3)
+        errors = []
+        for _ in range(15):
+            parts = loss_module([TEXT], step=0)
+            errors.append(parts["feature"].item())
+            parts["loss"].backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert errors[-1] < 0.7 * errors[0]
+
+
+class TestStates:
+    def test_states_are_kept_while_they_fit(
+        self, host: HFTarget, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        encoded: list[int] = []
+        encode = HFTarget.encode
+
+        def counted(self: HFTarget, ids: torch.Tensor, **kept: Any) -> TargetStates:
+            encoded.append(len(ids))
+            return encode(self, ids, **kept)
+
+        monkeypatch.setattr(HFTarget, "encode", counted)
+        size = 30 * (64 + 2 * 2 * 2 * 32) * 4  # hidden, and K and V of two layers
+        source = StatesSource(host, {0, 2}, budget_bytes=size + 10)
+        for key in (0, 1, 0, 1):
+            assert sorted(source.get(key, TOKENS).keys) == [0, 2]
+        assert len(encoded) == 3
+
+    @pytest.mark.parametrize(
+        ("fill", "reason"),
+        [
+            (0.0, "all zero"),
+            (2.5, "constant"),
+            (float("nan"), "not finite"),
+            (float("inf"), "not finite"),
+            ("row", "the same for every token"),
+        ],
+    )
+    def test_what_cannot_be_learnt_from_is_refused(
+        self, host: HFTarget, fill: Any, reason: str
+    ) -> None:
+        states = host.encode(TOKENS)
+        require_sane(states, 7)
+        keys = states.keys[2]
+        if fill == "row":
+            keys.copy_(keys[:, :1].clone().expand_as(keys))
+        else:
+            keys.fill_(fill)
+        with pytest.raises(TrainingInputError, match=f"text 7.*layer 2.*{reason}"):
+            require_sane(states, 7)

@@ -1,0 +1,249 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``vllm-mtp bench``."""
+
+import os
+import shlex
+import sys
+import tempfile
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from vllm_mtp.cli import flag
+from vllm_mtp.errors import MTPError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from vllm_mtp.bench.plan import Load, Plan, Side
+    from vllm_mtp.bench.report import Report
+    from vllm_mtp.bench.run import Drafters
+
+# Behind every prompt that the shipped drafters were trained on or chosen by.
+FIRST_UNSEEN_PROMPT = 12000
+_PROFILED_STEPS = 20
+_TEXTS_BEFORE = 40  # prompts that make up the text of a long context
+_ROOM_AROUND = 128  # tokens of the chat template, and of text that encodes to more
+
+
+@dataclass
+class Bench:
+    """Measure tokens per second side by side: no speculation, vLLM's n-gram lookup, the
+    target as its own draft_model, and our drafters with several numbers of tokens.
+    Every side is a `vllm serve` of its own; they take turns under the same load, which
+    vLLM's own benchmark client makes. Then the number of tokens is chosen for each
+    batch size, and measured again."""
+
+    target: str | None = flag("the target's folder (default: the demo target)", None)
+    drafters: list[str] = flag(
+        "folders, or names that `vllm-mtp references` lists", ["cheap"]
+    )
+    calibrate: str | None = flag(
+        "which of them to calibrate (default: the first)", None
+    )
+    num_speculative_tokens: list[int] = flag("tokens per draft to compare", [2, 4])
+    min_draft_probability: float = flag("our drafters' setting of this name", 0.0)
+    baselines: list[str] = flag(
+        "stock methods to compare with: ngram, draft_model", ["ngram"]
+    )
+    concurrency: list[int] = flag("requests at once", [1, 4, 8])
+    prompts: str = flag("JSONL file of prompts, or sharegpt", "sharegpt")
+    contexts: list[int] = flag(
+        "also one request at a time behind so many tokens of text", []
+    )
+    categories: str | None = flag(
+        "also one request at a time of each category in this JSONL file", None
+    )
+    profile: bool = flag("also show where the time of a step goes (CPU)", False)
+    full: bool = flag(
+        "all of it: both stock methods, all shipped drafters, 1 to 16 requests, 512 to "
+        "7936 tokens before, the profile; takes hours on a CPU",
+        False,
+    )
+    num_prompts: int = flag(
+        "prompts per load, at least; twice as many as are at once", 6
+    )
+    max_tokens: int = flag("longest answer, in tokens", 80)
+    rounds: int = flag("how often each side meets each load", 3)
+    max_model_len: int = flag("the servers' limit, in tokens", 1024)
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] | None = flag(
+        "the servers' type (default: in which this machine is fastest)", None
+    )
+    enforce_eager: bool = flag("do not compile; slower, but starts sooner", False)
+    fresh_servers: bool = flag(
+        "measure the calibrated drafter with new servers in each round: two servers of "
+        "the same kind differ by some percent",
+        False,
+    )
+    into_card: bool = flag(
+        "write the calibration into the drafter's folder and card as well", False
+    )
+    out: str = flag("folder for benchmark.json, benchmark.md, speed.png", "bench")
+
+    def run(self) -> int:
+        from tqdm import tqdm
+
+        from vllm_mtp.bench.report import markdown, write
+        from vllm_mtp.bench.run import num_steps, run
+        from vllm_mtp.bench.servers import sigterm_unwinds
+        from vllm_mtp.evaluation.report import require_matplotlib
+
+        require_matplotlib()  # before the work, not after it
+        if self.full:
+            self._ask_for_all()
+        drafters = self._drafters()
+        plan = self._plan(drafters)
+        with (
+            tempfile.TemporaryDirectory() as logs,
+            tqdm(total=num_steps(plan, drafters), unit="step") as bar,
+            sigterm_unwinds(),
+        ):
+
+            def progress(text: str) -> None:
+                bar.set_description(f"{text:<44}")
+                bar.update()
+
+            command = shlex.join(["vllm-mtp", *sys.argv[1:]])
+            report = run(plan, drafters, command, Path(logs), progress)
+        print(markdown(report))
+        if self.into_card and drafters.calibrate is not None:
+            self._tell(report, drafters.folders[drafters.calibrate])
+        print("written: " + ", ".join(map(str, write(report, Path(self.out)))))
+        return 0
+
+    @staticmethod
+    def _tell(report: "Report", folder: str) -> None:
+        from vllm_mtp.bench.summary import speed_record
+        from vllm_mtp.sharing.folder import write_speed
+
+        stage = report.stages[-1]
+        (schedule,) = report.schedules.values()
+        speed = speed_record(report.machine, stage.plan, stage.lines, schedule)
+        write_speed(folder, speed)
+        print(f"written: {folder}/speed.json, and its README.md")
+
+    def _ask_for_all(self) -> None:
+        from vllm_mtp.cli.references import shipped
+
+        self.baselines = ["ngram", "draft_model"]
+        known = [item.name for item in shipped()]
+        self.drafters = list(dict.fromkeys([*self.drafters, *known]))
+        self.concurrency = [1, 2, 4, 8, 16]
+        self.contexts = self.contexts or [512, 2048, 7936]
+        self.profile = self.fresh_servers = True
+
+    def _drafters(self) -> "Drafters":
+        from vllm_mtp.bench.run import Drafters
+        from vllm_mtp.cli.references import shipped
+
+        known = {item.name: item.folder for item in shipped()}
+        folders = {}
+        for given in self.drafters:
+            folder = known.get(given, given)
+            if not Path(folder, "config.json").is_file():
+                raise MTPError(
+                    f"--drafters {given}: no drafter's folder, and none of the shipped "
+                    f"ones ({', '.join(known)})"
+                )
+            folders[Path(folder).name] = folder
+        chosen = self.calibrate or next(iter(folders), None)
+        if chosen is not None and chosen not in folders:
+            raise MTPError(
+                f"--calibrate {chosen}: expected one of {', '.join(folders)}"
+            )
+        return Drafters(folders, chosen)
+
+    def _plan(self, drafters: "Drafters") -> "Plan":
+        from vllm_mtp.bench.cpu_settings import fastest_environment
+        from vllm_mtp.bench.plan import Plan
+        from vllm_mtp.bench.run import fastest_dtype, tokenizer_of
+        from vllm_mtp.cli.targets import target_folder
+        from vllm_mtp.data.demo_target import ensure_demo_target
+
+        given = target_folder(self.target) if self.target else ensure_demo_target()
+        target = Path(given)
+        longest = max(self.contexts, default=0) + self.max_tokens + _ROOM_AROUND
+        return Plan(
+            target=str(target),
+            dtype=self.dtype or fastest_dtype(),
+            max_model_len=max(self.max_model_len, longest if self.contexts else 0),
+            rounds=self.rounds,
+            sides=self._sides(str(target), drafters),
+            loads=self._loads(target),
+            enforce_eager=self.enforce_eager,
+            chat_template=tokenizer_of(target).chat_template is not None,
+            profiled_steps=_PROFILED_STEPS if self.profile else 0,
+            fresh_servers=self.fresh_servers,
+            environment=fastest_environment(os.environ),
+            min_draft_probability=self.min_draft_probability,
+        )
+
+    def _sides(self, target: str, drafters: "Drafters") -> "tuple[Side, ...]":
+        from vllm_mtp.bench import plan
+        from vllm_mtp.drafter.checkpoint import read_config
+
+        stock: dict[str, Callable[[int], Side]] = {
+            "ngram": plan.ngram_side,
+            "draft_model": partial(plan.self_draft_side, target),
+        }
+        if unknown := set(self.baselines) - set(stock):
+            raise MTPError(
+                f"--baselines: got {', '.join(sorted(unknown))}, expected "
+                f"{', '.join(stock)}"
+            )
+        most = max(self.num_speculative_tokens)
+        sides = [plan.plain_side(), *(stock[name](most) for name in self.baselines)]
+        for name, folder in drafters.folders.items():
+            made_for = read_config(folder).num_speculative_tokens
+            # One that is not calibrated shows itself with all its tokens.
+            wanted = self.num_speculative_tokens
+            wanted = wanted if name == drafters.calibrate else [min(most, made_for)]
+            sides += [
+                plan.drafter_side(name, folder, k, self.min_draft_probability)
+                for k in wanted
+                if k <= made_for
+            ]
+        return tuple(sides)
+
+    def _loads(self, target: Path) -> "tuple[Load, ...]":
+        from vllm_mtp.bench import loads
+        from vllm_mtp.bench.run import tokenizer_of
+
+        most = loads.num_prompts(max(self.concurrency), self.num_prompts)
+        prompts = self._prompts(most + _TEXTS_BEFORE if self.contexts else most)
+        wanted = loads.concurrency_loads(
+            prompts, self.concurrency, self.num_prompts, self.max_tokens, self.prompts
+        )
+        if self.contexts:
+            wanted += loads.context_loads(
+                tokenizer_of(target), prompts, self.contexts, self.max_tokens
+            )
+        if self.categories:
+            wanted += loads.category_loads(
+                self._by_category(), self.num_prompts, self.max_tokens
+            )
+        return tuple(wanted)
+
+    def _prompts(self, num: int) -> tuple[str, ...]:
+        from vllm_mtp.data.sharegpt import sharegpt_prompts
+
+        if self.prompts == "sharegpt":
+            found = sharegpt_prompts(num, skip=FIRST_UNSEEN_PROMPT, max_chars=1000)
+            return tuple(found)
+        return tuple(text for _, text in _read(self.prompts, num))
+
+    def _by_category(self) -> dict[str, list[str]]:
+        found: dict[str, list[str]] = {}
+        for category, text in _read(str(self.categories)):
+            found.setdefault(category, []).append(text)
+        return found
+
+
+def _read(file: str, limit: int | None = None) -> list[tuple[str, str]]:
+    """Category and text of each prompt."""
+    from vllm_mtp.data.prompts import read_prompts
+    from vllm_mtp.data.settings import SourceSettings
+
+    rows = read_prompts(SourceSettings(prompts=file, limit=limit))
+    return [(row.category, row.messages[-1]["content"]) for row in rows]

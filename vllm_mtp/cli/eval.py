@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``vllm-mtp eval``."""
+
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from vllm_mtp.cli import flag
+from vllm_mtp.cli.targets import target_folder
+from vllm_mtp.errors import DataError, MTPError
+
+if TYPE_CHECKING:
+    import torch
+    from datasets import Dataset
+    from pydantic import JsonValue
+
+    from vllm_mtp.evaluation.offline import OfflineResult
+    from vllm_mtp.evaluation.served import ServedResult
+    from vllm_mtp.metrics import AcceptanceCounts
+
+
+@dataclass
+class Eval:
+    """Measure how many drafts of a drafter its target would accept, without vLLM: on
+    answers of `vllm-mtp generate`, by category of prompts, behind every token and in
+    simulated greedy decoding. With --in-vllm, vLLM then answers the same prompts with
+    the drafter, and its own counts stand beside the simulated ones."""
+
+    positional: ClassVar[str] = "drafter"
+
+    drafter: str = flag("the drafter's folder; the flag's name can be left out")
+    target: str = flag("the target's Hugging Face folder or hub name")
+    data: str = flag("folder that `vllm-mtp generate` wrote with this target")
+    split: str = flag("its part to use: held_out or train", "held_out")
+    num_speculative_tokens: int | None = flag(
+        "tokens to draft per step (default: what the drafter was made for)", None
+    )
+    limit: int | None = flag("most sequences, from the start (default: all)", None)
+    out: str | None = flag(
+        "folder for evaluation.json, evaluation.md and acceptance.png", None
+    )
+    in_vllm: bool = flag("let vLLM answer the same prompts too, and compare", False)
+    min_acceptance_length: float | None = flag(
+        "exit code 1 unless the acceptance length is above this (in vLLM, if asked)",
+        None,
+    )
+    baseline: str | None = flag(
+        "another drafter for the same prompts in vLLM; exit code 1 unless this one's "
+        "acceptance length is above it",
+        None,
+    )
+    device: str | None = flag("such as cpu or cuda (default: cuda if there)", None)
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = flag(
+        "type to compute in; auto is the target's own", "auto"
+    )
+
+    def run(self) -> int:
+        from dataclasses import replace
+
+        if self.baseline is not None and not self.in_vllm:
+            raise MTPError("--baseline: is measured in vLLM; add --in-vllm")
+
+        from vllm_mtp.evaluation.report import (
+            markdown,
+            require_matplotlib,
+            write_report,
+        )
+        from vllm_mtp.sharing.folder import refresh_card
+
+        if self.out is not None:
+            require_matplotlib()  # before the work, not after it
+        result = replace(self._evaluate(), settings=self._settings())
+        print(markdown(result))
+        if temperature := result.settings["answers_temperature"]:
+            print(
+                f"\nThe answers were sampled at temperature {temperature}: in "
+                "simulated decoding a draft counts as accepted only where it is the "
+                "sampled token."
+            )
+        if self.out is not None:
+            files = write_report(result, self.out)
+            if Path(self.out).resolve() == Path(self.drafter).resolve():
+                refresh_card(self.out)
+            print("\nwritten: " + ", ".join(map(str, files)))
+        counts, least = result.total.simulated, self.min_acceptance_length
+        if self.in_vllm:
+            counts = self._serve(result)
+        if self.baseline is not None:
+            least = max(least or 1.0, self._measure_baseline(result.k))
+        return _verdict(counts, least)
+
+    def _serve(self, result: "OfflineResult") -> "AcceptanceCounts":
+        """vLLM's counts of the same prompts, printed beside the simulated ones."""
+        from vllm_mtp.evaluation.report import compare_served
+
+        served = self._measure(self.drafter, result.k)
+        table, apart = compare_served(result, served.by_category)
+        print("\n### Simulated decoding / vLLM, the same prompts\n\n" + table)
+        print(
+            f"\nlargest difference of a position over all: {apart:.2f} points; "
+            f"{served.same_text} of {served.sequences} answers are those of the data"
+        )
+        return served.total
+
+    def _measure_baseline(self, k: int) -> float:
+        """The acceptance length of the other drafter in vLLM."""
+        counts = self._measure(str(self.baseline), k).total
+        positions = " ".join(f"{rate:.3f}" for rate in counts.acceptance_per_position)
+        print(
+            f"\nbaseline {self.baseline} in vLLM: acceptance length "
+            f"{counts.acceptance_length:.3f}, by position {positions}"
+        )
+        return counts.acceptance_length
+
+    def _measure(self, drafter: str, k: int) -> "ServedResult":
+        from vllm_mtp.evaluation.served import measure_served
+
+        target = target_folder(self.target)
+        return measure_served(drafter, target, self._rows(target), k, self.dtype)
+
+    def _evaluate(self) -> "OfflineResult":
+        """Check all that is cheap to check, then load the target and draft."""
+        from vllm_mtp.drafter.checkpoint import load_drafter, read_config
+        from vllm_mtp.drafter.model import BoundDrafter
+        from vllm_mtp.evaluation.offline import evaluate_texts, require_positions
+        from vllm_mtp.torch_host.hf_target import HFTarget, load_frozen
+
+        config = read_config(self.drafter)
+        k = self.num_speculative_tokens
+        k = config.num_speculative_tokens if k is None else k
+        require_positions(config, k)
+        target, device = target_folder(self.target), self._device()
+        config.target.require_same(_facts_of(target))
+        rows = self._rows(target)
+        model = load_frozen(target, self.dtype, device)
+        drafter = load_drafter(self.drafter, dtype=model.dtype, device=device)
+        bound = BoundDrafter(drafter, HFTarget(model))
+        return evaluate_texts(bound, _with_bar(rows), k)
+
+    def _device(self) -> "torch.device":
+        import torch
+
+        name = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            return torch.empty(0, device=name).device
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).partition("\n")[0]
+            raise MTPError(
+                f"--device: got {name!r}, which cannot be used here ({reason}); "
+                "expected such as cpu, cuda or cuda:1"
+            ) from None
+
+    def _rows(self, target: Path) -> "Dataset":
+        from vllm_mtp.data.store import read_split, require_made_by
+
+        if self.limit is not None and self.limit < 1:
+            raise MTPError(f"--limit: got {self.limit}, expected 1 or more")
+        require_made_by(self.data, _facts_of(target), target=target)
+        try:
+            rows = read_split(self.data, self.split)
+        except ModuleNotFoundError as error:
+            raise MTPError(
+                f"--data needs the package {error.name!r}, which is not installed: "
+                "pip install 'vllm-mtp[train]'"
+            ) from None
+        if not len(rows):
+            raise DataError(
+                f"--data {self.data}: the split {self.split!r} has no rows; generate "
+                "more, or use another --split"
+            )
+        return rows.select(range(min(len(rows), self.limit or len(rows))))
+
+    def _settings(self) -> "dict[str, JsonValue]":
+        """What the numbers depend on, for the reader of the JSON."""
+        from importlib.metadata import version
+
+        from vllm_mtp.data.store import read_provenance
+        from vllm_mtp.sharing.names import public_value
+
+        generated = read_provenance(self.data).settings
+        flags = ("drafter", "target", "data", "split", "limit", "dtype")
+        # Names without this machine's paths: the report may go with the drafter.
+        told = public_value({name: getattr(self, name) for name in flags})
+        return told | {
+            "device": str(self._device()),
+            "answers_temperature": generated.sampling.temperature,
+            "answers_max_tokens": generated.sampling.max_tokens,
+            "versions": {
+                name: version(name) for name in ("vllm-mtp", "transformers", "torch")
+            },
+        }
+
+
+def _verdict(counts: "AcceptanceCounts", least: float | None) -> int:
+    if least is None or counts.acceptance_length > least:
+        return 0
+    print(
+        f"FAILED: acceptance length {counts.acceptance_length:.3f}, expected more than "
+        f"{least:.3f}"
+    )
+    return 1
+
+
+def _facts_of(target: Path) -> Any:
+    from vllm_mtp.drafter.target_facts import TargetFacts
+
+    return TargetFacts.from_folder(target)
+
+
+def _with_bar(rows: "Dataset") -> Iterable[Mapping[str, Any]]:
+    from tqdm import tqdm
+
+    # A log file shall not get a line per second.
+    every = 1.0 if sys.stderr.isatty() else 30.0
+    return tqdm(rows, unit="sequence", mininterval=every)

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``vllm-mtp init``."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from vllm_mtp.cli import flag
+from vllm_mtp.cli.targets import target_folder
+from vllm_mtp.drafter.design import DrafterDesign
+from vllm_mtp.errors import MTPError
+
+
+@dataclass(kw_only=True)
+class Init(DrafterDesign):
+    """Make a new drafter for a target: untrained, but loadable. Layers that are
+    `shared` are the target's own, read in place; `own` layers get weights of their
+    own, at first a copy of the target layer whose KV cache they read."""
+
+    target: str = flag("the target's Hugging Face folder")
+    layers: str = flag("such as shared:all, own:0,7,14 or shared:0-9,own:28,29")
+    num_speculative_tokens: int = flag("most tokens to draft per step")
+    out: str = flag("folder to write; must not hold a drafter yet")
+    draft_vocab_text: str | None = flag(
+        "UTF-8 text file to count the tokens on, one text per line", None
+    )
+    seed: int = flag("seed of the random start values", 0)
+
+    def run(self) -> int:
+        from vllm_mtp.cli.inspect import describe
+        from vllm_mtp.drafter.checkpoint import CONFIG_FILE
+        from vllm_mtp.drafter.init import new_drafter
+        from vllm_mtp.sharing.folder import write_folder
+        from vllm_mtp.sharing.provenance import untrained
+
+        out = Path(self.out)
+        if (out / CONFIG_FILE).exists():
+            raise MTPError(
+                f"--out {out}: holds a {CONFIG_FILE} already; name another folder, or "
+                "remove it first"
+            )
+        target = target_folder(self.target)
+        drafter = new_drafter(
+            target,
+            self.layers,
+            self.num_speculative_tokens,
+            self.options(self._draft_token_ids(target), self.seed),
+        )
+        write_folder(drafter, out, untrained(drafter.config, target, self.target))
+        print(describe(drafter.config))
+        print(
+            f"\nuntrained drafter written to {out}\nserve it: vllm serve {self.target} "
+            '--speculative-config \'{"method":"mtp_placeholder",'
+            f'"model":"{out}"}}\''
+        )
+        return 0
+
+    def _draft_token_ids(self, target: Path) -> tuple[int, ...] | None:
+        if self.draft_vocab_size is None:
+            return None
+        if self.draft_vocab_text is None:
+            raise MTPError(
+                "--draft-vocab-size needs --draft-vocab-text FILE, the text on which "
+                "the target's most frequent tokens are counted"
+            )
+        from transformers import AutoConfig, AutoTokenizer
+
+        from vllm_mtp.drafter.vocabulary import most_frequent_tokens
+
+        vocab_size = AutoConfig.from_pretrained(target).get_text_config().vocab_size
+        if not 0 < self.draft_vocab_size <= vocab_size:
+            raise MTPError(
+                f"--draft-vocab-size: got {self.draft_vocab_size}, expected 1 to "
+                f"{vocab_size}, the size of the target's vocabulary"
+            )
+        texts = Path(self.draft_vocab_text)
+        if not texts.is_file():
+            raise MTPError(f"--draft-vocab-text {texts}: no such file")
+        with texts.open(encoding="utf-8") as lines:
+            return most_frequent_tokens(
+                AutoTokenizer.from_pretrained(target),
+                lines,
+                self.draft_vocab_size,
+                vocab_size,
+            )

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``vllm-mtp inspect``."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from vllm_mtp.cli import flag
+from vllm_mtp.drafter.config import DrafterConfig, SharedLayerConfig
+
+
+@dataclass
+class Inspect:
+    """Say what a drafter is, what it binds to, and what a draft costs. The weights
+    are checked as they would be when serving."""
+
+    positional: ClassVar[str] = "drafter"
+
+    drafter: str = flag("the drafter's folder; the flag's name can be left out")
+
+    def run(self) -> int:
+        from vllm_mtp.drafter.checkpoint import load_drafter
+
+        print(describe(load_drafter(self.drafter).config))
+        return 0
+
+
+def describe(config: DrafterConfig) -> str:
+    """A drafter in a few lines of text."""
+    from vllm_mtp.sharing.card import prefix_text
+
+    facts = config.target
+    heads = f"{facts.num_attention_heads} heads, {facts.num_key_value_heads} KV heads"
+    vocab = config.draft_vocab_size
+    markov = f"rank {config.markov.rank}" if config.markov else "no"
+    return "\n".join(
+        [
+            (
+                f"drafter for      {facts.name or facts.model_type}: "
+                f"{facts.model_type}, {facts.num_hidden_layers} layers, "
+                f"hidden {facts.hidden_size}, {heads}, "
+                f"head size {facts.head_dim}, vocabulary {facts.vocab_size}"
+            ),
+            (
+                f"tokens per draft {config.num_speculative_tokens} (1 anchor, "
+                f"{config.num_speculative_tokens - 1} placeholders)"
+            ),
+            *_layer_lines(config),
+            f"reads            of the prefix, {prefix_text(config)}",
+            f"Markov           {markov}",
+            f"vocabulary       {f'{vocab} tokens' if vocab else 'the whole one'}",
+            f"weights          {config.dtype}",
+            *_cost_lines(config),
+        ]
+    )
+
+
+def _layer_lines(config: DrafterConfig) -> list[str]:
+    lines = []
+    for index, layer in enumerate(config.layers):
+        if isinstance(layer, SharedLayerConfig):
+            lora = layer.lora
+            extra = (
+                f", LoRA rank {lora.rank} on {', '.join(lora.modules)}" if lora else ""
+            )
+        else:
+            extra = ", bridge" if layer.bridge else ""
+            extra += ", boundary hidden" if layer.boundary_hidden else ""
+        lines.append(
+            f"layer {index:<10} {layer.kind}, reads target layer "
+            f"{layer.target_layer}{extra}"
+        )
+    return lines
+
+
+def _cost_lines(config: DrafterConfig) -> list[str]:
+    from vllm_mtp.drafter.cost import draft_cost
+
+    cost = draft_cost(config)
+    return [
+        f"parameters       {cost.drafter_parameters:,} of its own",
+        (
+            f"a draft touches  {cost.draft_parameters:,} parameters "
+            f"({cost.shared_parameters:,} of shared layers, {cost.head_parameters:,} "
+            f"of the LM head): {cost.relative_cost:.2f} of a target step"
+        ),
+        (
+            f"KV cache         {cost.own_kv_bytes_per_token} bytes per token of its "
+            f"own; a draft reads {cost.kv_bytes_read_per_token:,} bytes per token of "
+            f"prefix that is read (the target keeps {cost.target_kv_bytes_per_token:,})"
+        ),
+    ]

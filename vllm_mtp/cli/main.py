@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line ``vllm-mtp``.
+
+Every command is one dataclass in ``vllm_mtp/cli/``: its docstring is the
+help text, its fields are the flags, its ``run`` does the work.
+"""
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.metadata import version
+from pathlib import Path
+
+from vllm_mtp.errors import MTPError
+
+# command: (module, class, one line of help). Spelled out here, so that the
+# overview needs no heavy import.
+COMMANDS = {
+    "demo": ("demo", "Demo", "serve real prompts with and without, and compare"),
+    "demo-target": ("demo_target", "DemoTarget", "make the demo target's folder"),
+    "init": ("init", "Init", "make a new, untrained drafter for a target"),
+    "generate": ("generate", "Generate", "let a target answer prompts, as a dataset"),
+    "train": ("train", "Train", "train a drafter on the target's own answers"),
+    "eval": ("eval", "Eval", "measure how many drafts a target would accept"),
+    "bench": ("bench", "Bench", "measure tokens/s beside stock vLLM, and calibrate"),
+    "inspect": ("inspect", "Inspect", "say what a drafter is and what it costs"),
+    "check": ("check", "Check", "compare a served drafter with the trained one"),
+    "push": ("push", "Push", "upload a drafter to the Hugging Face hub"),
+    "references": ("references", "References", "list the drafters shipped with this"),
+    "doctor": ("doctor", "Doctor", "check whether the method can work here"),
+}
+
+# What the extra `train` installs, as it is imported.
+TRAIN_PACKAGES = ("accelerate", "datasets", "tensorboard", "yaml")
+_YAML = (".yaml", ".yml")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Returns:
+        The exit code: 0 fine, 1 failed, 2 wrong usage, 130 interrupted.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    name, rest = _overview().parse_args(arguments[:1]).command, arguments[1:]
+    try:
+        return _load(name, rest).run()
+    except MTPError as error:
+        print(f"vllm-mtp {name}: {error}", file=sys.stderr)
+        return 1
+    except ImportError as error:
+        if (package := _missing_package(error)) is None:
+            raise
+        advice = f"needs the package {package}: pip install 'vllm-mtp[train]'"
+        print(f"vllm-mtp {name}: {advice} ({error})", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"vllm-mtp {name}: interrupted", file=sys.stderr)
+        return 130
+
+
+def _overview() -> argparse.ArgumentParser:
+    lines = [f"  {name:<12} {text}" for name, (_, _, text) in COMMANDS.items()]
+    parser = argparse.ArgumentParser(
+        prog="vllm-mtp",
+        description="Drafters for vLLM that read the target's own KV cache.",
+        epilog="commands:\n"
+        + "\n".join(lines)
+        + "\n\n`vllm-mtp COMMAND --help` explains one.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=version("vllm-mtp"))
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND")
+    return parser
+
+
+def _missing_package(error: ImportError) -> str | None:
+    """The package of the extra `train` that could not be imported."""
+    # transformers names accelerate in its message alone.
+    named = [error.name.partition(".")[0]] if error.name else _words(str(error))
+    return next((package for package in TRAIN_PACKAGES if package in named), None)
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"\w+", text)
+
+
+def _load(name: str, rest: Sequence[str]):  # type: ignore[no-untyped-def]
+    """Parse a command's flags into its dataclass."""
+    from transformers import HfArgumentParser
+
+    module, class_name, _ = COMMANDS[name]
+    command = getattr(import_module(f"vllm_mtp.cli.{module}"), class_name)
+    parser = HfArgumentParser(
+        command,
+        prog=f"vllm-mtp {name}",
+        usage=getattr(command, "usage", None),
+        description=command.__doc__,
+        allow_abbrev=False,  # what is short for one flag today may be for two tomorrow
+    )
+    flags = _flags(command, rest, parser)
+    # Exits on an unknown flag. First, since the dataclass would complain about what
+    # the misspelt flag was to set.
+    parser.parse_args(flags)
+    (parsed,) = parser.parse_args_into_dataclasses(flags, look_for_args_file=False)
+    return parsed
+
+
+def _flags(
+    command: type, rest: Sequence[str], parser: argparse.ArgumentParser
+) -> list[str]:
+    """What stands before the flags, as flags too."""
+    from dataclasses import fields
+
+    from vllm_mtp.cli.yaml_flags import flags_of_yaml
+
+    first, *others = rest or [""]
+    if hasattr(command, "positional") and first and not first.startswith("-"):
+        # `vllm-mtp inspect FOLDER`: the one flag that every call has.
+        return [f"--{command.positional}", *rest]
+    if not hasattr(command, "takes_yaml"):
+        return list(rest)
+    # Behind a flag that takes a list, argparse would take it for a part of that.
+    if late := [a for a in others if a.endswith(_YAML) and not a.startswith("-")]:
+        parser.error(
+            f"{late[0]}: expected one YAML file at most, and that as the first "
+            f"argument: {parser.prog} {late[0]} --flags ..."
+        )
+    if first.endswith(_YAML):
+        return [*flags_of_yaml(Path(first), fields(command)), *others]
+    return list(rest)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``vllm-mtp train``."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from vllm_mtp.cli.targets import target_folder
+from vllm_mtp.drafter.layout import SERVED_READS
+from vllm_mtp.training.arguments import DrafterTrainingArguments
+
+
+@dataclass(kw_only=True)
+class Train(DrafterTrainingArguments):
+    """Train a drafter on a frozen target's own answers, with transformers' Trainer:
+    `vllm-mtp train SETTINGS.yaml`, flags, or both (flags win). `--output-dir` becomes
+    the drafter's folder. `--resume-from-checkpoint last` goes on where a killed run
+    left its last checkpoint. Several GPUs: `accelerate launch -m vllm_mtp.cli.main
+    train SETTINGS.yaml`."""
+
+    takes_yaml: ClassVar[bool] = True
+    # argparse's own names 150 flags above the one line that says what is wrong.
+    usage: ClassVar[str] = "%(prog)s [SETTINGS.yaml] [--flags ...]  (--help: which)"
+
+    def run(self) -> int:
+        from vllm_mtp.training.run import train
+
+        metrics = train(self, target_folder(self.target))
+        positions = [v for k, v in metrics.items() if "acceptance_position" in k]
+        print(
+            f"acceptance length on held-out text: "
+            f"{metrics['eval_acceptance_length']:.3f} (bonus token included); "
+            "by position " + " ".join(f"{rate:.3f}" for rate in positions)
+        )
+        if self.reads() == SERVED_READS:
+            print(
+                f"drafter written to {self.output_dir}\n"
+                f"check it:  vllm-mtp check {self.output_dir} --target {self.target}\n"
+                f"serve it:  vllm serve {self.target} --speculative-config "
+                '\'{"method":"mtp_placeholder",'
+                f'"model":"{self.output_dir}"}}\''
+            )
+        return 0

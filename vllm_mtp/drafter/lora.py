@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LoRA on the target's own layers, gated to the placeholder rows.
+
+The anchor's row passes unchanged, so a shared layer stays exactly the target's
+there; the gating follows Apple's "Your LLM knows the future" (2507.11851).
+"""
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from vllm_mtp.drafter.config import LinearName, LoRAConfig
+from vllm_mtp.drafter.host import TargetHost
+from vllm_mtp.drafter.shadow import shadow
+from vllm_mtp.drafter.target_facts import TargetFacts
+from vllm_mtp.errors import UnsupportedTargetError
+
+
+class LowRankPair(nn.Module):
+    """``x -> scale * B A x``. B starts at zero, so it changes nothing at first."""
+
+    def __init__(self, sizes: tuple[int, int], config: LoRAConfig) -> None:
+        super().__init__()
+        in_size, out_size = sizes
+        self.scale = config.alpha / config.rank
+        self.a = nn.Parameter(torch.empty(config.rank, in_size))
+        self.b = nn.Parameter(torch.empty(out_size, config.rank))
+
+    def init_weights(self, generator: torch.Generator) -> None:
+        bound = self.a.shape[1] ** -0.5
+        nn.init.uniform_(self.a, -bound, bound, generator=generator)
+        nn.init.zeros_(self.b)
+
+    def forward(self, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+        """``[rows, in]`` and the gate ``[rows, 1]`` to ``[rows, out]``."""
+        # Gate and scale on the narrow side: it is a fraction of the output's size.
+        return (x @ self.a.t()) * (gate * self.scale) @ self.b.t()
+
+
+class RowGate:
+    """Which rows a change applies to; set before each forward."""
+
+    def __init__(self) -> None:
+        self.rows: torch.Tensor | None = None  # shape: [rows, 1], 0 or 1
+
+
+class _Site(NamedTuple):
+    """Where a linear module's output lies in the target's (merged) module."""
+
+    path: str
+    start: int
+    size: int
+    total: int  # outputs of the whole module
+
+
+class GatedLinear(nn.Module):
+    """A frozen linear module plus low-rank pairs on slices of its output."""
+
+    def __init__(
+        self,
+        base: nn.Module,
+        branches: list[tuple[_Site, LowRankPair]],
+        gate: RowGate,
+        target: TargetHost,
+    ) -> None:
+        super().__init__()
+        _require_size(base, branches)
+        # Where the base sums over ranks, the pairs' parts belong into the same sum.
+        partial = target.without_all_reduce(base)
+        self.base = base if partial is None else partial
+        self.all_reduce = None if partial is None else target.all_reduce
+        self.branches = branches  # not registered: the drafter owns the pairs
+        self.gate = gate
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Like the base module; vLLM's linears return ``(output, bias)``."""
+        result = self.base(x, *args, **kwargs)
+        output = result[0] if isinstance(result, tuple) else result
+        for site, pair in self.branches:
+            assert self.gate.rows is not None, "set before each forward"
+            change = pair(x, self.gate.rows)
+            output.narrow(-1, site.start, site.size).add_(change)
+        if self.all_reduce is None:
+            return result
+        total = self.all_reduce(output)
+        return (total, *result[1:]) if isinstance(result, tuple) else total
+
+    def __getattr__(self, name: str) -> Any:
+        # vLLM's fusions ask a linear module for its quantisation: answer as
+        # the base would.
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("base"), name)
+
+
+def _require_size(base: nn.Module, branches: list[tuple[_Site, LowRankPair]]) -> None:
+    """An unexpected width (a shared expert?) would put changes in the wrong place."""
+    site, pair = branches[0]
+    expected = (pair.a.shape[1], site.total)
+    got = _sizes(base)
+    if got != expected:
+        raise UnsupportedTargetError(
+            f"the target's {site.path} has (inputs, outputs) {got}, expected "
+            f"{expected}; lora.modules does not fit this target's layers"
+        )
+
+
+def _sizes(base: nn.Module) -> tuple[int | None, int | None]:
+    """Inputs and outputs of a linear module of torch or vLLM, on this rank."""
+
+    def first(*names: str) -> int | None:
+        return next((getattr(base, n) for n in names if hasattr(base, n)), None)
+
+    return (
+        first("in_features", "input_size_per_partition", "input_size"),
+        first("out_features", "output_size_per_partition", "output_size"),
+    )
+
+
+def linear_sizes(facts: TargetFacts, name: LinearName) -> tuple[int, int]:
+    """Input and output size of a layer's linear module."""
+    hidden, mlp = facts.hidden_size, facts.intermediate_size or 0
+    queries = facts.num_attention_heads * facts.head_dim
+    keys = facts.num_key_value_heads * facts.head_dim
+    return {
+        "q_proj": (hidden, queries),
+        "k_proj": (hidden, keys),
+        "v_proj": (hidden, keys),
+        "o_proj": (queries, hidden),
+        "gate_proj": (hidden, mlp),
+        "up_proj": (hidden, mlp),
+        "down_proj": (mlp, hidden),
+    }[name]
+
+
+# Modules that hold several of our linear modules side by side.
+_MERGED: dict[str, tuple[LinearName, ...]] = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+}
+
+
+def with_lora(
+    layer: nn.Module,
+    pairs: Iterable[tuple[LinearName, LowRankPair]],
+    facts: TargetFacts,
+    gate: RowGate,
+    target: TargetHost,
+) -> nn.Module:
+    """A shadow of ``layer`` whose named linear modules carry the pairs.
+
+    Args:
+        layer: The target's; left as it is.
+        pairs: By the linear module that they change.
+        facts: The target's shape, on this rank.
+        gate: Which rows the pairs act on.
+        target: The layer's host.
+
+    Raises:
+        UnsupportedTargetError: The layer has no such module.
+    """
+    by_path: dict[str, list[tuple[_Site, LowRankPair]]] = {}
+    for name, pair in pairs:
+        site = _find_site(layer, name, facts)
+        by_path.setdefault(site.path, []).append((site, pair))
+    return shadow(
+        layer,
+        {
+            path: GatedLinear(layer.get_submodule(path), branches, gate, target)
+            for path, branches in by_path.items()
+        },
+    )
+
+
+def _find_site(layer: nn.Module, name: LinearName, facts: TargetFacts) -> _Site:
+    paths = {path.rpartition(".")[2]: path for path, _ in layer.named_modules()}
+    if name in paths:
+        size = linear_sizes(facts, name)[1]
+        return _Site(paths[name], 0, size, size)
+    for merged, parts in _MERGED.items():
+        if name in parts and merged in paths:
+            sizes = [linear_sizes(facts, part)[1] for part in parts]
+            index = parts.index(name)
+            start = sum(sizes[:index])
+            return _Site(paths[merged], start, sizes[index], sum(sizes))
+    raise UnsupportedTargetError(
+        f"LoRA names module {name!r}, but the target's {type(layer).__name__} has "
+        f"none of that name (it has {sorted(p for p in paths if p)}); make a "
+        "drafter whose lora.modules fit this target"
+    )

@@ -1,0 +1,306 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vLLM's target model as the drafter's host.
+
+The paged cache is read and the scratch slots are written by the target's own
+``Attention`` modules, under the drafter's forward context. So layout, type and
+scales of the cache are vLLM's business, whatever the backend.
+"""
+
+import copy
+import inspect
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.config import VllmConfig, get_layers_from_vllm_config
+from vllm.distributed import (
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+    tensor_model_parallel_all_gather,
+    tensor_model_parallel_all_reduce,
+)
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    UnquantizedEmbeddingMethod,
+    VocabParallelEmbedding,
+)
+from vllm.model_executor.models.utils import extract_layer_index
+
+from vllm_mtp.drafter.host import Stream
+from vllm_mtp.drafter.shadow import shadow
+from vllm_mtp.drafter.sharding import Rank
+from vllm_mtp.drafter.target_facts import TargetFacts
+from vllm_mtp.errors import UnsupportedTargetError
+from vllm_mtp.serving.kernels import prepare, product
+
+_LAYER_PARAMETERS = ("positions", "hidden_states", "residual")
+
+
+def this_rank() -> Rank:
+    """This process among those that share the target's layers."""
+    return Rank(
+        get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
+    )
+
+
+class VllmTarget:
+    """A loaded vLLM model as `drafter.host.TargetHost`.
+
+    Args:
+        model: The runner's target model.
+        vllm_config: The target's config.
+        facts: What the drafter was made for.
+        bound_layers: Target layers that the drafter reads.
+
+    Raises:
+        UnsupportedTargetError: A bound layer has no ordinary attention, or the
+            model's layers cannot be run one by one.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        vllm_config: VllmConfig,
+        facts: TargetFacts,
+        bound_layers: Iterable[int],
+    ) -> None:
+        self._model = _language_model(model)
+        self._dtype = vllm_config.model_config.dtype
+        self._max_model_len = vllm_config.model_config.max_model_len
+        self._decoder = self._model.model
+        attention = _attention_by_layer(vllm_config)
+        self._attention: dict[int, Attention] = {}
+        self._rotary: dict[int, nn.Module] = {}
+        for index in bound_layers:
+            self._bind(index, attention, facts)
+
+    @property
+    def attention_layer_names(self) -> set[str]:
+        """vLLM's names of the attention layers that the drafter reads."""
+        return {attention.layer_name for attention in self._attention.values()}
+
+    def _bind(
+        self, index: int, attention: dict[int, Attention], facts: TargetFacts
+    ) -> None:
+        layer = self.layer(index)
+        if index not in attention:
+            raise UnsupportedTargetError(
+                f"target layer {index} ({type(layer).__name__}) has no ordinary "
+                "attention, so there is no KV cache to read (MLA, mamba or linear "
+                f"attention?). Bind to one of the layers {sorted(attention)}."
+            )
+        _require_heads(index, attention[index], facts)
+        rotary: list[Any] = [
+            module.rotary_emb
+            for module in layer.modules()
+            if hasattr(module, "rotary_emb")
+        ]
+        if attention[index].kv_sharing_target_layer_name is not None:
+            raise UnsupportedTargetError(
+                f"target layer {index} reads the KV cache of "
+                f"{attention[index].kv_sharing_target_layer_name!r} and writes none of "
+                "its own; bind to that layer instead"
+            )
+        if len(rotary) != 1 or rotary[0] is None:
+            raise UnsupportedTargetError(
+                f"target layer {index} ({type(layer).__name__}) has no single "
+                "`rotary_emb`, which a drafter's queries need; this architecture is "
+                "not supported"
+            )
+        self._attention[index] = attention[index]
+        self._rotary[index] = rotary[0]
+
+    def all_reduce(self, partial: torch.Tensor) -> torch.Tensor:
+        return tensor_model_parallel_all_reduce(partial)
+
+    def without_all_reduce(self, linear: Any) -> nn.Module | None:
+        # vLLM's `RowParallelLinear`, of any quantisation.
+        if not (getattr(linear, "reduce_results", False) and linear.tp_size > 1):
+            return None
+        partial: Any = copy.copy(linear)
+        partial.reduce_results = False
+        return partial
+
+    def sliding_window(self, index: int) -> int | None:
+        window: int | None = self._attention[index].sliding_window
+        return None if window is None or window >= self._max_model_len else window
+
+    def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+        return self._model.embed_input_ids(token_ids)
+
+    def layer(self, index: int) -> nn.Module:
+        layer = self._decoder.layers[index]
+        found = inspect.signature(type(layer).forward).parameters
+        if not all(name in found for name in _LAYER_PARAMETERS):
+            raise UnsupportedTargetError(
+                f"{type(layer).__name__}.forward takes {list(found)[1:]}, expected "
+                f"{list(_LAYER_PARAMETERS)}; this architecture is not supported"
+            )
+        stand_ins = {
+            path: _FiniteAttention(module)
+            for path, module in layer.named_modules()
+            if isinstance(module, Attention)
+        }
+        return shadow(layer, stand_ins)
+
+    def run_layer(
+        self, layer: nn.Module, index: int, stream: Stream, positions: torch.Tensor
+    ) -> Stream:
+        hidden, residual = layer(
+            positions=positions,
+            hidden_states=stream.hidden,
+            residual=stream.residual,
+        )
+        return Stream(hidden, residual)
+
+    def rotate(
+        self,
+        index: int,
+        positions: torch.Tensor,
+        query: torch.Tensor,
+        key: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._rotary[index](positions, query, key)
+
+    def attend(
+        self, index: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> torch.Tensor:
+        return self._attention[index](query, _finite(key), _finite(value))
+
+    def final_norm(self, stream: Stream) -> torch.Tensor:
+        norm = self._decoder.norm
+        if stream.residual is None:
+            return norm(stream.hidden)
+        return norm(stream.hidden, stream.residual)[0]
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self._model.compute_logits(hidden)
+
+    def logits_of_tokens(self, token_ids: torch.Tensor) -> nn.Module:
+        return _SmallHead(self._model, token_ids, self._dtype)
+
+
+def _finite(states: torch.Tensor) -> torch.Tensor:
+    """Keys or values without NaN and infinity.
+
+    They go to scratch slots, which the target's attention masks and yet multiplies
+    with 0; of NaN and infinity that makes NaN in the target's own output.
+    """
+    return states.nan_to_num(0.0, 0.0, 0.0)
+
+
+class _FiniteAttention(nn.Module):
+    """A shared layer's attention, which writes what `_finite` leaves."""
+
+    def __init__(self, attention: Attention) -> None:
+        super().__init__()
+        self._modules["attention"] = attention
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        return self.attention(query, _finite(key), _finite(value), *args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("attention"), name)
+
+
+class _SmallHead(nn.Module):
+    """The rows of the target's LM head that belong to a reduced vocabulary.
+
+    The rows are gathered once; a whole head per draft would undo the saving. Each
+    rank keeps an equal share of them: the head's own shares would be lopsided, since
+    frequent tokens have low ids.
+    """
+
+    def __init__(
+        self, model: Any, token_ids: torch.Tensor, model_dtype: object
+    ) -> None:
+        super().__init__()
+        head, processor = getattr(model, "lm_head", None), model.logits_processor
+        method = getattr(head, "quant_method", None)
+        plain = isinstance(method, UnquantizedEmbeddingMethod | UnquantizedLinearMethod)
+        same_dtype = getattr(processor, "head_dtype", None) in (None, model_dtype)
+        known = isinstance(head, VocabParallelEmbedding)
+        if not known or not plain or not same_dtype or _has_bias(head):
+            raise UnsupportedTargetError(
+                f"the target's LM head ({type(head).__name__}) is missing, quantised, "
+                "of another type or has a bias; a reduced draft vocabulary needs a "
+                "plain one. Use a drafter with draft_vocab_size null."
+            )
+        rows = _rows_of_all_ranks(head, token_ids)
+        self.num_tokens = len(rows)
+        self.weight = nn.Parameter(_share_of_this_rank(rows), requires_grad=False)
+        self.scale: float = processor.scale
+        self.soft_cap: float | None = processor.soft_cap
+        prepare(self)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """``[rows, hidden_size]`` to ``[rows, tokens]``."""
+        logits = product(self, hidden)
+        logits = tensor_model_parallel_all_gather(logits)[:, : self.num_tokens]
+        if self.soft_cap is not None:
+            logits = torch.tanh(logits / self.soft_cap) * self.soft_cap
+        return logits * self.scale if self.scale != 1.0 else logits
+
+
+def _rows_of_all_ranks(head: Any, token_ids: torch.Tensor) -> torch.Tensor:
+    """Rows of an LM head whose vocabulary is shared out. ``[tokens, hidden_size]``."""
+    shard = head.shard_indices
+    start, end = shard.org_vocab_start_index, shard.org_vocab_end_index
+    is_here = (start <= token_ids) & (token_ids < end)
+    rows = head.weight.detach()[torch.where(is_here, token_ids - start, 0)]
+    # Each row is on one rank, so the sum only collects them.
+    rows = rows.masked_fill(~is_here[:, None], 0)
+    return rows if head.tp_size == 1 else tensor_model_parallel_all_reduce(rows)
+
+
+def _share_of_this_rank(rows: torch.Tensor) -> torch.Tensor:
+    """An equal share of all rows; zeros fill the last one up."""
+    rank = this_rank()
+    share = -(-len(rows) // rank.size)
+    rows = nn.functional.pad(rows, (0, 0, 0, share * rank.size - len(rows)))
+    return rows[rank.index * share :][:share].clone()
+
+
+def _has_bias(head: Any) -> bool:
+    return getattr(head, "bias", None) is not None
+
+
+def _language_model(model: Any) -> Any:
+    """The text part of a model that may be multimodal."""
+    inner = (
+        model.get_language_model() if hasattr(model, "get_language_model") else model
+    )
+    decoder = getattr(inner, "model", None)
+    if not (hasattr(decoder, "layers") and hasattr(decoder, "norm")):
+        raise UnsupportedTargetError(
+            f"{type(inner).__name__} has no `model.layers` and `model.norm`; this "
+            "architecture is not supported"
+        )
+    return inner
+
+
+def _attention_by_layer(vllm_config: VllmConfig) -> dict[int, Attention]:
+    layers = get_layers_from_vllm_config(vllm_config, Attention)
+    return {extract_layer_index(name): layer for name, layer in layers.items()}
+
+
+def _require_heads(index: int, attention: Attention, facts: TargetFacts) -> None:
+    got = (attention.num_heads, attention.num_kv_heads, attention.head_size)
+    expected = (facts.num_attention_heads, facts.num_key_value_heads, facts.head_dim)
+    if got != expected:
+        raise UnsupportedTargetError(
+            f"target layer {index} has (heads, KV heads, head size) {got}, the "
+            f"drafter was made for {expected}; use a drafter made for this target"
+        )

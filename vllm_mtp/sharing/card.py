@@ -1,0 +1,388 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``README.md`` of a drafter's folder: a Hugging Face model card."""
+
+import json
+import shlex
+from collections.abc import Iterable
+from itertools import groupby
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from vllm_mtp.drafter.config import DrafterConfig, SharedLayerConfig
+from vllm_mtp.drafter.cost import draft_cost
+from vllm_mtp.drafter.layout import WINDOW_STEP
+from vllm_mtp.evaluation.offline import OfflineResult
+from vllm_mtp.evaluation.report import markdown
+from vllm_mtp.plugin import METHOD
+from vllm_mtp.sharing.names import is_repo_id, public_text
+from vllm_mtp.sharing.provenance import (
+    DrafterProvenance,
+    TrainingRecord,
+    utc,
+    without_paths,
+)
+from vllm_mtp.sharing.speed import SpeedRecord
+
+CARD_FILE = "README.md"
+
+_MARK = (
+    "<!-- Made by vllm-mtp from the other files of this folder, and made anew by it.\n"
+    "To write your own text, remove this comment. -->"
+)
+_TAGS = ["speculative-decoding", "vllm", "vllm-mtp", METHOD.replace("_", "-")]
+_TERMS = {
+    "ce_weight": "cross-entropy on the target's text",
+    "kl_weight": "KL divergence from the target's likeliest tokens",
+    "tv_weight": "total variation distance to the same",
+    "feature_weight": "feature loss of own layers",
+}
+_MEASURES = """\
+Offline, on the target's own answers (`evaluation.json`). In simulated decoding there is
+one draft per decoding step, as in serving; teacher-forced, there is one behind every
+token. A draft is accepted up to the first token that is not the target's own.
+Acceptance lengths count the bonus token that the target gives in every step, so 1 means
+that nothing was accepted."""
+_LIMITS = """\
+- It drafts for this target only. One of other shapes is refused; a fine-tune of it has
+  the same shapes and is taken, but gets fewer drafts accepted.
+- Texts unlike those above may get other acceptance. Acceptance alone is no speed-up:
+  that depends also on the draft's cost, the batch size and the machine.
+- Drafts never decide about the text: the target verifies each of them.
+- What the method does not serve (such as several GPUs per engine or MLA targets) is
+  listed in vllm-mtp's README; `vllm-mtp doctor` checks your vLLM."""
+
+
+def make_card(
+    config: DrafterConfig,
+    provenance: DrafterProvenance | None = None,
+    evaluation: OfflineResult | None = None,
+    speed: SpeedRecord | None = None,
+    *,
+    name: str = "drafter",
+    repo_id: str | None = None,
+    license: str | None = None,
+) -> ModelCard:
+    """Write a drafter's card.
+
+    Args:
+        config: The drafter's.
+        provenance: How it was made, if that is known.
+        evaluation: Its acceptance, if that is known.
+        speed: What a benchmark found, if there was one.
+        name: Of its folder.
+        repo_id: Hub repository that it can be had from; None for from a folder.
+        license: Of the weights; default the target's, if that is known.
+    """
+    provenance = provenance and without_paths(provenance)
+    target = _target_name(config, provenance)
+    known = provenance.target if provenance else None
+    data = ModelCardData(
+        base_model=target if is_repo_id(target) else None,
+        library_name="vllm-mtp",
+        license=license or (known.license if known else None),
+        pipeline_tag="text-generation",
+        tags=list(_TAGS),
+    )
+    title = repo_id.rpartition("/")[2] if repo_id else name
+    model = repo_id or f"./{name}"
+    sections = [
+        _MARK,
+        f"# {title}",
+        _introduction(config, target, provenance),
+        _use(config, target, model),
+        _acceptance(evaluation),
+        _speed(speed),
+        _design(config, target, provenance),
+        _training(provenance),
+        _check(target, model),
+        f"## Limits\n\n{_LIMITS}",
+        _made_with(provenance),
+    ]
+    body = "\n\n".join(section for section in sections if section)
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n")
+
+
+def is_made(text: str) -> bool:
+    """Whether a card is ours, and no person's."""
+    return _MARK.splitlines()[0] in text
+
+
+def license_of(text: str) -> str | None:
+    """The license that a card of ours names."""
+    found = ModelCard(text).data.get("license")
+    return found if isinstance(found, str) else None
+
+
+def serve_command(target: str, model: str, k: int) -> str:
+    """The shell command that serves a target with a drafter."""
+    settings = json.dumps(_settings(model, k), separators=(",", ":"))
+    return (
+        f"vllm serve {shlex.quote(target)} --speculative-config {shlex.quote(settings)}"
+    )
+
+
+def layers_text(config: DrafterConfig) -> str:
+    """The layers as `vllm-mtp init --layers` takes them."""
+    runs = groupby(
+        enumerate(config.layers),
+        key=lambda item: (item[1].kind, item[1].target_layer - item[0]),
+    )
+    parts, before = [], ""
+    for (kind, _), run in runs:
+        numbers = [layer.target_layer for _, layer in run]
+        span = f"{numbers[0]}-{numbers[-1]}" if len(numbers) > 1 else f"{numbers[0]}"
+        parts.append(span if kind == before else f"{kind}:{span}")
+        before = kind
+    return ",".join(parts)
+
+
+def prefix_text(config: DrafterConfig) -> str:
+    """What a draft reads of the prefix."""
+    window = config.prefix_window
+    if window is None:
+        return "all of it"
+    return (
+        f"the first {WINDOW_STEP} tokens and the last {window:,} to "
+        f"{window + WINDOW_STEP - 1:,}"
+    )
+
+
+def _settings(model: str, k: int) -> dict[str, str | int]:
+    return {"method": METHOD, "model": model, "num_speculative_tokens": k}
+
+
+def _target_name(config: DrafterConfig, provenance: DrafterProvenance | None) -> str:
+    known = provenance.target.name if provenance else None
+    return known or public_text(config.target.name or "TARGET")
+
+
+def _introduction(
+    config: DrafterConfig, target: str, provenance: DrafterProvenance | None
+) -> str:
+    if provenance is None:
+        made = "How it was made is not recorded."
+    elif provenance.training is None:
+        made = "**It is untrained**, a starting point."
+    else:
+        made = "It was trained on the target's own answers."
+    return (
+        f"A drafter for speculative decoding of `{target}` in vLLM, with the method "
+        f"`{METHOD}` of the plugin vllm-mtp. It reads the target's own KV cache and "
+        f"keeps none of its own. One forward drafts up to "
+        f"{config.num_speculative_tokens} tokens. {made}"
+    )
+
+
+def _use(config: DrafterConfig, target: str, model: str) -> str:
+    k = config.num_speculative_tokens
+    settings = json.dumps(_settings(model, k), indent=4)
+    python = (
+        f"from vllm import LLM\n\nspeculative_config = {settings}\n"
+        f"llm = LLM({json.dumps(target)}, speculative_config=speculative_config)"
+    )
+    where = "" if is_repo_id(target) else f" (`{target}`: the target's folder)"
+    if model.startswith("./"):
+        where += " (run it beside this folder, or give the folder's whole path)"
+    return (
+        f"## Use\n\nInstall vllm-mtp beside vLLM (`pip install vllm-mtp`){where}:\n\n"
+        f"```bash\n{serve_command(target, model, k)}\n```\n\n"
+        f"```python\n{python}\n```"
+    )
+
+
+def _acceptance(evaluation: OfflineResult | None) -> str:
+    if evaluation is None:
+        return "## Acceptance\n\nNot measured: there is no `evaluation.json`."
+    total = evaluation.total
+    split = evaluation.settings.get("split")
+    of_split = f" (split `{split}`)" if split else ""
+    headline = (
+        f"With {evaluation.k} drafted tokens per step, over {total.sequences:,} "
+        f"answers{of_split} of {total.tokens:,} tokens: acceptance length "
+        f"{total.simulated.acceptance_length:.3f} in simulated greedy decoding, "
+        f"{total.teacher_forced.acceptance_length:.3f} teacher-forced."
+    )
+    parts = ["## Acceptance", headline, _MEASURES]
+    if temperature := evaluation.settings.get("answers_temperature"):
+        parts.append(
+            f"The answers were sampled at temperature {temperature}: a draft counts as "
+            "accepted only where it is the sampled token."
+        )
+    return "\n\n".join([*parts, markdown(evaluation)])
+
+
+def _speed(speed: SpeedRecord | None) -> str:
+    if speed is None:
+        return ""
+    schedule = json.dumps([list(entry) for entry in speed.schedule])
+    where = [
+        ("Device", speed.device),
+        ("Versions", speed.versions),
+        ("Environment", speed.environment),
+        ("Type", f"{speed.dtype}, {'compiled' if speed.compiled else 'eager'}"),
+        ("Rounds", f"{speed.rounds}, the sides in turns"),
+        ("`num_speculative_tokens_per_batch_size`", f"`{schedule}`"),
+    ]
+    rows = "\n".join(
+        f"| {row.requests} | {row.ratio:.2f} ({row.low:.2f} to {row.high:.2f}) | "
+        f"{row.acceptance_length:.2f} |"
+        for row in speed.rows
+    )
+    return (
+        "## Speed\n\nTokens per second over those of the target alone, as "
+        "`vllm-mtp bench` measured them: median (lowest to highest). The number of "
+        "tokens for each batch size was chosen there, and is this machine's; run it on "
+        f"yours.\n\n{_table(where)}\n\n"
+        "| Requests at once | Tokens/s, ratio | Acceptance length |\n"
+        f"| --- | --- | --- |\n{rows}"
+    )
+
+
+def _design(
+    config: DrafterConfig, target: str, provenance: DrafterProvenance | None
+) -> str:
+    cost = draft_cost(config)
+    revision = provenance.target.revision if provenance else None
+    fingerprint = config.target.weights_fingerprint
+    vocab = config.draft_vocab_size
+    markov = config.markov
+    rows = [
+        ("Target", f"`{target}`" + (f", revision `{revision}`" if revision else "")),
+        ("Target's fingerprint", f"`{fingerprint}`" if fingerprint else ""),
+        ("Layers", f"`{layers_text(config)}`{_lora_text(config)}"),
+        ("Reads the target's last hidden state", _yes(config.uses_boundary_hidden)),
+        ("Tokens per draft", f"1 to {config.num_speculative_tokens}"),
+        ("Markov correction", f"rank {markov.rank}" if markov else "no"),
+        ("Vocabulary", f"{vocab:,} tokens" if vocab else "the target's whole one"),
+        ("Weights of its own", f"{cost.drafter_parameters:,} ({config.dtype})"),
+        (
+            "Weights read per draft",
+            f"{cost.draft_parameters:,}, {cost.relative_cost:.2f} of a target step's",
+        ),
+        ("Reads of the prefix", prefix_text(config)),
+        ("KV cache of its own", f"{cost.own_kv_bytes_per_token} bytes per token"),
+        (
+            "Cache read per draft",
+            f"{cost.kv_bytes_read_per_token:,} bytes per token of prefix that is read",
+        ),
+        (
+            "Cache that the target keeps",
+            f"{cost.target_kv_bytes_per_token:,} bytes per token",
+        ),
+    ]
+    return f"## The drafter\n\n{_table(rows)}"
+
+
+def _lora_text(config: DrafterConfig) -> str:
+    loras = {
+        layer.lora
+        for layer in config.layers
+        if isinstance(layer, SharedLayerConfig) and layer.lora
+    }
+    texts = sorted(f"rank {lora.rank} on {', '.join(lora.modules)}" for lora in loras)
+    return f", LoRA {' and '.join(texts)} for the placeholders" if texts else ""
+
+
+def _training(provenance: DrafterProvenance | None) -> str:
+    if provenance is None or provenance.training is None:
+        return ""
+    training = provenance.training
+    rows = [
+        *_data_rows(provenance),
+        ("Objective", _objective(training)),
+        ("Optimizer steps", f"{training.optimizer_steps:,}"),
+        ("Labels seen", f"{training.labels_seen:,}" if training.labels_seen else ""),
+        ("Started", utc(training.started)),
+        ("Finished", utc(training.finished)),
+        ("Time", _time(training)),
+        ("Device", training.device),
+        ("Warm start", _warm_start(provenance)),
+    ]
+    arguments = [
+        (f"`{key}`", f"`{json.dumps(value)}`")
+        for key, value in training.arguments.items()
+    ]
+    return (
+        f"## Training\n\n{_table(rows)}\n\nSettings, as `vllm-mtp train` takes them:"
+        f"\n\n{_table(arguments)}"
+    )
+
+
+def _data_rows(provenance: DrafterProvenance) -> list[tuple[str, str]]:
+    if provenance.data is None:
+        return []
+    generation = provenance.data.generation
+    source, sampling = generation.settings.source, generation.settings.sampling
+    counts = "; ".join(
+        f"{split}: {count.rows:,} answers, {count.answer_tokens:,} tokens of answers"
+        for split, count in generation.splits.items()
+    )
+    return [
+        (
+            "Data",
+            f"`{provenance.data.name}`: the target's own answers to `{source.prompts}`",
+        ),
+        ("Sizes", counts),
+        ("Sampling", f"temperature {sampling.temperature}, top_p {sampling.top_p}"),
+        ("Longest answer", f"{sampling.max_tokens:,} tokens"),
+    ]
+
+
+def _objective(training: TrainingRecord) -> str:
+    return " + ".join(
+        f"{weight} x {text}"
+        for key, text in _TERMS.items()
+        if (weight := training.arguments.get(key))
+    )
+
+
+def _time(training: TrainingRecord) -> str:
+    hours = f"{training.wall_seconds / 3600:.2f} hours"
+    step = training.resumed_from_step
+    return f"{hours}, from step {step:,} on" if step else hours
+
+
+def _warm_start(provenance: DrafterProvenance) -> str:
+    parent = provenance.parent
+    if parent is None:
+        return ""
+    return f"`{parent.name}` (config.json: SHA-256 `{parent.config_sha256}`)"
+
+
+def _check(target: str, model: str) -> str:
+    folder = shlex.quote("./" + model.rpartition("/")[2])
+    lines = [
+        f"vllm-mtp check {folder} --target {shlex.quote(target)}",
+        f"vllm-mtp inspect {folder}",
+    ]
+    if not model.startswith("./"):
+        lines.insert(0, f"hf download {model} --local-dir {folder}")
+    commands = "\n".join(lines)
+    return (
+        "## Check it\n\nCompare what vLLM computes with what training computed, and "
+        f"see the drafter's layers and costs:\n\n```bash\n{commands}\n```"
+    )
+
+
+def _made_with(provenance: DrafterProvenance | None) -> str:
+    if provenance is None:
+        return ""
+    rows = list(provenance.versions.items())
+    if git := provenance.git:
+        rows.append(("commit of vllm_mtp", git.sha + " (changed)" * git.changed))
+    return f"## Made with\n\n{_table(rows)}"
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "no"
+
+
+def _table(rows: Iterable[tuple[str, str]]) -> str:
+    """Two columns; rows without a value are left out."""
+    # A value is data: it must not end a cell or the row.
+    lines = [
+        "| " + " | ".join(" ".join(c.split()).replace("|", "\\|") for c in row) + " |"
+        for row in rows
+        if row[1]
+    ]
+    return "\n".join(["| | |", "| --- | --- |", *lines])

@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``provenance.json``: how a drafter was made. No paths, users or hosts in it."""
+
+import hashlib
+import json
+import os
+from datetime import datetime
+from pathlib import Path
+from typing import Literal, TypeVar
+
+from pydantic import (
+    AwareDatetime,
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    ValidationError,
+)
+
+from vllm_mtp.data.settings import Provenance as Generation
+from vllm_mtp.data.store import read_provenance as read_generation
+from vllm_mtp.drafter.config import DrafterConfig
+from vllm_mtp.drafter.target_facts import TargetFacts, weights_sample_sha256
+from vllm_mtp.errors import CheckpointError
+from vllm_mtp.sharing.made_with import GitState, git_state, versions
+from vllm_mtp.sharing.names import (
+    cached_revision,
+    is_repo_id,
+    public_text,
+    public_value,
+)
+
+PROVENANCE_FILE = "provenance.json"
+
+_M = TypeVar("_M", bound=BaseModel)
+
+
+class Record(BaseModel):
+    """What a drafter's folder says in a JSON file: nothing unknown, all finite."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class TargetRecord(Record):
+    """The target: names for people, hashes for the rest."""
+
+    name: str | None = Field(default=None, description="Hub name or folder's name.")
+    revision: str | None = Field(default=None, description="The hub's commit.")
+    license: str | None = Field(default=None, description="From the target's card.")
+    weights_fingerprint: str | None = Field(
+        default=None, description="See `target.weights_fingerprint`."
+    )
+    weights_sample_sha256: str | None = Field(
+        default=None, description="See `target.weights_sample_sha256`."
+    )
+
+
+class DataRecord(Record):
+    """The target's answers that were trained on."""
+
+    name: str = Field(description="The folder's name.")
+    generation: Generation = Field(description="Its `generation.json`.")
+
+
+class ParentRecord(Record):
+    """The drafter that training started from."""
+
+    name: str = Field(description="Hub name or folder's name.")
+    config_sha256: str = Field(description="Of its `config.json`.")
+    weights_sample_sha256: str | None = Field(
+        default=None, description="See `target.weights_sample_sha256`."
+    )
+
+
+class TrainingRecord(Record):
+    """One training run."""
+
+    arguments: dict[str, JsonValue] = Field(
+        description="The important ones, and all that are not the defaults."
+    )
+    device: str
+    started: AwareDatetime = Field(description="Of the last start, UTC.")
+    finished: AwareDatetime
+    wall_seconds: float = Field(ge=0, description="Since the last start.")
+    resumed_from_step: int = Field(default=0, ge=0, description="0: not resumed.")
+    optimizer_steps: int = Field(ge=0)
+    labels_seen: int | None = Field(
+        default=None, ge=0, description="Tokens with a loss; null: not counted."
+    )
+
+
+class DrafterProvenance(Record):
+    """How a drafter was made."""
+
+    format: Literal[1] = 1
+    target: TargetRecord
+    data: DataRecord | None = Field(default=None, description="null: untrained.")
+    training: TrainingRecord | None = Field(
+        default=None, description="null: untrained."
+    )
+    parent: ParentRecord | None = Field(default=None, description="null: none.")
+    versions: dict[str, str]
+    git: GitState | None = Field(
+        default=None, description="Of the checkout; null: an installed package."
+    )
+
+    def to_json(self) -> str:
+        return self.model_dump_json(indent=2) + "\n"
+
+
+def untrained(config: DrafterConfig, target: Path, named: str) -> DrafterProvenance:
+    """Of a drafter as `vllm-mtp init` makes it.
+
+    Args:
+        config: The drafter's.
+        target: The target's folder.
+        named: The target as the user named it: a folder or a hub name.
+    """
+    return DrafterProvenance(
+        target=target_record(config.target, target, named),
+        versions=versions(),
+        git=git_state(),
+    )
+
+
+def target_record(facts: TargetFacts, folder: Path, named: str) -> TargetRecord:
+    """Say which target it was.
+
+    Args:
+        facts: The target's.
+        folder: Where it lies.
+        named: As the user named it: a folder or a hub name.
+    """
+    return TargetRecord(
+        name=_name_of(named, folder),
+        revision=cached_revision(str(folder)),
+        license=_license_in(folder),
+        weights_fingerprint=facts.weights_fingerprint,
+        weights_sample_sha256=weights_sample_sha256(folder),
+    )
+
+
+def data_record(folder: Path | str) -> DataRecord:
+    """Say which answers they were.
+
+    Raises:
+        DataError: The folder is not a finished one of `vllm-mtp generate`.
+    """
+    return DataRecord(
+        name=_folder_name(folder), generation=without_paths(read_generation(folder))
+    )
+
+
+def parent_record(folder: Path, named: str) -> ParentRecord:
+    """Say which drafter it started from.
+
+    Args:
+        folder: The drafter's.
+        named: As the user named it: a folder or a hub name.
+    """
+    return ParentRecord(
+        name=_name_of(named, folder),
+        config_sha256=hashlib.sha256((folder / "config.json").read_bytes()).hexdigest(),
+        weights_sample_sha256=weights_sample_sha256(folder),
+    )
+
+
+def read_provenance(folder: Path | str) -> DrafterProvenance | None:
+    """Read a drafter's ``provenance.json``.
+
+    Returns:
+        None where the folder has none.
+
+    Raises:
+        CheckpointError: The file is something else.
+    """
+    path = Path(folder, PROVENANCE_FILE)
+    if not path.is_file():
+        return None
+    try:
+        return DrafterProvenance.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        raise CheckpointError(
+            f"{path}: not a provenance that this version of vllm-mtp wrote ({error}); "
+            "update vllm-mtp, or remove the file"
+        ) from None
+
+
+def without_paths(record: _M) -> _M:
+    """The record with names in place of paths."""
+    clean = public_value(json.loads(record.model_dump_json()))
+    return type(record).model_validate_json(json.dumps(clean))
+
+
+def utc(moment: datetime) -> str:
+    """Such as ``2030-01-31 12:00 UTC``."""
+    return f"{moment:%Y-%m-%d %H:%M} UTC"
+
+
+def _name_of(named: str, folder: Path) -> str:
+    if cached_revision(str(folder)) is not None:
+        return public_text(str(folder))
+    if is_repo_id(named) and not Path(named).is_dir():
+        return named
+    return _folder_name(folder)
+
+
+def _folder_name(folder: Path | str) -> str:
+    return Path(os.path.abspath(Path(folder).expanduser())).name
+
+
+def _license_in(folder: Path) -> str | None:
+    """The license that a model's own card names."""
+    from huggingface_hub import ModelCard
+
+    card = folder / "README.md"
+    if not card.is_file():
+        return None
+    try:
+        found = ModelCard.load(card).data.get("license")
+    except Exception:  # a card that nobody can read
+        return None
+    return found if isinstance(found, str) else None

@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``speed.json``: what `vllm-mtp bench` measured of a drafter, for its card."""
+
+from pathlib import Path
+
+from pydantic import Field, ValidationError
+
+from vllm_mtp.errors import DataError
+from vllm_mtp.sharing.provenance import Record
+
+SPEED_FILE = "speed.json"
+
+
+class SpeedRow(Record):
+    """The calibrated drafter under one load."""
+
+    requests: int = Field(ge=1, description="At once.")
+    ratio: float = Field(gt=0, description="Tokens/s over no speculation; median.")
+    low: float = Field(gt=0, description="Lowest of the rounds.")
+    high: float = Field(gt=0, description="Highest of the rounds.")
+    acceptance_length: float = Field(ge=1, description="Bonus token included.")
+
+
+class SpeedRecord(Record):
+    """One benchmark's calibration, and what it gave."""
+
+    device: str
+    versions: str
+    environment: str = Field(description="Variables that the servers were given.")
+    dtype: str
+    compiled: bool
+    rounds: int = Field(ge=1)
+    schedule: list[tuple[int, int, int]] = Field(
+        description="vLLM's `num_speculative_tokens_per_batch_size`."
+    )
+    rows: list[SpeedRow]
+
+    def to_json(self) -> str:
+        return self.model_dump_json(indent=2) + "\n"
+
+
+def read_speed(folder: Path | str) -> SpeedRecord | None:
+    """Read a drafter's ``speed.json``.
+
+    Returns:
+        None where the folder has none.
+
+    Raises:
+        DataError: The file is something else.
+    """
+    path = Path(folder, SPEED_FILE)
+    if not path.is_file():
+        return None
+    try:
+        return SpeedRecord.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(map(str, problem["loc"])) or "the file"
+        raise DataError(
+            f"{path}: {where}: {problem['msg']}; run `vllm-mtp bench --into-card` "
+            "again, or remove the file"
+        ) from None

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Blocks behind known text: how training and offline checks run the drafter.
+
+In decoding a block stands behind what was sampled so far. Behind known text, many
+blocks run in one forward, each behind its own prefix of the text, and none sees
+another.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from vllm_mtp.drafter.config import DrafterConfig
+from vllm_mtp.drafter.layout import (
+    IGNORE_LABEL,
+    SERVED_READS,
+    BlockReads,
+    block_labels,
+    block_positions,
+)
+from vllm_mtp.drafter.model import BoundDrafter
+from vllm_mtp.torch_host.hf_target import HFTarget, TargetStates
+
+
+class TextBlocks(NamedTuple):
+    """Blocks behind one text of T tokens."""
+
+    token_ids: torch.Tensor  # [T] int64
+    states: TargetStates  # of the whole text, or of its first max(prefix_lens) + 1
+    prefix_lens: torch.Tensor  # [B] int64, 1 <= n < T; the anchor is token n
+    ends: torch.Tensor | None = None  # [B] int64; tokens from there on are no labels
+
+    def labels(self, num_draft_tokens: int) -> torch.Tensor:
+        """The text's own next tokens. ``[B, k]``, see `layout.block_labels`."""
+        labels = block_labels(self.token_ids, self.prefix_lens, num_draft_tokens)
+        if self.ends is None:
+            return labels
+        wanted = block_positions(self.prefix_lens, num_draft_tokens) + 1
+        return labels.masked_fill(wanted >= self.ends[:, None], IGNORE_LABEL)
+
+
+def anchors_are_exact(config: DrafterConfig, reads: BlockReads) -> bool:
+    """Whether the anchors' rows are the target's own rows."""
+    reads_all = reads == SERVED_READS and config.prefix_window is None
+    return config.shares_whole_target and reads_all
+
+
+def forward_texts(
+    bound: BoundDrafter,
+    texts: Sequence[TextBlocks],
+    num_draft_tokens: int,
+    reads: BlockReads = SERVED_READS,
+    *,
+    whole_blocks: bool = False,
+) -> torch.Tensor:
+    """One forward of all blocks behind all texts.
+
+    Where every layer of the target is shared, the anchors' rows are the target's
+    own rows, which ``states`` already holds. They are taken from there, and only
+    the placeholders run, unless ``whole_blocks`` is set.
+
+    Args:
+        bound: A drafter on an `HFTarget`.
+        texts: The texts and their blocks.
+        num_draft_tokens: k.
+        reads: What a row reads of the prefix and of its block.
+        whole_blocks: Run the anchors' rows in any case, as serving does.
+
+    Returns:
+        Last hidden states ``[B1 + B2 + .., k, hidden_size]``, after the final norm.
+    """
+    host = bound.target
+    assert isinstance(host, HFTarget), "known text is run in plain torch"
+    if anchors_are_exact(bound.drafter.config, reads) and not whole_blocks:
+        anchors = torch.cat([t.states.hidden[t.prefix_lens] for t in texts])[:, None]
+        if num_draft_tokens == 1:
+            return anchors
+        # To the placeholders, the anchor is one more token of the prefix.
+        behind = [(text.states, text.prefix_lens + 1) for text in texts]
+        positions = _positions(texts, num_draft_tokens)[:, 1:]
+        with host.reading(behind, num_draft_tokens - 1):
+            rest = bound.forward(None, positions)
+        return torch.cat([anchors.to(rest.dtype), rest], dim=1)
+    behind = [(text.states, text.prefix_lens) for text in texts]
+    window = bound.drafter.config.prefix_window
+    with host.reading(behind, num_draft_tokens, reads, window):
+        return bound.forward(
+            torch.cat([text.token_ids[text.prefix_lens] for text in texts]),
+            _positions(texts, num_draft_tokens),
+            torch.cat([text.states.hidden[text.prefix_lens - 1] for text in texts]),
+        )
+
+
+def _positions(texts: Sequence[TextBlocks], num_draft_tokens: int) -> torch.Tensor:
+    return torch.cat([block_positions(t.prefix_lens, num_draft_tokens) for t in texts])
