@@ -92,13 +92,13 @@ class Engine:
         )
         core: Any = self._llm.llm_engine.engine_core
         worker = core.engine_core.model_executor.driver_worker.worker
-        self._blocks = worker.model_runner.drafter._blocks
+        self._drafter = worker.model_runner.drafter
 
     def turn(self, load: Load, window: int | None, max_tokens: int) -> Turn:
         """Answer all prompts, one after the other."""
         from vllm import SamplingParams
 
-        self._blocks.prefix_window = window
+        self._drafter.prefix_window = window
         sampling = SamplingParams(temperature=0.0, max_tokens=max_tokens)
         chats: list[Any] = [[{"role": "user", "content": p}] for p in load.prompts]
         cached = self._prompt_tokens_cached()

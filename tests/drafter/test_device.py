@@ -14,9 +14,10 @@ from torch import nn
 
 from vllm_mtp.drafter.config import LoRAConfig
 from vllm_mtp.drafter.heads import pick_greedy
-from vllm_mtp.drafter.host import OneRank, Stream
+from vllm_mtp.drafter.host import OneRank
 from vllm_mtp.drafter.init import DrafterOptions, new_drafter
-from vllm_mtp.drafter.layout import fit_blocks, slots_of_positions
+from vllm_mtp.drafter.layers import Stream
+from vllm_mtp.drafter.layout import CacheTable, DraftInputs, lay_out
 from vllm_mtp.drafter.model import BoundDrafter, Drafter
 
 OPTIONS = DrafterOptions(
@@ -115,14 +116,13 @@ def test_the_forward_needs_no_value(
     config = new_drafter(tiny_llama, layers, K, options).config
     with torch.device("meta"):
         bound = BoundDrafter(Drafter(config), Host())
-        prefix_lens = torch.ones(B, dtype=torch.int32)
-        table = torch.ones(B, 8, dtype=torch.int32)
+        lens = torch.ones(B, dtype=torch.int32)
+        table = CacheTable(torch.ones(B, 8, dtype=torch.int32), 32)
         anchors = torch.ones(B, dtype=torch.int64)
         boundary = torch.zeros(B, HIDDEN)
     with torch.inference_mode():
-        blocks = fit_blocks(prefix_lens, K, 256, 256)
-        slots = slots_of_positions(blocks.positions, table, 32)
-        hidden = bound.forward(anchors, blocks.positions, boundary)
+        layout = lay_out(DraftInputs(lens, lens, lens, [table]), K, 256, 50)
+        hidden = bound.forward(anchors, layout.positions, boundary)
         tokens, _ = bound.draft(hidden, pick_greedy, whole_vocab=whole_vocab)
     assert (tokens.shape, tokens.device.type) == ((B, K), "meta")
-    assert (slots.shape, slots.device.type) == ((B, K), "meta")
+    assert (layout.slots[0].shape, layout.slots[0].device.type) == ((B * K,), "meta")

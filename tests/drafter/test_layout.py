@@ -14,22 +14,19 @@ from vllm_mtp.drafter.layout import (
     block_labels,
     block_positions,
     block_reads_itself,
-    fit_blocks,
     is_placeholder,
     most_read,
     reads_prefix,
     require_whole_blocks,
-    skipped_tokens,
     slots_of_positions,
-    table_without,
 )
 from vllm_mtp.errors import MTPError
 
-NUM_PLACES = st.integers(1, 6)
+DRAFT_LENGTHS = st.integers(1, 6)
 PREFIX_LENS = st.lists(st.integers(0, 12), min_size=1, max_size=5)
 
 
-@given(PREFIX_LENS, NUM_PLACES, st.sampled_from([torch.int32, torch.int64]))
+@given(PREFIX_LENS, DRAFT_LENGTHS, st.sampled_from([torch.int32, torch.int64]))
 def test_positions_count_up_from_the_anchor(
     prefix_lens: list[int], num_draft_tokens: int, dtype: torch.dtype
 ) -> None:
@@ -42,7 +39,7 @@ def test_positions_count_up_from_the_anchor(
     ]
 
 
-@given(st.integers(1, 5), NUM_PLACES)
+@given(st.integers(1, 5), DRAFT_LENGTHS)
 def test_every_row_but_the_first_of_a_block_is_a_placeholder(
     num_blocks: int, num_draft_tokens: int
 ) -> None:
@@ -66,7 +63,7 @@ def test_slots_lie_in_the_blocks_of_the_table(
     cache: tuple[list[list[int]], int], data: st.DataObject
 ) -> None:
     tables, block_size = cache
-    num_draft_tokens = data.draw(NUM_PLACES)
+    num_draft_tokens = data.draw(DRAFT_LENGTHS)
     # Up to beyond the end of the table.
     position = st.integers(0, block_size * len(tables[0]) + 3)
     row = st.lists(position, min_size=num_draft_tokens, max_size=num_draft_tokens)
@@ -90,22 +87,7 @@ def test_slots_lie_in_the_blocks_of_the_table(
     ]
 
 
-@given(PREFIX_LENS, NUM_PLACES, st.integers(1, 14), st.integers(0, 4))
-def test_blocks_are_fitted_to_the_longest_sequence(
-    prefix_lens: list[int], num_draft_tokens: int, limit: int, spare: int
-) -> None:
-    readable = limit + spare
-    lens = torch.tensor(prefix_lens, dtype=torch.int32)
-    blocks = fit_blocks(lens, num_draft_tokens, limit, readable)
-    for row, n in enumerate(prefix_lens):
-        positions = range(n, n + num_draft_tokens)
-        assert blocks.beyond[row].tolist() == [p >= limit for p in positions]
-        assert blocks.positions[row].tolist() == [min(p, limit - 1) for p in positions]
-        assert blocks.seq_lens[row] == min(n + num_draft_tokens, readable)
-    assert (blocks.positions.dtype, blocks.beyond.dtype) == (torch.int64, torch.bool)
-
-
-@given(st.lists(st.integers(0, 99), min_size=1, max_size=12), NUM_PLACES, st.data())
+@given(st.lists(st.integers(0, 99), min_size=1, max_size=12), DRAFT_LENGTHS, st.data())
 def test_labels_are_the_tokens_after_each_row(
     tokens: list[int], num_draft_tokens: int, data: st.DataObject
 ) -> None:
@@ -138,7 +120,7 @@ def test_a_block_reads_its_prefix(prefix_lens: list[int], num_more: int) -> None
         assert row.nonzero().flatten().tolist() == list(range(prefix_len))
 
 
-@given(NUM_PLACES)
+@given(DRAFT_LENGTHS)
 def test_a_position_reads_its_block(num_draft_tokens: int) -> None:
     causal = block_reads_itself(num_draft_tokens, BlockReads(), "cpu")
     for position, row in enumerate(causal):
@@ -166,7 +148,7 @@ def windowed(prefix_len: int, prefix_window: int) -> list[int]:
 LONG_PREFIXES = st.lists(st.integers(0, 1500), min_size=1, max_size=4)
 
 
-@given(LONG_PREFIXES, NUM_PLACES, st.integers(1, 700))
+@given(LONG_PREFIXES, DRAFT_LENGTHS, st.integers(1, 700))
 def test_a_windowed_block_reads_the_first_and_the_last_pieces(
     prefix_lens: list[int], num_draft_tokens: int, prefix_window: int
 ) -> None:
@@ -181,45 +163,13 @@ def test_a_windowed_block_reads_the_first_and_the_last_pieces(
         )
 
 
-@given(
-    LONG_PREFIXES,
-    NUM_PLACES,
-    st.integers(1, 700),
-    st.sampled_from([16, 32, 64, 128]),
-    st.sampled_from([torch.int32, torch.int64]),
-)
-def test_a_cut_block_table_holds_what_a_windowed_block_reads(
-    prefix_lens: list[int],
-    num_draft_tokens: int,
-    prefix_window: int,
-    block_size: int,
-    dtype: torch.dtype,
-) -> None:
-    """Token t of a sequence lies in slot t of a cache that holds nothing else."""
-    limit = 1500 + num_draft_tokens
-    table = torch.arange(-(-limit // block_size), dtype=torch.int32)
-    table = table.expand(len(prefix_lens), -1)
-    lens = torch.tensor(prefix_lens, dtype=dtype)
-    blocks = fit_blocks(lens, num_draft_tokens, limit, limit, prefix_window)
-    assert blocks.skipped is not None
-    assert blocks.skipped.equal(skipped_tokens(lens, prefix_window))
-    most = most_read(prefix_window, num_draft_tokens)
-    cut = table_without(table, blocks.skipped, block_size, most)
-    assert cut.dtype == table.dtype
-    assert cut.shape[1] == min(table.shape[1], -(-most // block_size))
-    for row, (n, seq_len) in enumerate(zip(prefix_lens, blocks.seq_lens, strict=True)):
-        slots = (cut[row][:, None] * block_size + torch.arange(block_size)).flatten()
-        block = list(range(n, n + num_draft_tokens))
-        assert slots[:seq_len].tolist() == windowed(n, prefix_window) + block
-
-
 def test_a_window_needs_whole_cache_blocks() -> None:
     require_whole_blocks([16, 128])
     with pytest.raises(MTPError, match="block_size: the cache has blocks of 48 tokens"):
         require_whole_blocks([16, 48])
 
 
-@given(PREFIX_LENS, NUM_PLACES, st.integers(1, 9))
+@given(PREFIX_LENS, DRAFT_LENGTHS, st.integers(1, 9))
 def test_a_row_reads_its_window(
     prefix_lens: list[int], num_draft_tokens: int, window: int
 ) -> None:

@@ -11,7 +11,7 @@ from checkpoints_spec.goldens import fill_weights, fixed_values
 from tests.drafter.test_target_facts import FACTS
 from vllm_mtp.drafter.config import LoRAConfig
 from vllm_mtp.drafter.host import OneRank
-from vllm_mtp.drafter.lora import LowRankPair, RowGate, linear_sizes, with_lora
+from vllm_mtp.drafter.lora import LowRankPair, gated, linear_sizes, with_lora
 from vllm_mtp.errors import UnsupportedTargetError
 
 CONFIG = LoRAConfig(rank=3, alpha=6.0, modules=("q_proj",))
@@ -61,17 +61,15 @@ def _pair(name: str) -> LowRankPair:
 def test_merged_modules_change_in_their_slices(
     names: list[str], path: str, starts: list[int]
 ) -> None:
-    layer, gate = MergedLayer(), RowGate()
+    layer = MergedLayer()
     pairs = {name: _pair(name) for name in names}
-    changed = with_lora(layer, pairs.items(), FACTS, gate, HOST)
-    changed = changed.get_submodule(path)
-    gate.rows = GATE
+    changed = with_lora(layer, pairs.items(), FACTS, HOST).get_submodule(path)
     x = fixed_values("x", torch.Size([3, 64]), 1.0)
     expected = layer.get_submodule(path)(x)[0].clone()
     for start, pair in zip(starts, pairs.values(), strict=True):
         change = CONFIG.alpha / CONFIG.rank * x @ (pair.b @ pair.a).t()
         expected[1:, start : start + pair.b.shape[0]] += change[1:]
-    output, bias = changed(x)
+    output, bias = gated(changed, GATE)(x)
     assert bias is None
     torch.testing.assert_close(output, expected)
     assert output[0].equal(layer.get_submodule(path)(x)[0][0])
@@ -79,7 +77,7 @@ def test_merged_modules_change_in_their_slices(
 
 def test_stand_in_answers_like_its_base() -> None:
     stand_in = with_lora(
-        MergedLayer(), [("q_proj", _pair("q_proj"))], FACTS, RowGate(), HOST
+        MergedLayer(), [("q_proj", _pair("q_proj"))], FACTS, HOST
     ).self_attn.qkv_proj
     assert stand_in.quant_method == "none"
     assert stand_in.in_features == 64
@@ -89,14 +87,14 @@ def test_stand_in_answers_like_its_base() -> None:
 
 def test_the_pairs_stay_out_of_the_targets_weights() -> None:
     layer = MergedLayer()
-    shadow = with_lora(layer, [("q_proj", _pair("q_proj"))], FACTS, RowGate(), HOST)
+    shadow = with_lora(layer, [("q_proj", _pair("q_proj"))], FACTS, HOST)
     own = {id(weight) for weight in layer.parameters()}
     assert {id(weight) for weight in shadow.parameters()} == own
 
 
 def test_missing_modules_are_named() -> None:
     with pytest.raises(UnsupportedTargetError) as caught:
-        with_lora(MergedLayer(), [("o_proj", _pair("o_proj"))], FACTS, RowGate(), HOST)
+        with_lora(MergedLayer(), [("o_proj", _pair("o_proj"))], FACTS, HOST)
     assert "module 'o_proj'" in str(caught.value)
     assert "MergedLayer" in str(caught.value)
     assert "'qkv_proj'" in str(caught.value)  # what there is
@@ -113,7 +111,7 @@ def test_layers_with_a_patched_forward_are_refused(
     layer = MergedLayer()
     position(layer).forward = lambda x: x  # as accelerate's hooks do
     with pytest.raises(UnsupportedTargetError, match="patched forward"):
-        with_lora(layer, [("q_proj", _pair("q_proj"))], FACTS, RowGate(), HOST)
+        with_lora(layer, [("q_proj", _pair("q_proj"))], FACTS, HOST)
 
 
 @pytest.mark.parametrize("facts", [{"intermediate_size": 80}, {"hidden_size": 32}])
@@ -122,5 +120,5 @@ def test_a_module_of_other_sizes_is_refused(facts: dict[str, int]) -> None:
     other = FACTS.model_copy(update=facts)
     pair = LowRankPair(linear_sizes(other, "up_proj"), CONFIG)
     with pytest.raises(UnsupportedTargetError) as caught:
-        with_lora(MergedLayer(), [("up_proj", pair)], other, RowGate(), HOST)
+        with_lora(MergedLayer(), [("up_proj", pair)], other, HOST)
     assert "mlp.gate_up_proj has (inputs, outputs) (64, 192)" in str(caught.value)

@@ -23,7 +23,6 @@ from vllm_mtp.drafter.heads import (
 )
 from vllm_mtp.drafter.init import DrafterOptions, new_drafter
 from vllm_mtp.drafter.layout import block_positions
-from vllm_mtp.drafter.lora import RowGate
 from vllm_mtp.drafter.model import BoundDrafter, Drafter
 from vllm_mtp.errors import UnsupportedTargetError
 from vllm_mtp.torch_host.hf_target import HFTarget
@@ -184,7 +183,7 @@ class TestTargetStaysAsItIs:
         modules = dict(target.named_modules())
         with torch.no_grad():
             before = target(TOKENS[None]).logits
-        shadow = drafter.layers[1].bind(HFTarget(target), RowGate())
+        shadow = drafter.layers[1].bind(HFTarget(target))
         run(target, drafter, 3)
         with torch.no_grad():
             assert target(TOKENS[None]).logits.equal(before)

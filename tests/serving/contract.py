@@ -25,7 +25,7 @@ from vllm_mtp.serving import ledger
 from vllm_mtp.serving.versions import Release
 
 PACKAGE = Path(ledger.__file__).parents[1]
-USERS = (*sorted((PACKAGE / "serving").glob("*.py")), PACKAGE / "demo" / "run.py")
+USERS = (*sorted((PACKAGE / "serving").glob("*.py")), PACKAGE / "evaluation" / "demo.py")
 # Modules (v2.py, v2_*.py) that are imported only where a ledger entry applies.
 NEEDED_BY = {"v1": "v1-proposer", "v2": "v2-speculator"}
 
@@ -77,7 +77,15 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
         *("output_token_ids", "prompt_token_ids", "sampling_params"),
     ),
     "vllm.v1.worker.gpu_input_batch:InputBatch": ("block_table", "req_ids"),
-    "vllm.v1.worker.gpu_model_runner:GPUModelRunner": ("input_batch", "requests"),
+    "vllm.v1.worker.gpu_model_runner:GPUModelRunner": (
+        *("drafter", "input_batch", "requests", "_draft_token_ids"),
+    ),
+    "vllm.v1.worker.block_table:BlockTable": ("block_size", "get_device_tensor"),
+    "vllm.v1.worker.utils:AttentionGroup": (
+        *("create_metadata_builders", "get_metadata_builder"),
+        *("kv_cache_group_id", "kv_cache_spec", "layer_names"),
+    ),
+    "vllm.v1.attention.backend:AttentionMetadataBuilder": ("build_for_drafting",),
     "vllm.v1.kv_cache_interface:KVCacheGroupSpec": ("layer_names", "kv_cache_spec"),
     "vllm.v1.kv_cache_interface:KVCacheSpec": ("block_size",),
 }
@@ -88,6 +96,8 @@ V2_ATTRIBUTES: dict[str, tuple[str, ...]] = {
         *("positions", "query_start_loc", "seq_lens", "max_num_tokens"),
     ),
 }
+# Methods of our classes that no base class has; all other public ones override.
+OWN_METHODS = {"late_drafts"}
 # Settings that older releases do not know: there is nothing to refuse.
 SINCE = {"watermark_config": Version("0.31.0")}
 # Calls through objects whose class no annotation tells, and the runner's call of the
@@ -114,9 +124,8 @@ CALLS: tuple[tuple[str, int, tuple[str, ...]], ...] = (
 )
 V2_CALLS = (
     (
-        "vllm.v1.worker.gpu.block_table:BlockTables.compute_slot_mappings",
-        4,
-        ("out",),
+        "vllm.v1.worker.gpu.spec_decode.speculator:DraftModelSpeculator.set_attn",
+        *(5, ()),
     ),
 )
 # (function, call, call): the second comes after the first; or one call, named twice.
@@ -155,11 +164,16 @@ TEXTS: tuple[tuple[str, str, str], ...] = (
         "self.draft_model_config = self.target_model_config",
         "config",
     ),
-    # Drafts that are computed when read stay as they are until the scheduler asks.
+    # Late drafts take the place of the lists that stood for them until then.
     (
         "vllm.v1.worker.gpu_model_runner:GPUModelRunner._get_draft_token_ids_cpu",
         "isinstance(self._draft_token_ids, list)",
-        "v1-proposer",
+        "v1-late-drafts",
+    ),
+    (
+        "vllm.v1.worker.gpu_model_runner:GPUModelRunner.take_draft_token_ids",
+        "self._get_draft_token_ids_cpu()",
+        "v1-late-drafts",
     ),
     # The fault that is repaired: without it, the entry does not apply any more.
     (
@@ -353,7 +367,7 @@ class OurModule:
             theirs = self._tree.member(base, node.name)
             if theirs is not None and isinstance(theirs.node, Function):
                 yield from _override_problems(name, node, theirs.node)
-            elif theirs is None and not node.name.startswith("_"):
+            elif theirs is None and not node.name.startswith(("_", *OWN_METHODS)):
                 yield f"{symbol}: has no {node.name} to override"
 
 

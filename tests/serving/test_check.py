@@ -63,10 +63,11 @@ def test_a_window_that_vllm_reads_wrong_is_found(
     options = PLAIN._replace(prefix_window=50)
     drafter = new_drafter(tiny_llama, "own:1,2", 4, options)
     folder = save_drafter(drafter, tmp_path / "drafter")
-    module = f"vllm_mtp.serving.{'v2' if ON_V2 else 'v1_blocks'}"
     monkeypatch.setattr(
-        f"{module}.table_without",
-        lambda table, skipped, *rest: table_without(table, 0 * skipped, *rest),
+        "vllm_mtp.drafter.layout.table_without",
+        lambda table, size, skipped, most: table_without(
+            table, size, 0 * skipped, most
+        ),
     )
     code, out = check(folder, tiny_llama)
     assert code == 1

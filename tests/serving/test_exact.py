@@ -100,7 +100,7 @@ def test_first_position_of_an_exact_drafter_is_always_accepted(
     if sides.drafter not in EXACT:
         pytest.skip("not the target itself")
     # Where a block of several positions passes the limit, its rows read a little less
-    # of the prefix (`layout.fit_blocks`): one draft per request may be worse.
+    # of the prefix (`layout.lay_out`): one draft per request may be worse.
     at_limit = name == "near-max-model-len" and DRAFTERS[sides.drafter][1] > 1
     excused = len(SCENARIOS[name].lengths) if at_limit else 0
     require_first_position_accepted(sides.drafted.runs[name], excused)

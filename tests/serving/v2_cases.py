@@ -73,13 +73,17 @@ def test_a_limit_that_vllm_lowers_after_start_is_kept(
         tiny_targets["llama"], spec_for(tiny_drafter("llama", "shared-4"))
     ) as llm:
         speculator = runner_of(llm).speculator
-        speculator._limit = 64
-        speculator.idx_mapping[0] = 0
+        speculator.vllm_config.model_config.max_model_len = 64
         # A block of its own: what the null block holds is nobody's.
-        speculator.block_tables.block_tables[0].gpu[0] = 1
-        batch = SimpleNamespace(num_reqs=1, seq_lens=torch.tensor([64]))
-        speculator._stage(batch, torch.tensor([2]), torch.empty(0))
-        speculator._write_slots(1)
+        speculator.block_tables.input_block_tables[0][0] = 1
+        batch = SimpleNamespace(
+            num_reqs=1,
+            seq_lens=torch.tensor([64]),
+            query_start_loc=torch.tensor([0, 4]),
+            idx_mapping=torch.tensor([0]),
+        )
+        one, two = torch.tensor([1]), torch.tensor([2])
+        speculator._stage(batch, one, two, (one, one), torch.empty(0), False)
     assert speculator.input_buffers.positions[:4].tolist() == [62, 63, 63, 63]
     slots = speculator._slots[0]
     assert (slots[2:] == PAD_SLOT).all()

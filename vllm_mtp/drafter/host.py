@@ -7,27 +7,14 @@ prefix's keys and values as tensors (`torch_host`), or vLLM with its paged
 cache (`serving`).
 """
 
-from typing import NamedTuple, Protocol
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
 
-
-class Stream(NamedTuple):
-    """The residual stream between two draft layers.
-
-    vLLM's layers hand the residual on unadded, so that the next norm can fuse
-    the addition; added early, bfloat16 results would differ from the target's.
-    """
-
-    hidden: torch.Tensor  # shape: [rows, hidden_size]
-    residual: torch.Tensor | None = None  # shape: [rows, hidden_size]
-
-    def summed(self) -> torch.Tensor:
-        """The stream as one tensor. ``[rows, hidden_size]``."""
-        if self.residual is None:
-            return self.hidden
-        return self.hidden + self.residual
+if TYPE_CHECKING:
+    from vllm_mtp.drafter.layers import Stream
 
 
 class TargetHost(Protocol):
@@ -68,12 +55,16 @@ class TargetHost(Protocol):
         """Tokens that the layer attends to, itself included; None for all."""
 
     def run_layer(
-        self, layer: nn.Module, index: int, stream: Stream, positions: torch.Tensor
-    ) -> Stream:
+        self,
+        layer: Callable[..., Any],
+        index: int,
+        stream: "Stream",
+        positions: torch.Tensor,
+    ) -> "Stream":
         """Run the target's decoder layer, or a shadow of it.
 
         Args:
-            layer: What `layer` gave, or a shadow of it.
+            layer: What `layer` gave, or what computes with a shadow of it.
             index: The target layer whose cache is read and written.
             stream: ``[rows, hidden_size]``.
             positions: ``[rows]`` int64.
@@ -110,7 +101,7 @@ class TargetHost(Protocol):
             ``[rows, heads * head_dim]``.
         """
 
-    def final_norm(self, stream: Stream) -> torch.Tensor:
+    def final_norm(self, stream: "Stream") -> torch.Tensor:
         """The target's last norm. ``[rows, hidden_size]``."""
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

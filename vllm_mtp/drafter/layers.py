@@ -1,16 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
 """The two kinds of draft layer: shared with the target, or the drafter's own."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from vllm_mtp.drafter.config import OwnLayerConfig, SharedLayerConfig
-from vllm_mtp.drafter.host import Stream, TargetHost
-from vllm_mtp.drafter.lora import LowRankPair, RowGate, linear_sizes, with_lora
+from vllm_mtp.drafter.lora import LowRankPair, gated, linear_sizes, with_lora
 from vllm_mtp.drafter.target_facts import TargetFacts
+
+if TYPE_CHECKING:
+    from vllm_mtp.drafter.host import TargetHost
+
+
+class Stream(NamedTuple):
+    """The residual stream between two draft layers.
+
+    vLLM's layers hand the residual on unadded, so that the next norm can fuse
+    the addition; added early, bfloat16 results would differ from the target's.
+    """
+
+    hidden: torch.Tensor  # shape: [rows, hidden_size]
+    residual: torch.Tensor | None = None  # shape: [rows, hidden_size]
+
+    def summed(self) -> torch.Tensor:
+        """The stream as one tensor. ``[rows, hidden_size]``."""
+        if self.residual is None:
+            return self.hidden
+        return self.hidden + self.residual
 
 
 class RMSNorm(nn.Module):
@@ -57,13 +76,33 @@ class SharedLayer(nn.Module):
             for name in lora.modules:
                 self.lora[name] = LowRankPair(linear_sizes(facts, name), lora)
 
-    def bind(self, target: TargetHost, gate: RowGate) -> nn.Module:
+    def bind(self, target: "TargetHost") -> nn.Module:
         """The module to run on ``target``: its own layer, or a shadow with LoRA."""
         layer = target.layer(self.target_layer)
         if not self.lora:
             return layer
         pairs: Any = self.lora.items()
-        return with_lora(layer, pairs, self.facts, gate, target)
+        return with_lora(layer, pairs, self.facts, target)
+
+    def forward(
+        self,
+        target: "TargetHost",
+        bound: nn.Module,
+        stream: Stream,
+        positions: torch.Tensor,
+        gate: torch.Tensor,
+    ) -> Stream:
+        """The target's layer on the block's rows.
+
+        Args:
+            target: Runs it on the layer's cache.
+            bound: From `bind`.
+            stream: ``[rows, hidden_size]``.
+            positions: ``[rows]`` int64.
+            gate: ``[rows, 1]``; 1 where LoRA acts.
+        """
+        layer = gated(bound, gate) if self.lora else bound
+        return target.run_layer(layer, self.target_layer, stream, positions)
 
     def init_weights(self, generator: torch.Generator) -> None:
         for pair in self.lora.values():
@@ -102,7 +141,7 @@ class OwnLayer(nn.Module):
 
     def forward(
         self,
-        target: TargetHost,
+        target: "TargetHost",
         stream: Stream,
         positions: torch.Tensor,
         boundary: torch.Tensor | None,
@@ -128,7 +167,7 @@ class OwnLayer(nn.Module):
         return Stream(self._mlp(target, x), residual)
 
     def _attention(
-        self, target: TargetHost, x: torch.Tensor, positions: torch.Tensor
+        self, target: "TargetHost", x: torch.Tensor, positions: torch.Tensor
     ) -> torch.Tensor:
         query = self._per_head(self.q_norm, self.q_proj(x))
         key = self._per_head(self.k_norm, self.k_proj(x))
@@ -141,7 +180,7 @@ class OwnLayer(nn.Module):
             return x
         return norm(x.unflatten(-1, (-1, self.head_dim))).flatten(-2)
 
-    def _mlp(self, target: TargetHost, x: torch.Tensor) -> torch.Tensor:
+    def _mlp(self, target: "TargetHost", x: torch.Tensor) -> torch.Tensor:
         inner = F.silu(self.gate_proj(x)) * self.up_proj(x)
         return target.all_reduce(self.down_proj(inner))
 

@@ -90,14 +90,14 @@ def require_whole_blocks(block_sizes: Iterable[int]) -> None:
 
 
 def table_without(
-    block_table: torch.Tensor, skipped: torch.Tensor, block_size: int, num_tokens: int
+    block_table: torch.Tensor, block_size: int, skipped: torch.Tensor, num_tokens: int
 ) -> torch.Tensor:
     """A block table without the blocks of skipped tokens.
 
     Args:
         block_table: ``[B, M]`` integer.
-        skipped: ``[B]``, from `skipped_tokens`.
         block_size: Tokens per cache block; divides `WINDOW_STEP`.
+        skipped: ``[B]``, from `skipped_tokens`.
         num_tokens: Most that a block reads.
 
     Returns:
@@ -124,47 +124,91 @@ class BlockReads(NamedTuple):
 SERVED_READS = BlockReads()
 
 
-class FittedBlocks(NamedTuple):
-    """Blocks cut to what a sequence may hold."""
+class CacheTable(NamedTuple):
+    """Where the layers of one KV-cache group keep the tokens of B requests."""
 
+    cache_blocks: torch.Tensor  # [B, M] integer; the null block, 0, where none is
+    block_size: int  # tokens per cache block
+
+
+class DraftInputs(NamedTuple):
+    """What a runner knows of B requests when the target's step is over.
+
+    The step may have verified drafts. Lengths and rows still count the rejected ones.
+    """
+
+    seq_lens: torch.Tensor  # [B] integer; tokens of each request, in the cache
+    query_ends: torch.Tensor  # [B] integer; the step's row behind each request's last
+    num_rejected: torch.Tensor | None  # [B] integer; None where none was verified
+    tables: Sequence[CacheTable]  # of each KV-cache group that the drafter reads
+
+
+class DraftLayout(NamedTuple):
+    """All that B blocks of k rows need to run on a paged cache."""
+
+    prefix_lens: torch.Tensor  # [B]; n of each block, as in `DraftInputs.seq_lens`
+    boundary_rows: torch.Tensor  # [B] int64; the step's row of token n - 1
     positions: torch.Tensor  # [B, k] int64, inside the RoPE table
-    seq_lens: torch.Tensor  # [B], prefix and block that are read, inside the table
-    beyond: torch.Tensor  # [B, k] bool, rows that have no slot
-    skipped: torch.Tensor | None = None  # [B], tokens that a window leaves out
+    seq_lens: torch.Tensor  # [B]; tokens that are read, the block's own included
+    slots: tuple[torch.Tensor, ...]  # by table, [B * k] int64; `PAD_SLOT` for none
+    read_tables: tuple[torch.Tensor, ...]  # by table, [B, M'], windows cut out
+    most_read: int  # bound of ``seq_lens`` that is known without a look at them
 
 
-def fit_blocks(
-    prefix_lens: torch.Tensor,
+def lay_out(
+    inputs: DraftInputs,
     num_draft_tokens: int,
     max_model_len: int,
-    readable_len: int,
     prefix_window: int | None = None,
-) -> FittedBlocks:
-    """Lay out blocks near the end of the longest sequence.
+) -> DraftLayout:
+    """Put a block behind the valid tokens of every request.
 
     Rows beyond ``max_model_len`` have no slot and draft nothing of use, but must
-    not leave the RoPE table or the block table. Where ``seq_lens`` is cut, all
-    rows of that block read a little less of the prefix (attention aligns the rows
-    with the sequence's end): these last few drafts may be worse, never wrong.
+    not leave the RoPE table or the block table. Where ``seq_lens`` is cut to what a
+    block table covers, all rows of that block read a little less of the prefix
+    (attention aligns the rows with the sequence's end): these last few drafts may be
+    worse, never wrong.
 
     Args:
-        prefix_lens: ``[B]`` integer; n of each block.
+        inputs: The batch.
         num_draft_tokens: k.
         max_model_len: Most tokens of a sequence.
-        readable_len: Tokens that a row of the block table covers.
         prefix_window: As in `skipped_tokens`; None to read all.
     """
-    positions = block_positions(prefix_lens.long(), num_draft_tokens)
-    seq_lens, skipped = (prefix_lens + num_draft_tokens).clamp(max=readable_len), None
+    prefix_lens, ends = inputs.seq_lens, inputs.query_ends
+    if inputs.num_rejected is not None:
+        prefix_lens = prefix_lens - inputs.num_rejected
+        ends = ends - inputs.num_rejected
+    tables = inputs.tables
+    most = covered_tokens(tables)
+    seq_lens = (prefix_lens + num_draft_tokens).clamp(max=most)
+    read_tables = tuple(table.cache_blocks for table in tables)
     if prefix_window is not None:
         skipped = skipped_tokens(prefix_lens, prefix_window)
         seq_lens = seq_lens - skipped
-    return FittedBlocks(
-        positions.clamp(max=max_model_len - 1),
-        seq_lens,
-        positions >= max_model_len,
-        skipped,
+        most = min(most, most_read(prefix_window, num_draft_tokens))
+        read_tables = tuple(table_without(*table, skipped, most) for table in tables)
+    positions = block_positions(prefix_lens.long(), num_draft_tokens)
+    beyond = positions >= max_model_len
+    positions = positions.clamp(max=max_model_len - 1)
+    slots = tuple(
+        slots_of_positions(positions, *table).masked_fill(beyond, PAD_SLOT).flatten()
+        for table in tables
     )
+    return DraftLayout(
+        prefix_lens,
+        (ends - 1).long(),
+        positions,
+        seq_lens,
+        slots,
+        read_tables,
+        most,
+    )
+
+
+def covered_tokens(tables: Iterable[CacheTable]) -> int:
+    """Tokens of a sequence that every table has room for."""
+    return min(table.cache_blocks.shape[1] * table.block_size for table in tables)
 
 
 def is_placeholder(

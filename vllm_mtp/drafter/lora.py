@@ -3,19 +3,26 @@
 
 The anchor's row passes unchanged, so a shared layer stays exactly the target's
 there; the gating follows Apple's "Your LLM knows the future" (2507.11851).
+
+The target's layer calls its linear modules itself and hands no gate on. So the gate is
+a buffer of each changed module, and `gated` runs the layer with an argument in place of
+it (``torch.func.functional_call``): nothing is kept from one forward to the next.
 """
 
-from collections.abc import Iterable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.func import functional_call
 
 from vllm_mtp.drafter.config import LinearName, LoRAConfig
-from vllm_mtp.drafter.host import TargetHost
 from vllm_mtp.drafter.shadow import shadow
 from vllm_mtp.drafter.target_facts import TargetFacts
 from vllm_mtp.errors import UnsupportedTargetError
+
+if TYPE_CHECKING:
+    from vllm_mtp.drafter.host import TargetHost
 
 
 class LowRankPair(nn.Module):
@@ -39,13 +46,6 @@ class LowRankPair(nn.Module):
         return (x @ self.a.t()) * (gate * self.scale) @ self.b.t()
 
 
-class RowGate:
-    """Which rows a change applies to; set before each forward."""
-
-    def __init__(self) -> None:
-        self.rows: torch.Tensor | None = None  # shape: [rows, 1], 0 or 1
-
-
 class _Site(NamedTuple):
     """Where a linear module's output lies in the target's (merged) module."""
 
@@ -56,14 +56,16 @@ class _Site(NamedTuple):
 
 
 class GatedLinear(nn.Module):
-    """A frozen linear module plus low-rank pairs on slices of its output."""
+    """A frozen linear module plus low-rank pairs on slices of its output.
+
+    Runs only inside `gated`, which gives the buffer ``gate`` ``[rows, 1]``, 0 or 1.
+    """
 
     def __init__(
         self,
         base: nn.Module,
         branches: list[tuple[_Site, LowRankPair]],
-        gate: RowGate,
-        target: TargetHost,
+        target: "TargetHost",
     ) -> None:
         super().__init__()
         _require_size(base, branches)
@@ -72,15 +74,14 @@ class GatedLinear(nn.Module):
         self.base = base if partial is None else partial
         self.all_reduce = None if partial is None else target.all_reduce
         self.branches = branches  # not registered: the drafter owns the pairs
-        self.gate = gate
+        self.register_buffer("gate", torch.full((1, 1), torch.nan), persistent=False)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """Like the base module; vLLM's linears return ``(output, bias)``."""
         result = self.base(x, *args, **kwargs)
         output = result[0] if isinstance(result, tuple) else result
         for site, pair in self.branches:
-            assert self.gate.rows is not None, "set before each forward"
-            change = pair(x, self.gate.rows)
+            change = pair(x, self.gate)
             output.narrow(-1, site.start, site.size).add_(change)
         if self.all_reduce is None:
             return result
@@ -147,8 +148,7 @@ def with_lora(
     layer: nn.Module,
     pairs: Iterable[tuple[LinearName, LowRankPair]],
     facts: TargetFacts,
-    gate: RowGate,
-    target: TargetHost,
+    target: "TargetHost",
 ) -> nn.Module:
     """A shadow of ``layer`` whose named linear modules carry the pairs.
 
@@ -156,7 +156,6 @@ def with_lora(
         layer: The target's; left as it is.
         pairs: By the linear module that they change.
         facts: The target's shape, on this rank.
-        gate: Which rows the pairs act on.
         target: The layer's host.
 
     Raises:
@@ -169,10 +168,29 @@ def with_lora(
     return shadow(
         layer,
         {
-            path: GatedLinear(layer.get_submodule(path), branches, gate, target)
+            path: GatedLinear(layer.get_submodule(path), branches, target)
             for path, branches in by_path.items()
         },
     )
+
+
+def gated(layer: nn.Module, gate: torch.Tensor) -> Callable[..., Any]:
+    """``layer``'s forward, its `GatedLinear` modules acting on the rows of ``gate``.
+
+    Args:
+        layer: What `with_lora` gave.
+        gate: ``[rows, 1]``, 0 or 1.
+    """
+    gates = {
+        f"{path}.gate": gate
+        for path, module in layer.named_modules()
+        if isinstance(module, GatedLinear)
+    }
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return functional_call(layer, gates, args, kwargs, tie_weights=False)
+
+    return forward
 
 
 def _find_site(layer: nn.Module, name: LinearName, facts: TargetFacts) -> _Site:

@@ -2,18 +2,19 @@
 """The drafter: placeholders, a list of bound layers, and the heads around them."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from enum import IntEnum
 
 import torch
 from torch import nn
+from torch.profiler import record_function
 
 from vllm_mtp.drafter.config import DrafterConfig, SharedLayerConfig, require_window
 from vllm_mtp.drafter.heads import DraftVocab, MarkovCorrection, Pick, pick_block
-from vllm_mtp.drafter.host import Stream, TargetHost
-from vllm_mtp.drafter.layers import OwnLayer, SharedLayer
+from vllm_mtp.drafter.host import TargetHost
+from vllm_mtp.drafter.layers import OwnLayer, SharedLayer, Stream
 from vllm_mtp.drafter.layout import is_placeholder
-from vllm_mtp.drafter.lora import RowGate
-from vllm_mtp.drafter.scopes import CHOICE, HEAD, LAYERS, scope
+from vllm_mtp.drafter.scopes import CHOICE, HEAD, LAYERS
 
 
 class Traced(IntEnum):
@@ -37,6 +38,16 @@ RunLayers = Callable[
 """From the embedded rows ``[rows, hidden_size]``, their positions ``[rows]`` int64, the
 boundary hidden state of each row's block ``[rows, hidden_size]`` or None, and LoRA's
 gate ``[rows, 1]``, to the last hidden states ``[rows, hidden_size]``."""
+
+
+def scope(name: str) -> AbstractContextManager[object]:
+    """Shows a stage to torch's profiler; next to nothing while none runs.
+
+    A bare `record_function` would take 10 microseconds each time, on a GPU's host
+    too.
+    """
+    running = torch.autograd.profiler._is_profiler_enabled
+    return record_function(name) if running else nullcontext()
 
 
 class Drafter(nn.Module):
@@ -102,9 +113,8 @@ class BoundDrafter:
         self.drafter = drafter
         self.target = target
         self.layers_runner: RunLayers = self._run_layers
-        self._gate = RowGate()
         self._shared = {
-            index: layer.bind(target, self._gate)
+            index: layer.bind(target)
             for index, layer in enumerate(drafter.layers)
             if isinstance(layer, SharedLayer)
         }
@@ -131,27 +141,26 @@ class BoundDrafter:
             Last hidden states ``[B, k, hidden_size]``, after the final norm.
         """
         with scope(LAYERS):
-            return self._forward(anchor_ids, positions, boundary)
-
-    def _forward(
-        self,
-        anchor_ids: torch.Tensor | None,
-        positions: torch.Tensor,
-        boundary: torch.Tensor | None,
-    ) -> torch.Tensor:
-        num_draft_tokens = positions.shape[1]
-        rows = positions.reshape(-1)
-        embedded = self._embed(anchor_ids, *positions.shape)
-        gate = self._gated(anchor_ids is None, rows, num_draft_tokens).to(
-            embedded.dtype
-        )
-        if boundary is not None:
-            boundary = boundary.repeat_interleave(num_draft_tokens, dim=0)
-        if self.trace is not None:
-            self._trace_input(self.trace, anchor_ids, positions, embedded)
-        # A trace is called from between the layers, so it needs them uncompiled.
-        run = self._run_layers if self.trace is not None else self.layers_runner
-        return run(embedded, rows, boundary, gate).unflatten(0, (-1, num_draft_tokens))
+            num_draft_tokens = positions.shape[1]
+            rows = positions.reshape(-1)
+            embedded = self._embed(anchor_ids, *positions.shape)
+            # LoRA acts on placeholders.
+            if anchor_ids is None:
+                gate = torch.ones_like(embedded[:, :1])
+            else:
+                gate = is_placeholder(len(rows), num_draft_tokens, rows.device)
+                gate = gate[:, None].to(embedded.dtype)
+            if boundary is not None:
+                boundary = boundary.repeat_interleave(num_draft_tokens, dim=0)
+            run = self.layers_runner
+            if self.trace is not None:
+                self.trace(Traced.POSITIONS, positions)
+                if anchor_ids is not None:
+                    self.trace(Traced.ANCHORS, anchor_ids)
+                self.trace(Traced.INPUT, embedded)
+                run = self._run_layers  # it is called from between the layers
+            hidden = run(embedded, rows, boundary, gate)
+            return hidden.unflatten(0, (-1, num_draft_tokens))
 
     def _run_layers(
         self,
@@ -161,42 +170,19 @@ class BoundDrafter:
         gate: torch.Tensor,
     ) -> torch.Tensor:
         """See `RunLayers`."""
-        self._gate.rows = gate
         stream = Stream(embedded)
         for index, layer in enumerate(self.drafter.layers):
             if isinstance(layer, OwnLayer):
                 stream = layer(self.target, stream, positions, boundary)
             else:
-                bound = self.drafter.config.layers[index].target_layer
-                stream = self.target.run_layer(
-                    self._shared[index], bound, stream, positions
-                )
+                shared = self._shared[index]
+                stream = layer(self.target, shared, stream, positions, gate)
             if self.trace is not None:
                 self.trace(index, stream.summed())
         hidden = self.target.final_norm(stream)
         if self.trace is not None:
             self.trace(Traced.FINAL_NORM, hidden)
         return hidden
-
-    @staticmethod
-    def _trace_input(
-        trace: Trace,
-        anchor_ids: torch.Tensor | None,
-        positions: torch.Tensor,
-        embedded: torch.Tensor,
-    ) -> None:
-        trace(Traced.POSITIONS, positions)
-        if anchor_ids is not None:
-            trace(Traced.ANCHORS, anchor_ids)
-        trace(Traced.INPUT, embedded)
-
-    def _gated(
-        self, all_placeholders: bool, rows: torch.Tensor, num_draft_tokens: int
-    ) -> torch.Tensor:
-        """Which rows see LoRA. ``[rows, 1]`` bool."""
-        if all_placeholders:
-            return torch.ones_like(rows, dtype=torch.bool)[:, None]
-        return is_placeholder(rows.shape[0], num_draft_tokens, rows.device)[:, None]
 
     def _embed(
         self, anchor_ids: torch.Tensor | None, num_blocks: int, num_draft_tokens: int

@@ -92,7 +92,7 @@ def _bound_drafter_of(llm: Any) -> BoundDrafter:
     runner = core.model_executor.driver_worker.worker.model_runner
     if hasattr(runner, "speculator"):
         return runner.speculator._bound
-    runner.drafter.skips_ended = False
+    runner.drafter.skips_finished = False
     return runner.drafter._bound
 
 

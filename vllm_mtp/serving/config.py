@@ -53,10 +53,12 @@ class MTPPlaceholderSpecConfig(SpeculativeConfig):
     Attributes:
         min_draft_probability: What a draft and those before it in the block must have
             together, by the drafter, to be verified (V1 runner on a CPU).
+        runner_has_drafter: Whether this process's runner was given our drafter.
     """
 
-    # Not a field: the base class lists its own, and takes no other.
+    # Not fields: the base class lists its own, and takes no other.
     min_draft_probability = 0.0
+    runner_has_drafter: bool = False
 
     def __post_init__(self) -> Any:
         # The family "ngram" makes the base class take the target's configs for
@@ -79,14 +81,24 @@ class MTPPlaceholderSpecConfig(SpeculativeConfig):
         return 0
 
     def uses_draft_model(self) -> bool:
-        """Every runner asks this before it builds its drafter."""
-        install_for_runner()
+        """Asked by the V1 runner, see `_prepare_runner`."""
+        self._prepare_runner()
         return True
 
     def use_dspark(self) -> bool:
-        """The V2 runner asks this before it builds its speculator."""
-        install_for_runner()
+        """Asked by the V2 runner, see `_prepare_runner`."""
+        self._prepare_runner()
         return False
+
+    def _prepare_runner(self) -> None:
+        """Patch what the runner of this process needs to build our drafter.
+
+        vLLM tells a plugin of no worker, so a question that a runner asks before it
+        builds its drafter has to do: nothing else of ours runs in that process until
+        then. V1 asks again in every step, when there is nothing left to do.
+        """
+        if not self.runner_has_drafter:
+            install_for_runner()
 
     def __repr__(self) -> str:
         return (

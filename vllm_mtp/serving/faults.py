@@ -7,8 +7,6 @@ step then hands to vLLM differs from runner to runner and stands there.
 
 import contextlib
 import logging
-from collections.abc import Callable
-from typing import TypeVar
 
 import torch
 from prometheus_client import REGISTRY, Counter
@@ -41,15 +39,13 @@ _counter = Counter(
 _DEVICE_FAULTS = ("CUDA error", "HIP error", "XPU error", "Triton Error", "NCCL error")
 
 
-_T = TypeVar("_T")
-
-
 class DraftGuard:
-    """Lets a draft fail, counts it, and gives drafting up after `MAX_FAILURES`.
+    """Counts drafts that failed, and gives drafting up after `MAX_FAILURES`.
 
     Some errors go on and end the engine as vLLM ends it:
 
-    - whatever is no ``Exception`` (``KeyboardInterrupt``, ``SystemExit``);
+    - whatever is no ``Exception`` (``KeyboardInterrupt``, ``SystemExit``), which a
+      runner does not catch;
     - errors of the device, out of memory included: vLLM sized the cache with the
       drafter running, so memory that is short now is short for the target as well;
     - every error where several processes share the target (tensor parallelism): one
@@ -69,32 +65,21 @@ class DraftGuard:
     def __init__(self, alone: bool) -> None:
         self._alone = alone
         self.failures = 0
+        self.is_off = False
 
-    @property
-    def is_off(self) -> bool:
-        return self.failures >= MAX_FAILURES
-
-    def attempt(self, draft: Callable[[], _T]) -> _T | None:
-        """The drafts or a part of the work for them, or None where there are none.
-
-        Args:
-            draft: Works for the whole batch; not called once drafting is off.
+    def survive(self, error: Exception) -> None:
+        """Note an error in a draft, after which the step goes on without drafts.
 
         Raises:
-            Exception: Of the kinds named above, as they were raised.
+            Exception: ``error``, of the kinds named above.
         """
-        if self.is_off:
-            return None
-        try:
-            return draft()
-        except Exception as error:
-            if not self._alone or _is_device_fault(error):
-                raise
-            self._count(error)
-        return None
+        if not self._alone or _is_device_fault(error):
+            raise error
+        self._count(error)
 
     def _count(self, error: Exception) -> None:
         self.failures += 1
+        self.is_off = self.failures >= MAX_FAILURES
         _counter.inc()
         with contextlib.suppress(ValueError):  # it is there already
             REGISTRY.register(_counter)

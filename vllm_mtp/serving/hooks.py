@@ -86,6 +86,23 @@ def init_speculator(original: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
+def take_draft_token_ids(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Ledger entry ``v1-late-drafts``."""
+
+    @functools.wraps(original)
+    def wrapper(self: Any) -> Any:
+        from vllm_mtp.serving.v1 import MTPPlaceholderProposer
+
+        drafter = getattr(self, "drafter", None)
+        if isinstance(drafter, MTPPlaceholderProposer):
+            late = drafter.late_drafts()
+            if late is not None:
+                self._draft_token_ids = late
+        return original(self)
+
+    return wrapper
+
+
 def apply_sampling_constraints(original: Callable[..., Any]) -> Callable[..., Any]:
     """Ledger entry ``cpu-sampling``."""
 

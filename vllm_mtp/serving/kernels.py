@@ -6,6 +6,7 @@ On a CPU these are oneDNN's with weights laid out once (or SGLang's). torch's
 takes as long again as reading it (docs/benchmark.md). On GPUs nothing changes.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -19,29 +20,26 @@ from vllm.platforms import current_platform
 
 
 def use_vllm_kernels(module: nn.Module) -> None:
-    """Let every ``nn.Linear`` in ``module`` compute by `product`.
+    """Let every ``nn.Linear`` in ``module`` compute by `product_with`.
 
     The weights must not change afterwards: on a CPU the kernel has a copy of them.
     """
     for linear in module.modules():
         if isinstance(linear, nn.Linear):
-            prepare(linear)
-            linear.forward = partial(product, linear)  # type: ignore[method-assign]
+            linear.forward = product_with(linear)  # type: ignore
 
 
-def prepare(layer: Any) -> None:
-    """Lay a layer's ``weight`` out for `product`, as vLLM does after loading its own.
+def product_with(layer: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+    """``[rows, in]`` to ``[rows, out]``, by the kernel that vLLM takes for the layer.
 
     Args:
-        layer: Has ``weight`` ``[out, in]`` and, if any, ``bias`` ``[out]``.
+        layer: Has ``weight`` ``[out, in]`` and, if any, ``bias`` ``[out]``. On a CPU
+            the weight is laid out here, as vLLM does after loading its own.
     """
     if current_platform.is_cpu():
         # Kept, since `vllm-mtp check` and tensor parallelism look at it.
         dispatch_cpu_unquantized_gemm(layer, remove_weight=False)
+    bias = getattr(layer, "bias", None)
     # Chosen once, and not for every product of every draft.
-    layer.kernel = dispatch_unquantized_gemm()
-
-
-def product(layer: Any, x: torch.Tensor) -> torch.Tensor:
-    """``[rows, in]`` to ``[rows, out]``, for a layer that was prepared."""
-    return layer.kernel(layer, x, layer.weight, getattr(layer, "bias", None))
+    kernel = dispatch_unquantized_gemm()
+    return partial(kernel, layer, weight=layer.weight, bias=bias)

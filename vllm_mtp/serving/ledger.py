@@ -88,6 +88,19 @@ V2_SPECULATOR = Patch(
     remove_when="vLLM takes speculators from plugins (RFC #36219).",
     aliases=("vllm.v1.worker.gpu.model_runner",),
 )
+V1_LATE_DRAFTS = Patch(
+    name="v1-late-drafts",
+    symbol="vllm.v1.worker.gpu_model_runner:GPUModelRunner.take_draft_token_ids",
+    parameters=("self",),
+    wrapper="vllm_mtp.serving.hooks:take_draft_token_ids",
+    what="Lets our proposer draft when the engine fetches the drafts, which is after "
+    "it has sent the step's tokens on their way.",
+    why="On a CPU a draft runs in the runner's own thread. vLLM asks for it before the "
+    "tokens just sampled leave the runner, and so it would be felt in the time to the "
+    "first token.",
+    remove_when="The V1 runner is gone, or drafts after it has given its output.",
+    cpu_only=True,
+)
 CPU_SAMPLING = Patch(
     name="cpu-sampling",
     symbol="vllm.v1.sample.rejection_sampler:apply_sampling_constraints",
@@ -102,7 +115,7 @@ CPU_SAMPLING = Patch(
     "`apply_top_k_only` takes no rows.",
     cpu_only=True,
 )
-PATCHES = (CONFIG, V1_PROPOSER, V2_SPECULATOR, CPU_SAMPLING)
+PATCHES = (CONFIG, V1_PROPOSER, V1_LATE_DRAFTS, V2_SPECULATOR, CPU_SAMPLING)
 
 # Names of patches that are applied in this process, or that it does not need.
 _settled: set[str] = set()
@@ -116,8 +129,7 @@ def install_at_start() -> None:
 def install_for_runner() -> None:
     """Apply what the runner of this process needs, for modules already loaded.
 
-    Called by our config whenever vLLM asks it what kind of drafter to build. The
-    V1 runner asks several times per step, so what is settled costs a set look-up.
+    Called by our config until the runner has its drafter.
     """
     for patch in PATCHES:
         if patch.name in _settled or _split(patch.symbol)[0] not in sys.modules:

@@ -1,29 +1,56 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The V1 runner's drafter: a stock ``DraftModelProposer`` with another forward."""
+"""The V1 runner's drafter: a stock ``DraftModelProposer`` with another forward.
+
+`propose` translates vLLM's batch and has it laid out (`drafter.layout.lay_out`);
+`_draft` runs the drafter on it and chooses the tokens. On a CPU, where nothing else
+needs the drafts at once, the second part waits until the engine fetches them
+(`late_drafts`).
+"""
 
 import logging
-from functools import partial
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
-from vllm.config import VllmConfig
+from vllm.config import CUDAGraphMode, VllmConfig, get_layers_from_vllm_config
 from vllm.forward_context import set_forward_context
+from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import CommonAttentionMetadata
-from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.kv_cache_interface import KVCacheConfig, UniformTypeKVCacheSpecs
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.spec_decode.draft_model import DraftModelProposer
+from vllm.v1.worker.utils import AttentionGroup
 
 from vllm_mtp.drafter.heads import pick_greedy, pick_with_probability, sure_lengths
-from vllm_mtp.drafter.layout import block_positions
-from vllm_mtp.drafter.scopes import DRAFT, scope
+from vllm_mtp.drafter.layout import (
+    CacheTable,
+    DraftInputs,
+    DraftLayout,
+    block_positions,
+    lay_out,
+    require_whole_blocks,
+)
+from vllm_mtp.drafter.model import scope
+from vllm_mtp.drafter.scopes import DRAFT
 from vllm_mtp.plugin import METHOD
 from vllm_mtp.serving.faults import FILLER_TOKEN, DraftGuard
-from vllm_mtp.serving.finished_requests import all_have_ended
-from vllm_mtp.serving.lazy_drafts import LateDrafts
 from vllm_mtp.serving.loading import load_bound_drafter
-from vllm_mtp.serving.v1_blocks import AlikeLayers, BlockRunner, Blocks, split_by_kind
 
 logger = logging.getLogger("vllm.mtp_placeholder")
+
+
+class _Batch(NamedTuple):
+    """What one step drafts from: B requests, k tokens each."""
+
+    anchor_ids: torch.Tensor  # [B] int32
+    boundary: torch.Tensor | None  # [B, hidden_size]
+    layout: DraftLayout
+    metadata: CommonAttentionMetadata  # of the drafter, but for block table and slots
+    sampling: SamplingMetadata
+
+    @property
+    def num_draft_tokens(self) -> int:
+        return self.layout.positions.shape[1]
 
 
 class _NoTokenIds:
@@ -39,18 +66,22 @@ class MTPPlaceholderProposer(DraftModelProposer):
 
     Attributes:
         faults: Lets a draft fail.
-        skips_ended: Whether to draft nothing where no request goes on.
+        prefix_window: What a draft reads; may be another one from step to step.
+        skips_finished: Whether to draft nothing where no request goes on.
     """
 
     faults: DraftGuard
-    skips_ended: bool = True
+    prefix_window: int | None
+    skips_finished: bool = True
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, runner: Any):
         super().__init__(vllm_config, device, runner)
         self._runner = runner  # the base class does not keep it
-        # Of a draft and those before it together; less likely ones are not verified.
         config: Any = self.speculative_config
+        config.runner_has_drafter = True
+        # Of a draft and those before it together; less likely ones are not verified.
         self._min_probability: float = config.min_draft_probability
+        self._late: _Batch | None = None
         self.faults = DraftGuard(alone=vllm_config.parallel_config.world_size == 1)
 
     def load_model(self, target_model: torch.nn.Module) -> None:
@@ -59,6 +90,9 @@ class MTPPlaceholderProposer(DraftModelProposer):
             target_model, self.vllm_config, self.device
         )
         self.model = self._bound.drafter
+        drafter_config = self._bound.drafter.config
+        self.prefix_window = drafter_config.prefix_window
+        self._reads_boundary = drafter_config.uses_boundary_hidden
         self.supports_mm_inputs = False
         if self.speculative_config.enforce_eager is False:
             logger.warning("%s: CUDA graphs of the drafter need the V2 runner", METHOD)
@@ -73,20 +107,37 @@ class MTPPlaceholderProposer(DraftModelProposer):
     ) -> None:
         """Make builders of attention metadata over the target's layers.
 
-        The base class takes all layers for alike: of one KV-cache group, and with
-        the first one's window. So it is asked once per kind of layer.
+        The base class takes all layers for alike: of one KV-cache group, and with the
+        first one's window. Here a group of layers has one of each, and one backend.
         """
-        bound = self._draft_attn_layer_names
-        every: list[AlikeLayers] = []
-        for names in split_by_kind(bound, self.vllm_config, kv_cache_config):
-            self._draft_attn_layer_names = names
-            super().initialize_attn_backend(kv_cache_config, kernel_block_sizes)
-            kind = self.kv_cache_gid, self.block_size, names, self.draft_attn_groups
-            every.append(AlikeLayers(*kind))
-        self._draft_attn_layer_names = bound
-        # The runner binds the cache to the layers of all of them.
-        self.draft_attn_groups = sum((alike.attention_groups for alike in every), [])
-        self._blocks = BlockRunner(self._bound, every, self.vllm_config, self._runner)
+        names = self._draft_attn_layer_names
+        layers = get_layers_from_vllm_config(self.vllm_config, Attention, names)
+        found: dict[Any, AttentionGroup] = {}
+        for gid, cache_group in enumerate(kv_cache_config.kv_cache_groups):
+            spec = cache_group.kv_cache_spec
+            for name in sorted(names.intersection(cache_group.layer_names)):
+                backend = layers[name].get_attn_backend()
+                kind = gid, backend.full_cls_name(), layers[name].sliding_window
+                if kind not in found:
+                    if isinstance(spec, UniformTypeKVCacheSpecs):
+                        spec = spec.kv_cache_specs[name]
+                    found[kind] = AttentionGroup(backend, [], spec, gid)
+                found[kind].layer_names.append(name)
+        for group in found.values():
+            sizes, gid = kernel_block_sizes or (), group.kv_cache_group_id
+            size = sizes[gid] if gid < len(sizes) else None
+            group.create_metadata_builders(
+                self.vllm_config, self.device, kernel_block_size=size
+            )
+        self.draft_attn_groups = list(found.values())
+        self._table_gids = sorted({g.kv_cache_group_id for g in found.values()})
+        self.kv_cache_gid = self._table_gids[0]
+        self.block_size = self.draft_attn_groups[0].kv_cache_spec.block_size
+        if self.prefix_window is not None:
+            groups = kv_cache_config.kv_cache_groups
+            require_whole_blocks(
+                groups[gid].kv_cache_spec.block_size for gid in self._table_gids
+            )
 
     def prepare_next_token_ids_padded(
         self,
@@ -123,7 +174,7 @@ class MTPPlaceholderProposer(DraftModelProposer):
         mm_embed_inputs: Any = None,
         num_rejected_tokens_gpu: torch.Tensor | None = None,
         slot_mappings: Any = None,
-    ) -> torch.Tensor | LateDrafts:
+    ) -> torch.Tensor | list[list[int]]:
         """Draft for every request of the batch.
 
         Args:
@@ -132,74 +183,154 @@ class MTPPlaceholderProposer(DraftModelProposer):
             target_positions: Not used.
             target_hidden_states: ``[tokens, hidden_size]``, after the final norm.
             next_token_ids: ``[B]`` int32; the anchors.
-            token_indices_to_sample: ``[B]`` int32; row of each request's last
-                valid token, or None when no draft was verified in this step.
+            token_indices_to_sample: Not used.
             common_attn_metadata: The target's batch in this step.
             sampling_metadata: Temperatures for probabilistic drafts.
             mm_embed_inputs: Not used.
-            num_rejected_tokens_gpu: ``[B]`` int32; drafts rejected in this step.
+            num_rejected_tokens_gpu: ``[B]`` int32; drafts rejected in this step, None
+                where none was verified.
             slot_mappings: Not used.
 
         Returns:
-            ``[B, k]`` int64 token ids, as `LateDrafts` where `_may_wait` says so; of
-            another width only where `_no_drafts` says so.
+            ``[B, k]`` int64 token ids; of another width only where `_no_drafts` says
+            so. Empty lists where they come later, from `late_drafts`.
         """
         self.num_speculative_tokens = num_speculative_tokens
-        self._last_draft_probs = None
+        self._last_draft_probs = self._late = None
+        num_reqs = len(next_token_ids)
         if num_speculative_tokens == 0:
-            return next_token_ids.new_empty(len(next_token_ids), 0, dtype=torch.int64)
-        blocks = self.faults.attempt(
-            lambda: self._blocks.blocks(
-                num_speculative_tokens,
+            return next_token_ids.new_empty(num_reqs, 0, dtype=torch.int64)
+        if self.faults.is_off:
+            return self._no_drafts(num_reqs)
+        try:
+            batch = self._batch(
                 next_token_ids,
                 target_hidden_states,
-                token_indices_to_sample,
                 num_rejected_tokens_gpu,
                 common_attn_metadata,
+                sampling_metadata,
             )
-        )
-        empty = next_token_ids.new_empty(
-            (len(next_token_ids), num_speculative_tokens), dtype=torch.int64
-        )
-        if blocks is None:
-            return self._no_drafts(empty)
-
-        draft = partial(self._draft_or_none, blocks, empty, sampling_metadata)
-        if not self._may_wait(sampling_metadata):
-            return draft()[0]
-
-        def late() -> list[list[int]]:
-            if self.skips_ended and self._all_have_ended():
-                return self._no_drafts(empty).tolist()
-            return self._sure(*draft())
-
-        return LateDrafts(late)
+            if self._may_wait(sampling_metadata):
+                self._late = batch
+                return [[] for _ in range(num_reqs)]
+            return self._draft(batch)[0]
+        except Exception as error:
+            self.faults.survive(error)
+            return self._no_drafts(num_reqs)
 
     @torch.inference_mode()
-    def _draft_or_none(
-        self, blocks: Blocks, empty: torch.Tensor, sampling_metadata: SamplingMetadata
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """As `_draft`, like ``empty``; or what says that there are none."""
-        with scope(DRAFT):
-            drafts = self.faults.attempt(
-                lambda: self._draft(
-                    self._blocks.forward(blocks, self._layer_metadata),
-                    sampling_metadata,
-                )
-            )
-        return (self._no_drafts(empty), None) if drafts is None else drafts
+    def late_drafts(self) -> list[list[int]] | None:
+        """The drafts ``[B][k]`` that the last `propose` left for later; else None.
 
-    def _sure(
-        self, tokens: torch.Tensor, probabilities: torch.Tensor | None
-    ) -> list[list[int]]:
-        """Drafts ``[B, k]``, each cut where the drafter is no longer sure of it."""
+        Each ends where the drafter is no longer sure of it, and all are empty where no
+        request goes on or the drafter fails.
+        """
+        batch, self._late = self._late, None
+        if batch is None:
+            return None
+        nothing: list[list[int]] = [[] for _ in range(len(batch.anchor_ids))]
+        if self.skips_finished and self._all_have_finished(batch.num_draft_tokens):
+            return nothing
+        try:
+            tokens, probabilities = self._draft(batch)
+        except Exception as error:
+            self.faults.survive(error)
+            return nothing
         rows: list[list[int]] = tokens.tolist()
         if probabilities is None:
             return rows
         lengths = sure_lengths(probabilities[..., 0], self._min_probability)
         return [row[:length] for row, length in zip(rows, lengths, strict=True)]
 
-    def _may_wait(self, sampling_metadata: SamplingMetadata) -> bool:
+    def _batch(
+        self,
+        anchor_ids: torch.Tensor,
+        target_hidden_states: torch.Tensor,
+        num_rejected: torch.Tensor | None,
+        metadata: CommonAttentionMetadata,
+        sampling: SamplingMetadata,
+    ) -> _Batch:
+        """vLLM's batch of this step, with a block behind every request's prefix."""
+        # The metadata holds only the table of group 0 for this kind of drafter.
+        tables = [self._runner.input_batch.block_table[gid] for gid in self._table_gids]
+        layout = lay_out(
+            DraftInputs(
+                metadata.seq_lens,
+                metadata.query_start_loc[1:],
+                num_rejected,
+                [
+                    CacheTable(t.get_device_tensor(metadata.num_reqs), t.block_size)
+                    for t in tables
+                ],
+            ),
+            self.num_speculative_tokens,
+            # vLLM may lower it after start-up, to what the cache holds.
+            self.vllm_config.model_config.max_model_len,
+            self.prefix_window,
+        )
+        boundary = None
+        if self._reads_boundary:
+            boundary = target_hidden_states[layout.boundary_rows]
+        return _Batch(
+            anchor_ids, boundary, layout, _metadata_of(layout, metadata), sampling
+        )
+
+    def _draft(self, batch: _Batch) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Run the drafter, and choose the tokens.
+
+        Returns:
+            ``[B, k]`` int64, and ``[B, k, 1]`` how likely they are if asked for.
+        """
+        layout = batch.layout
+        metadata_of_layer: dict[str, object] = {}
+        slots_of_layer: dict[str, torch.Tensor] = {}
+        for group in self.draft_attn_groups:
+            table = self._table_gids.index(group.kv_cache_group_id)
+            slots = layout.slots[table]
+            metadata = batch.metadata.replace(
+                block_table_tensor=layout.read_tables[table], slot_mapping=slots
+            )
+            # Before 0.32 there is no such method, and block tables are the kernel's.
+            build = getattr(group, "build_metadata_for_drafting", None)
+            build = build or group.get_metadata_builder().build_for_drafting
+            built = build(metadata, 0)
+            metadata_of_layer |= dict.fromkeys(group.layer_names, built)
+            slots_of_layer |= dict.fromkeys(group.layer_names, slots)
+        with (
+            scope(DRAFT),
+            set_forward_context(
+                metadata_of_layer,
+                self.vllm_config,
+                num_tokens=layout.positions.numel(),
+                cudagraph_runtime_mode=CUDAGraphMode.NONE,
+                slot_mapping=slots_of_layer,
+            ),
+        ):
+            hidden = self._bound.forward(
+                batch.anchor_ids, layout.positions, batch.boundary
+            )
+            return self._choose(hidden, batch.sampling)
+
+    def _choose(
+        self, hidden: torch.Tensor, sampling: SamplingMetadata
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """As `_draft`, from the last hidden states ``[B, k, hidden_size]``."""
+        if self._drafts_are_greedy(sampling):
+            pick_best = pick_with_probability if self._min_probability else pick_greedy
+            return self._bound.draft(hidden, pick_best)
+
+        def pick(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+            return self._sample_from_logits(logits.float(), sampling)
+
+        tokens, probs = self._bound.draft(hidden, pick, whole_vocab=True)
+        self._last_draft_probs = None if probs is None else probs.contiguous()
+        return tokens, None
+
+    def _drafts_are_greedy(self, sampling: SamplingMetadata) -> bool:
+        probabilistic = self._enable_probabilistic_draft_probs
+        return not probabilistic or bool(sampling.all_greedy)
+
+    def _may_wait(self, sampling: SamplingMetadata) -> bool:
         """Whether the drafts can be computed when the scheduler asks for them.
 
         Not scheduled ahead, nothing else reads them and nothing changes until then;
@@ -208,61 +339,38 @@ class MTPPlaceholderProposer(DraftModelProposer):
         """
         return (
             self.device.type == "cpu"
-            and not self._scheduled_ahead
+            and not self.vllm_config.scheduler_config.async_scheduling
             and self.vllm_config.parallel_config.world_size == 1
-            and self._drafts_are_greedy(sampling_metadata)
+            and self._drafts_are_greedy(sampling)
         )
 
-    def _all_have_ended(self) -> bool:
-        """Whether no request of the step, whose tokens were added, goes on."""
+    def _all_have_finished(self, num_draft_tokens: int) -> bool:
+        """Whether no request of the step, whose tokens were added, goes on.
+
+        vLLM's scheduler decides it, and asks for drafts all the same. A request that
+        seems to have finished and has not is only without drafts for a step.
+        """
         requests = map(self._runner.requests.get, self._runner.input_batch.req_ids)
-        return all_have_ended(filter(None, requests), self.num_speculative_tokens + 1)
+        return all(
+            has_finished(
+                request.sampling_params, request.output_token_ids, num_draft_tokens + 1
+            )
+            for request in requests
+            if request is not None
+        )
 
-    @property
-    def _scheduled_ahead(self) -> bool:
-        return bool(self.vllm_config.scheduler_config.async_scheduling)
-
-    def _drafts_are_greedy(self, sampling_metadata: SamplingMetadata) -> bool:
-        probabilistic = self._enable_probabilistic_draft_probs
-        return not probabilistic or bool(sampling_metadata.all_greedy)
-
-    def _no_drafts(self, drafts: torch.Tensor) -> torch.Tensor:
-        """What says that nothing was drafted, where ``drafts`` ``[B, k]`` were wanted.
+    def _no_drafts(self, num_reqs: int) -> torch.Tensor:
+        """What says that nothing was drafted, where k drafts were wanted.
 
         ``[B, 0]`` int64: the scheduler then plans no drafts. Scheduled ahead, it has
         already planned k of them, and the runner reads as many. So they are fillers,
         ``[B, k]`` int64, without probabilities: vLLM takes such drafts for certain
         choices, and verifies, rejects and counts them like any other.
         """
-        if not self._scheduled_ahead:
-            return drafts[:, :0]
-        return torch.full_like(drafts, FILLER_TOKEN)
-
-    def _layer_metadata(
-        self, alike: AlikeLayers, metadata: CommonAttentionMetadata
-    ) -> dict[str, object]:
-        """Attention metadata by layer name."""
-        every_group = self.draft_attn_groups
-        self.draft_attn_groups = alike.attention_groups
-        try:
-            return self.build_per_group_and_layer_attn_metadata(metadata)[1]
-        finally:
-            self.draft_attn_groups = every_group
-
-    def _draft(
-        self, hidden: torch.Tensor, sampling_metadata: SamplingMetadata
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The tokens ``[B, k]`` int64, and ``[B, k, 1]`` how likely if asked for."""
-        if self._drafts_are_greedy(sampling_metadata):
-            pick_best = pick_with_probability if self._min_probability else pick_greedy
-            return self._bound.draft(hidden, pick_best)
-
-        def pick(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-            return self._sample_from_logits(logits.float(), sampling_metadata)
-
-        tokens, probs = self._bound.draft(hidden, pick, whole_vocab=True)
-        self._last_draft_probs = None if probs is None else probs.contiguous()
-        return tokens, None
+        ahead = self.vllm_config.scheduler_config.async_scheduling
+        width = self.num_speculative_tokens if ahead else 0
+        size = (num_reqs, width)
+        return torch.full(size, FILLER_TOKEN, dtype=torch.int64, device=self.device)
 
     @torch.inference_mode()
     def dummy_run(self, num_tokens: int, *_: Any, **__: Any) -> None:
@@ -272,11 +380,59 @@ class MTPPlaceholderProposer(DraftModelProposer):
         batch = self.max_batch_size
         ids = torch.zeros(batch, dtype=torch.int64, device=self.device)
         boundary = None
-        if self._bound.drafter.config.uses_boundary_hidden:
+        if self._reads_boundary:
             boundary = self.hidden_states.new_zeros(batch, self.hidden_size)
-        with set_forward_context(
-            None, self.vllm_config, num_tokens=batch * num_draft_tokens
-        ):
+        num_rows = batch * num_draft_tokens
+        with set_forward_context(None, self.vllm_config, num_tokens=num_rows):
             positions = block_positions(ids, num_draft_tokens)
             hidden = self._bound.forward(ids, positions, boundary)
             self._bound.draft(hidden, pick_greedy)
+
+
+def has_finished(params: Any, output_token_ids: Sequence[int], newest: int) -> bool:
+    """Whether a token or the number of tokens ends a request.
+
+    Args:
+        params: Its ``SamplingParams``; None for a pooling request, which has no end.
+        output_token_ids: Its answer, this step's tokens included.
+        newest: Most tokens that a step adds.
+    """
+    if params is None:
+        return False
+    if params.max_tokens is not None and len(output_token_ids) >= params.max_tokens:
+        return True
+    # The second holds the model's end token as well, and those of the request.
+    stops = params.stop_token_ids if params.ignore_eos else params.all_stop_token_ids
+    return not set(stops or ()).isdisjoint(output_token_ids[-newest:])
+
+
+def _metadata_of(
+    layout: DraftLayout, metadata: CommonAttentionMetadata
+) -> CommonAttentionMetadata:
+    """The drafter's batch: k query rows behind every request's prefix.
+
+    Block table and slots are still the target's.
+    """
+    batch, num_draft_tokens = layout.positions.shape
+    rows, device = batch * num_draft_tokens, layout.positions.device
+    starts = torch.arange(0, rows + 1, num_draft_tokens, dtype=torch.int32)
+    upper = metadata.seq_lens_cpu_upper_bound
+    if upper is not None:
+        # Some backends index the block table by this bound.
+        upper = (upper + num_draft_tokens).clamp(max=layout.most_read)
+    return metadata.replace(
+        query_start_loc=torch.arange(
+            0, rows + 1, num_draft_tokens, dtype=torch.int32, device=device
+        ),
+        query_start_loc_cpu=starts,
+        seq_lens=layout.seq_lens.to(metadata.seq_lens.dtype),
+        seq_lens_cpu_upper_bound=upper,
+        num_actual_tokens=rows,
+        max_query_len=num_draft_tokens,
+        max_seq_len=min(metadata.max_seq_len + num_draft_tokens, layout.most_read),
+        positions=layout.positions.flatten(),
+        causal=True,
+        # Ranges of images in the prompt, in which attention is not causal, by their
+        # positions in the whole sequence. The block lies in none.
+        mm_req_doc_ranges=None,
+    )

@@ -1,16 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The V2 runner's drafter: vLLM's speculator base class with our forward.
 
-`propose` has three parts. `_stage` writes the step's inputs into buffers of fixed
-size, `_block_metadata` has vLLM build the attention metadata over these buffers, and
-`_generate_draft` reads nothing but them: it is what a CUDA graph holds, and it runs
-the same way without one. Nothing waits for the device, and no shape depends on what
-is in a tensor.
+`propose` has three parts. `_stage` has vLLM's batch laid out (`drafter.layout.lay_out`)
+and copies that into buffers of fixed size, `_block_metadata` has vLLM build the
+attention metadata over these buffers, and `_generate_draft` reads nothing but them: it
+is what a CUDA graph holds, and it runs the same way without one. Nothing waits for the
+device, and no shape depends on what is in a tensor.
 """
 
 import copy
-import functools
-import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +19,7 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.gpu.attn_utils import (
     build_attn_metadata,
     build_slot_mappings_by_layer,
+    init_attn_backend,
 )
 from vllm.v1.worker.gpu.block_table import BlockTables
 from vllm.v1.worker.gpu.cudagraph_utils import (
@@ -34,10 +33,12 @@ from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 from vllm_mtp.drafter.heads import pick_greedy
 from vllm_mtp.drafter.layout import (
     PAD_SLOT,
-    fit_blocks,
+    CacheTable,
+    DraftInputs,
+    covered_tokens,
+    lay_out,
     most_read,
     require_whole_blocks,
-    table_without,
 )
 from vllm_mtp.plugin import METHOD
 from vllm_mtp.serving.faults import FILLER_TOKEN, DraftGuard
@@ -55,6 +56,8 @@ class MTPPlaceholderSpeculator(DraftModelSpeculator):
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
         super().__init__(vllm_config, device)
+        config: Any = self.speculative_config
+        config.runner_has_drafter = True
         self.num_query_per_req = num_draft_tokens = self.num_speculative_steps
         # The base class sizes its buffers by the target's token budget; ours may be
         # larger, since the drafter does not take from that budget.
@@ -64,17 +67,11 @@ class MTPPlaceholderSpeculator(DraftModelSpeculator):
             torch.arange(self.max_num_reqs + 1, dtype=torch.int32, device=device)
             * num_draft_tokens
         )
-        self._positions = torch.arange(num_draft_tokens, device=device)
+        self._columns = torch.arange(num_draft_tokens, device=device)
         self._anchors, self._prefix_lens = torch.zeros(
             2, self.max_num_reqs, dtype=torch.int64, device=device
         )
         self._boundary: torch.Tensor | None = None
-        self._beyond = torch.zeros(num_rows, dtype=torch.bool, device=device)
-        # Before `set_attn` only the memory profile runs, without a cache.
-        self._limit = self._table_len = self._readable_len = (
-            vllm_config.model_config.max_model_len
-        )
-        self._window: int | None = None
         self._graphs: CudaGraphManager | None = None
         self.faults = DraftGuard(alone=vllm_config.parallel_config.world_size == 1)
 
@@ -104,59 +101,57 @@ class MTPPlaceholderSpeculator(DraftModelSpeculator):
         **kwargs: Any,
     ) -> None:
         """Build attention metadata of our own over the target's layers."""
-        # Only during this call: the runner takes these names for layers of a draft
-        # model, which it would leave out of the target's own bookkeeping.
-        self.draft_attn_layer_names = self._host.attention_layer_names
         super().set_attn(model_state, kv_cache_config, block_tables, *args, **kwargs)
-        self.draft_attn_layer_names = set()
-        block_sizes = [
-            group.kv_cache_spec.block_size for group in kv_cache_config.kv_cache_groups
+        # Not by the base class, which has no layers of a draft model to build it for:
+        # the runner would leave such layers out of the target's own bookkeeping.
+        names = self._host.attention_layer_names
+        self.attn_groups, self.attn_cg_support, _ = init_attn_backend(
+            kv_cache_config, self.vllm_config, self.device, active_layer_names=names
+        )
+        cache_groups = kv_cache_config.kv_cache_groups
+        self._bound_gids = [
+            gid
+            for gid, group in enumerate(cache_groups)
+            if not names.isdisjoint(group.layer_names)
         ]
-        # Slots below these lie in the null block, which belongs to nobody.
-        self._first_slots = torch.tensor(block_sizes, device=self.device)[:, None]
         self._slots = torch.full(
-            (len(block_sizes), self.input_buffers.max_num_tokens),
+            (len(cache_groups), self.input_buffers.max_num_tokens),
             PAD_SLOT,
             dtype=torch.int64,
             device=self.device,
         )
-        # The limit as it is now: vLLM may have lowered it to what the cache holds,
-        # while the base class keeps the first one.
-        self._limit = self.vllm_config.model_config.max_model_len
-        # What the shortest block table covers: whole cache blocks, up to the limit.
-        self._table_len = min(-(-self._limit // s) * s for s in block_sizes)
-        self._readable_len = self._table_len
-        self._target_tables = block_tables
-        window = self._bound.drafter.config.prefix_window
-        if window is not None:
-            self._read_within(window, block_tables, block_sizes)
+        # What `lay_out` will give, for graphs, which are captured before any step.
+        self._tables = block_tables
+        tables = self._target_tables()
+        self._most_read = covered_tokens(tables)
+        self._window = self._bound.drafter.config.prefix_window
+        if self._window is not None:
+            most = most_read(self._window, self.num_speculative_steps)
+            self._most_read = min(self._most_read, most)
+            self._read_within_window(tables)
 
-    def _read_within(
-        self, prefix_window: int, target_tables: BlockTables, block_sizes: list[int]
-    ) -> None:
-        """Take block tables of our own, which `_cut_tables` fills.
+    def _target_tables(self) -> list[CacheTable]:
+        """The target's tables ``[max_num_reqs, M]`` of the groups that are read."""
+        return [
+            CacheTable(
+                self._tables.input_block_tables[gid],
+                self.kv_cache_config.kv_cache_groups[gid].kv_cache_spec.block_size,
+            )
+            for gid in self._bound_gids
+        ]
+
+    def _read_within_window(self, target_tables: list[CacheTable]) -> None:
+        """Take block tables of our own, which `_stage` fills.
 
         The base class and graphs read no others, and they stay where they are.
         """
-        names = self._host.attention_layer_names
-        bound = [
-            not names.isdisjoint(group.layer_names)
-            for group in self.kv_cache_config.kv_cache_groups
-        ]
-        require_whole_blocks(itertools.compress(block_sizes, bound))
-        self._window = prefix_window
-        most = most_read(prefix_window, self.num_speculative_steps)
-        self._readable_len = min(self._table_len, most)
-        self.block_tables = copy.copy(target_tables)
-        self.block_tables.input_block_tables = [
-            table.new_zeros(len(table), min(table.shape[1], -(-most // size)))
-            if is_bound
-            else table
-            for table, size, is_bound in zip(
-                target_tables.input_block_tables, block_sizes, bound, strict=True
-            )
-        ]
-        self._block_sizes = block_sizes
+        require_whole_blocks(table.block_size for table in target_tables)
+        self.block_tables = copy.copy(self._tables)
+        ours = list(self._tables.input_block_tables)
+        for gid, (table, size) in zip(self._bound_gids, target_tables, strict=True):
+            width = min(table.shape[1], -(-self._most_read // size))
+            ours[gid] = table.new_zeros(len(table), width)
+        self.block_tables.input_block_tables = ours
 
     @torch.inference_mode()
     def propose(
@@ -203,18 +198,35 @@ class MTPPlaceholderSpeculator(DraftModelSpeculator):
         Returns:
             ``[B, k]`` int64 token ids, valid until the next call.
         """
-        num_reqs = input_batch.num_reqs
         if num_speculative_tokens == 0:
-            return self.draft_tokens[:num_reqs]
-        tokens = num_sampled, num_rejected, last_sampled, next_prefill_tokens
-        rest = temperature, seeds, dummy_run, skip_attn_for_dummy_run
-        draft = functools.partial(
-            self._propose, input_batch, last_hidden_states, *tokens, *rest
+            return self.draft_tokens[: input_batch.num_reqs]
+        if self.faults.is_off:
+            return self._no_drafts(input_batch)
+        self._copy_request_inputs(
+            input_batch.num_reqs,
+            input_batch.idx_mapping[: input_batch.num_reqs].long(),
+            temperature,
+            seeds,
+            dummy_run=dummy_run,
         )
-        if dummy_run or input_batch.req_ids[0].startswith(_WARMUP_REQUESTS):
-            return draft()  # a drafter that fails at start must not be served
-        drafts = self.faults.attempt(draft)
-        return self._no_drafts(input_batch) if drafts is None else drafts
+        anchors = last_sampled, next_prefill_tokens
+        try:
+            if not skip_attn_for_dummy_run:
+                self._stage(
+                    input_batch,
+                    num_sampled,
+                    num_rejected,
+                    anchors,
+                    last_hidden_states,
+                    dummy_run,
+                )
+            return self._draft_step(input_batch, not skip_attn_for_dummy_run)
+        except Exception as error:
+            # A drafter that fails at start must not be served.
+            if dummy_run or input_batch.req_ids[0].startswith(_WARMUP_REQUESTS):
+                raise
+            self.faults.survive(error)
+            return self._no_drafts(input_batch)
 
     def _no_drafts(self, input_batch: InputBatch) -> torch.Tensor:
         """Fillers, since this runner always verifies k drafts. ``[B, k]`` int64.
@@ -231,86 +243,76 @@ class MTPPlaceholderSpeculator(DraftModelSpeculator):
             self.draft_logits[input_batch.idx_mapping[:num_reqs].long()] = certain
         return self.draft_tokens[:num_reqs]
 
-    def _propose(
-        self,
-        input_batch: InputBatch,
-        last_hidden_states: torch.Tensor,
-        num_sampled: torch.Tensor,
-        num_rejected: torch.Tensor,
-        last_sampled: torch.Tensor,
-        next_prefill_tokens: torch.Tensor,
-        temperature: torch.Tensor,
-        seeds: torch.Tensor,
-        dummy_run: bool,
-        skip_attn_for_dummy_run: bool,
-    ) -> torch.Tensor:
-        """As `propose`, for at least one token. ``[B, k]`` int64."""
-        num_reqs = input_batch.num_reqs
-        slots = input_batch.idx_mapping[:num_reqs].long()
-        self._copy_request_inputs(
-            num_reqs, slots, temperature, seeds, dummy_run=dummy_run
-        )
-        anchors = torch.where(
-            num_sampled[:num_reqs] > 0,
-            last_sampled.view(-1)[slots],
-            next_prefill_tokens.view(-1)[slots],
-        )
-        self._anchors[:num_reqs].copy_(anchors)
-        self._stage(input_batch, num_rejected[:num_reqs], last_hidden_states)
-        if dummy_run and skip_attn_for_dummy_run:
-            self._generate_draft(num_reqs, None, None)
-        else:
-            self._draft_step(input_batch)
-        return self.draft_tokens[:num_reqs]
-
     def _stage(
         self,
         input_batch: InputBatch,
+        num_sampled: torch.Tensor,
         num_rejected: torch.Tensor,
+        anchors: tuple[torch.Tensor, torch.Tensor],
         last_hidden_states: torch.Tensor,
+        dummy_run: bool,
     ) -> None:
-        """Lay the blocks out in the buffers; rows behind the batch are padding."""
-        num_reqs, num_draft_tokens = input_batch.num_reqs, self.num_speculative_steps
-        prefix_lens = input_batch.seq_lens[:num_reqs] - num_rejected
-        self._prefix_lens[:num_reqs].copy_(prefix_lens)
-        blocks = fit_blocks(
-            prefix_lens, num_draft_tokens, self._limit, self._table_len, self._window
+        """Lay the blocks out in the buffers; rows behind the batch are padding.
+
+        Args:
+            input_batch: The target's batch in this step.
+            num_sampled: As in `propose`.
+            num_rejected: As in `propose`.
+            anchors: ``last_sampled`` and ``next_prefill_tokens`` of `propose`.
+            last_hidden_states: As in `propose`.
+            dummy_run: Give no slot to any row.
+        """
+        num_reqs, buffers = input_batch.num_reqs, self.input_buffers
+        num_rows = num_reqs * self.num_speculative_steps
+        request_slots = input_batch.idx_mapping[:num_reqs].long()
+        sampled, in_prompt = (of.view(-1)[request_slots] for of in anchors)
+        self._anchors[:num_reqs].copy_(
+            torch.where(num_sampled[:num_reqs] > 0, sampled, in_prompt)
         )
-        if blocks.skipped is not None:
-            self._cut_tables(blocks.skipped)
-        buffers, num_rows = self.input_buffers, num_reqs * num_draft_tokens
-        buffers.positions[:num_rows].copy_(blocks.positions.flatten())
-        self._beyond[:num_rows].copy_(blocks.beyond.flatten())
-        buffers.seq_lens[:num_reqs].copy_(blocks.seq_lens)
+        target_tables = self._target_tables()
+        layout = lay_out(
+            DraftInputs(
+                input_batch.seq_lens[:num_reqs],
+                input_batch.query_start_loc[1 : num_reqs + 1],
+                num_rejected[:num_reqs],
+                [CacheTable(table[:num_reqs], size) for table, size in target_tables],
+            ),
+            self.num_speculative_steps,
+            # As it is now: vLLM may have lowered it to what the cache holds, while the
+            # base class keeps the first one.
+            self.vllm_config.model_config.max_model_len,
+            self._window,
+        )
+        self._prefix_lens[:num_reqs].copy_(layout.prefix_lens)
+        buffers.positions[:num_rows].copy_(layout.positions.flatten())
+        buffers.seq_lens[:num_reqs].copy_(layout.seq_lens)
         buffers.seq_lens[num_reqs:].zero_()
         torch.clamp(self._starts, max=num_rows, out=buffers.query_start_loc)
+        self._slots.fill_(PAD_SLOT)
+        if not dummy_run:
+            for gid, slots in zip(self._bound_gids, layout.slots, strict=True):
+                self._slots[gid, :num_rows].copy_(slots)
+        if self._window is not None:
+            for gid, table in zip(self._bound_gids, layout.read_tables, strict=True):
+                ours = self.block_tables.input_block_tables[gid]
+                ours[:num_reqs].copy_(table)
+                ours[num_reqs:] = 0  # as vLLM's own: the null block
         if self._boundary is not None:
-            # The target's hidden state behind each request's last valid token.
-            ends = input_batch.query_start_loc[1 : num_reqs + 1]
-            rows = (ends - num_rejected - 1).long()
-            self._boundary[:num_reqs].copy_(last_hidden_states[rows])
+            boundary = last_hidden_states[layout.boundary_rows]
+            self._boundary[:num_reqs].copy_(boundary)
 
-    def _cut_tables(self, skipped: torch.Tensor) -> None:
-        """Leave out the cache blocks of skipped tokens. ``[B]``."""
-        num_reqs = len(skipped)
-        tables = zip(
-            self.block_tables.input_block_tables,
-            self._target_tables.input_block_tables,
-            self._block_sizes,
-            strict=True,
-        )
-        for ours, theirs, size in tables:
-            if ours is theirs:
-                continue  # of layers that the drafter does not read
-            room = ours.shape[1] * size
-            ours[:num_reqs] = table_without(theirs[:num_reqs], skipped, size, room)
-            ours[num_reqs:] = 0  # as vLLM's own: the null block
+    def _draft_step(self, input_batch: InputBatch, has_cache: bool) -> torch.Tensor:
+        """Draft on what is staged: replay a graph, or run what it would hold.
 
-    def _draft_step(self, input_batch: InputBatch) -> None:
-        """Draft over the cache: replay a graph, or run what it would hold."""
+        Returns:
+            ``[B, k]`` int64.
+        """
         num_reqs, num_draft_tokens = input_batch.num_reqs, self.num_speculative_steps
+        drafts = self.draft_tokens[:num_reqs]
+        if not has_cache:  # the memory profile, before `set_attn`
+            self._generate_draft(num_reqs, None, None)
+            return drafts
         num_rows = num_reqs * num_draft_tokens
-        self._write_slots(num_reqs)
         batch = BatchExecutionDescriptor(
             cg_mode=CUDAGraphMode.NONE,
             num_tokens=num_rows,
@@ -328,20 +330,7 @@ class MTPPlaceholderSpeculator(DraftModelSpeculator):
                 self._slots[:, :num_rows], self.kv_cache_config
             )
             self._generate_draft(num_reqs, metadata, slots_by_layer)
-
-    def _write_slots(self, num_reqs: int) -> None:
-        """Scratch slots of every KV-cache group, for the staged blocks."""
-        num_rows = num_reqs * self.num_speculative_steps
-        slots = self._target_tables.compute_slot_mappings(
-            self.idx_mapping[:num_reqs],
-            self._starts[: num_reqs + 1],
-            self.input_buffers.positions[:num_rows],
-            num_rows,
-            out=self._slots,
-        )
-        # A row beyond the limit would otherwise hit the last token's slot.
-        unusable = self._beyond[:num_rows] | (slots < self._first_slots)
-        slots.masked_fill_(unusable, PAD_SLOT)
+        return drafts
 
     def _block_metadata(
         self, input_batch: InputBatch, batch: BatchExecutionDescriptor
@@ -351,14 +340,14 @@ class MTPPlaceholderSpeculator(DraftModelSpeculator):
         # As NumPy, since this must stay a tensor of the host.
         upper = input_batch.seq_lens_cpu_upper_bound
         longest = int(upper[:num_reqs].numpy().max())
-        self.draft_max_seq_len = min(longest + num_draft_tokens, self._readable_len)
+        self.draft_max_seq_len = min(longest + num_draft_tokens, self._most_read)
         return self._build_attn_metadata(
             num_reqs=num_reqs,
             batch_desc=batch,
             query_start_loc_np=self.arange_np[: num_reqs + 1] * num_draft_tokens,
             # Some backends index the block table by this bound, k added.
             seq_lens_cpu_upper_bound=upper.clamp(
-                max=self._readable_len - num_draft_tokens
+                max=self._most_read - num_draft_tokens
             ),
             step=num_draft_tokens,
             slot_mappings=self._slots[:, : batch.num_tokens],
@@ -401,20 +390,20 @@ class MTPPlaceholderSpeculator(DraftModelSpeculator):
         if cache is None:
             return self._bound.draft(hidden, pick_greedy)[0]
         num_reqs = hidden.shape[0]
-        columns = iter(self._positions)
+        columns = iter(self._columns)
 
         def pick(logits: torch.Tensor) -> tuple[torch.Tensor, None]:
-            position = next(columns)
+            column = next(columns)
             tokens = gumbel_sample(
                 logits.to(cache.dtype),
                 self.idx_mapping[:num_reqs],
                 self.temperature,
                 self.seeds,
-                self._prefix_lens[:num_reqs] + position,
+                self._prefix_lens[:num_reqs] + column,
                 apply_temperature=True,
                 is_drafting=True,
                 logits_cache=cache,
-                logits_cache_col=position,
+                logits_cache_col=column,
                 use_fp64=self.use_fp64_gumbel,
             )
             return tokens, None
@@ -452,7 +441,7 @@ class MTPPlaceholderSpeculator(DraftModelSpeculator):
             query_start_loc_cpu=torch.from_numpy(starts),
             max_query_len=num_draft_tokens,
             seq_lens=buffers.seq_lens[:num_reqs],
-            max_seq_len=self._readable_len,
+            max_seq_len=self._most_read,
             block_tables=self.block_tables.get_dummy_block_tables(num_reqs),
             slot_mappings=slots,
             kv_cache_config=self.kv_cache_config,

@@ -8,7 +8,7 @@ scales of the cache are vLLM's business, whatever the backend.
 
 import copy
 import inspect
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -28,12 +28,12 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 )
 from vllm.model_executor.models.utils import extract_layer_index
 
-from vllm_mtp.drafter.host import Stream
+from vllm_mtp.drafter.layers import Stream
 from vllm_mtp.drafter.shadow import shadow
 from vllm_mtp.drafter.sharding import Rank
 from vllm_mtp.drafter.target_facts import TargetFacts
 from vllm_mtp.errors import UnsupportedTargetError
-from vllm_mtp.serving.kernels import prepare, product
+from vllm_mtp.serving.kernels import product_with
 
 _LAYER_PARAMETERS = ("positions", "hidden_states", "residual")
 
@@ -146,7 +146,11 @@ class VllmTarget:
         return shadow(layer, stand_ins)
 
     def run_layer(
-        self, layer: nn.Module, index: int, stream: Stream, positions: torch.Tensor
+        self,
+        layer: Callable[..., Any],
+        index: int,
+        stream: Stream,
+        positions: torch.Tensor,
     ) -> Stream:
         hidden, residual = layer(
             positions=positions,
@@ -243,11 +247,11 @@ class _SmallHead(nn.Module):
         self.weight = nn.Parameter(_share_of_this_rank(rows), requires_grad=False)
         self.scale: float = processor.scale
         self.soft_cap: float | None = processor.soft_cap
-        prepare(self)
+        self._product = product_with(self)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """``[rows, hidden_size]`` to ``[rows, tokens]``."""
-        logits = product(self, hidden)
+        logits = self._product(hidden)
         logits = tensor_model_parallel_all_gather(logits)[:, : self.num_tokens]
         if self.soft_cap is not None:
             logits = torch.tanh(logits / self.soft_cap) * self.soft_cap

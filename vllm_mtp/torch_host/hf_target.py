@@ -3,7 +3,7 @@
 
 import inspect
 import sys
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,7 +16,8 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.cache_utils import DynamicCache
 from transformers.models.auto import AutoModelForCausalLM
 
-from vllm_mtp.drafter.host import OneRank, Stream
+from vllm_mtp.drafter.host import OneRank
+from vllm_mtp.drafter.layers import Stream
 from vllm_mtp.drafter.layout import SERVED_READS, BlockReads
 from vllm_mtp.drafter.target_facts import TargetFacts, sliding_windows
 from vllm_mtp.errors import UnsupportedTargetError
@@ -174,7 +175,11 @@ class HFTarget(OneRank):
         return self._windows[index]
 
     def run_layer(
-        self, layer: nn.Module, index: int, stream: Stream, positions: torch.Tensor
+        self,
+        layer: Callable[..., Any],
+        index: int,
+        stream: Stream,
+        positions: torch.Tensor,
     ) -> Stream:
         hidden = stream.summed()[None]
         out = layer(
