@@ -29,6 +29,14 @@ def run(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return done
 
 
+def test_one_step() -> None:
+    done = run("one_step.py")
+    assert done.returncode == 0
+    slots = re.findall(r"^(?:scratch slots|overwritten) +(\[.*?\])", done.stdout, re.M)
+    assert slots == ["[22, 23, 36, 37]"] * 2  # of the blocks 5 and 9
+    assert re.search(r"^drafts +\[\d+, \d+, \d+, \d+\]", done.stdout, re.M)
+
+
 @pytest.mark.engine
 def test_make_a_drafter(tmp_path: Path) -> None:
     done = run("make_a_drafter.py", "--out", str(tmp_path / "mine"))

@@ -80,10 +80,9 @@ def test_a_limit_that_vllm_lowers_after_start_is_kept(
             num_reqs=1,
             seq_lens=torch.tensor([64]),
             query_start_loc=torch.tensor([0, 4]),
-            idx_mapping=torch.tensor([0]),
         )
-        one, two = torch.tensor([1]), torch.tensor([2])
-        speculator._stage(batch, one, two, (one, one), torch.empty(0), False)
+        layout = speculator._lay_out(batch, torch.tensor([2]))
+        speculator._stage(layout, torch.empty(0), dummy_run=False)
     assert speculator.input_buffers.positions[:4].tolist() == [62, 63, 63, 63]
     slots = speculator._slots[0]
     assert (slots[2:] == PAD_SLOT).all()

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The V2 runner's drafter: vLLM's speculator base class with our forward.
 
-`propose` has three parts. `_stage` has vLLM's batch laid out (`drafter.layout.lay_out`)
-and copies that into buffers of fixed size, `_block_metadata` has vLLM build the
+`propose` has four parts. `_lay_out` translates vLLM's batch (`drafter.layout.lay_out`),
+`_stage` copies that into buffers of fixed size, `_block_metadata` has vLLM build the
 attention metadata over these buffers, and `_generate_draft` reads nothing but them: it
 is what a CUDA graph holds, and it runs the same way without one. Nothing waits for the
 device, and no shape depends on what is in a tensor.
@@ -35,6 +35,7 @@ from vllm_mtp.drafter.layout import (
     PAD_SLOT,
     CacheTable,
     DraftInputs,
+    DraftLayout,
     covered_tokens,
     lay_out,
     most_read,
@@ -202,25 +203,25 @@ class MTPPlaceholderSpeculator(DraftModelSpeculator):
             return self.draft_tokens[: input_batch.num_reqs]
         if self.faults.is_off:
             return self._no_drafts(input_batch)
-        self._copy_request_inputs(
-            input_batch.num_reqs,
-            input_batch.idx_mapping[: input_batch.num_reqs].long(),
-            temperature,
-            seeds,
-            dummy_run=dummy_run,
-        )
-        anchors = last_sampled, next_prefill_tokens
+        num_reqs = input_batch.num_reqs
+        request_slots = input_batch.idx_mapping[:num_reqs].long()
         try:
-            if not skip_attn_for_dummy_run:
-                self._stage(
-                    input_batch,
-                    num_sampled,
-                    num_rejected,
-                    anchors,
-                    last_hidden_states,
-                    dummy_run,
-                )
-            return self._draft_step(input_batch, not skip_attn_for_dummy_run)
+            self._copy_request_inputs(
+                num_reqs, request_slots, temperature, seeds, dummy_run=dummy_run
+            )
+            anchors = torch.where(
+                num_sampled[:num_reqs] > 0,
+                last_sampled.view(-1)[request_slots],
+                next_prefill_tokens.view(-1)[request_slots],
+            )
+            self._anchors[:num_reqs].copy_(anchors)
+            if skip_attn_for_dummy_run:
+                self._generate_draft(num_reqs, None, None)
+            else:
+                layout = self._lay_out(input_batch, num_rejected[:num_reqs])
+                self._stage(layout, last_hidden_states, dummy_run)
+                self._draft_staged(input_batch)
+            return self.draft_tokens[:num_reqs]
         except Exception as error:
             # A drafter that fails at start must not be served.
             if dummy_run or input_batch.req_ids[0].startswith(_WARMUP_REQUESTS):
@@ -243,39 +244,20 @@ class MTPPlaceholderSpeculator(DraftModelSpeculator):
             self.draft_logits[input_batch.idx_mapping[:num_reqs].long()] = certain
         return self.draft_tokens[:num_reqs]
 
-    def _stage(
-        self,
-        input_batch: InputBatch,
-        num_sampled: torch.Tensor,
-        num_rejected: torch.Tensor,
-        anchors: tuple[torch.Tensor, torch.Tensor],
-        last_hidden_states: torch.Tensor,
-        dummy_run: bool,
-    ) -> None:
-        """Lay the blocks out in the buffers; rows behind the batch are padding.
-
-        Args:
-            input_batch: The target's batch in this step.
-            num_sampled: As in `propose`.
-            num_rejected: As in `propose`.
-            anchors: ``last_sampled`` and ``next_prefill_tokens`` of `propose`.
-            last_hidden_states: As in `propose`.
-            dummy_run: Give no slot to any row.
-        """
-        num_reqs, buffers = input_batch.num_reqs, self.input_buffers
-        num_rows = num_reqs * self.num_speculative_steps
-        request_slots = input_batch.idx_mapping[:num_reqs].long()
-        sampled, in_prompt = (of.view(-1)[request_slots] for of in anchors)
-        self._anchors[:num_reqs].copy_(
-            torch.where(num_sampled[:num_reqs] > 0, sampled, in_prompt)
-        )
-        target_tables = self._target_tables()
-        layout = lay_out(
+    def _lay_out(
+        self, input_batch: InputBatch, num_rejected: torch.Tensor
+    ) -> DraftLayout:
+        """vLLM's batch of this step, with a block behind every request's prefix."""
+        num_reqs = input_batch.num_reqs
+        tables = [
+            CacheTable(table[:num_reqs], size) for table, size in self._target_tables()
+        ]
+        return lay_out(
             DraftInputs(
                 input_batch.seq_lens[:num_reqs],
                 input_batch.query_start_loc[1 : num_reqs + 1],
-                num_rejected[:num_reqs],
-                [CacheTable(table[:num_reqs], size) for table, size in target_tables],
+                num_rejected,
+                tables,
             ),
             self.num_speculative_steps,
             # As it is now: vLLM may have lowered it to what the cache holds, while the
@@ -283,35 +265,39 @@ class MTPPlaceholderSpeculator(DraftModelSpeculator):
             self.vllm_config.model_config.max_model_len,
             self._window,
         )
+
+    def _stage(
+        self, layout: DraftLayout, last_hidden_states: torch.Tensor, dummy_run: bool
+    ) -> None:
+        """Copy the blocks into the buffers; rows behind the batch are padding.
+
+        Args:
+            layout: Of B blocks.
+            last_hidden_states: As in `propose`.
+            dummy_run: Give no slot to any row.
+        """
+        num_reqs, buffers = len(layout.positions), self.input_buffers
+        num_rows = layout.positions.numel()
         self._prefix_lens[:num_reqs].copy_(layout.prefix_lens)
         buffers.positions[:num_rows].copy_(layout.positions.flatten())
         buffers.seq_lens[:num_reqs].copy_(layout.seq_lens)
         buffers.seq_lens[num_reqs:].zero_()
         torch.clamp(self._starts, max=num_rows, out=buffers.query_start_loc)
         self._slots.fill_(PAD_SLOT)
-        if not dummy_run:
-            for gid, slots in zip(self._bound_gids, layout.slots, strict=True):
-                self._slots[gid, :num_rows].copy_(slots)
-        if self._window is not None:
-            for gid, table in zip(self._bound_gids, layout.read_tables, strict=True):
+        for index, gid in enumerate(self._bound_gids):
+            if not dummy_run:
+                self._slots[gid, :num_rows].copy_(layout.slots[index])
+            if self._window is not None:
                 ours = self.block_tables.input_block_tables[gid]
-                ours[:num_reqs].copy_(table)
+                ours[:num_reqs].copy_(layout.read_tables[index])
                 ours[num_reqs:] = 0  # as vLLM's own: the null block
         if self._boundary is not None:
             boundary = last_hidden_states[layout.boundary_rows]
             self._boundary[:num_reqs].copy_(boundary)
 
-    def _draft_step(self, input_batch: InputBatch, has_cache: bool) -> torch.Tensor:
-        """Draft on what is staged: replay a graph, or run what it would hold.
-
-        Returns:
-            ``[B, k]`` int64.
-        """
+    def _draft_staged(self, input_batch: InputBatch) -> None:
+        """Draft on what is staged: replay a graph, or run what it would hold."""
         num_reqs, num_draft_tokens = input_batch.num_reqs, self.num_speculative_steps
-        drafts = self.draft_tokens[:num_reqs]
-        if not has_cache:  # the memory profile, before `set_attn`
-            self._generate_draft(num_reqs, None, None)
-            return drafts
         num_rows = num_reqs * num_draft_tokens
         batch = BatchExecutionDescriptor(
             cg_mode=CUDAGraphMode.NONE,
@@ -330,7 +316,6 @@ class MTPPlaceholderSpeculator(DraftModelSpeculator):
                 self._slots[:, :num_rows], self.kv_cache_config
             )
             self._generate_draft(num_reqs, metadata, slots_by_layer)
-        return drafts
 
     def _block_metadata(
         self, input_batch: InputBatch, batch: BatchExecutionDescriptor
