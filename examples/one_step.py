@@ -2,12 +2,14 @@
 """One step of drafting in plain torch: a paged cache, one block, the shapes printed.
 
 Shows: what a draft reads and writes. One request, one attention layer with random
-    weights, no vLLM. The target has cached the keys and values of 10 tokens and has just
-    sampled token 10, the anchor. The drafter puts the anchor and its placeholders behind
-    them, reads what is cached, and drafts k tokens.
-Run: python examples/one_step.py
+weights, no vLLM. The target has cached the keys and values of 10 tokens and has just
+sampled token 10, the anchor. The drafter puts the anchor and its placeholders behind
+them, reads what is cached, and drafts k tokens.
+
+Run:    python examples/one_step.py
+
 Expect: the scratch slots of the drafter, and the same slots again at the end, when the
-    target's verification overwrites them.
+        target's verification overwrites them.
 """
 
 import torch
