@@ -28,6 +28,8 @@ from vllm_mtp.cli.bench import FIRST_UNSEEN_PROMPT
 from vllm_mtp.data.demo_target import ensure_demo_target
 from vllm_mtp.data.sharegpt import sharegpt_prompts
 from vllm_mtp.drafter.layout import WINDOW_STEP
+from vllm_mtp.markdown import row as row_of_table
+from vllm_mtp.markdown import table
 from vllm_mtp.metrics import AcceptanceCounts, read_vllm_counters
 from vllm_mtp.plugin import METHOD
 
@@ -89,12 +91,11 @@ def main() -> int:
 def _print_table(
     engine: "Engine", loads: Iterable[Load], options: argparse.Namespace
 ) -> None:
-    for row in (HEAD, ("---",) * len(HEAD)):
-        print(f"| {' | '.join(row)} |")
+    print(table(HEAD, ()))
     for load in loads:
         turns = measure(engine, load, [ALL, *options.windows], options.rounds)
         for row in rows_of(load.name, turns):
-            print(f"| {' | '.join(row)} |", flush=True)
+            print(row_of_table(row), flush=True)
 
 
 class Engine:

@@ -40,4 +40,4 @@ class DataError(MTPError):
 
 
 class OutputError(MTPError):
-    """A file cannot be written: no room, no permission, or no such position."""
+    """A file cannot be written: no room, no permission, or no such place."""

@@ -9,9 +9,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from vllm_mtp.cli import flag
 from vllm_mtp.cli.targets import target_folder
 from vllm_mtp.errors import DataError
+from vllm_mtp.flags import flag
 
 if TYPE_CHECKING:
     from vllm_mtp.data.render import Renderer, Request

@@ -4,10 +4,10 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from vllm_mtp.cli import flag
 from vllm_mtp.cli.targets import target_folder
 from vllm_mtp.drafter.design import DrafterDesign
 from vllm_mtp.errors import MTPError
+from vllm_mtp.flags import flag
 
 
 @dataclass(kw_only=True)

@@ -100,7 +100,7 @@ class OwnLayerConfig(_Strict):
     bridge: bool = Field(
         default=False,
         description="Whether the stream passes a linear map before the layer, in "
-        "position of the target layers that are left out there.",
+        "place of the target layers that are left out there.",
     )
 
 
