@@ -97,7 +97,7 @@ def test_a_window_is_no_shorter_than_the_targets(tmp_path: Path) -> None:
     torch.testing.assert_close(windowed, whole)
 
 
-@pytest.mark.parametrize("window", [0, -3])
+@pytest.mark.parametrize("window", [-3, 2**25])
 def test_a_window_holds_a_token(tiny_llama: Path, window: int) -> None:
-    with pytest.raises(MTPError, match=f"prefix_window: got {window}, expected 1 to"):
+    with pytest.raises(MTPError, match=f"prefix_window: got {window}, expected"):
         case(tiny_llama, "own:0", window)

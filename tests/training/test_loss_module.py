@@ -13,7 +13,6 @@ from transformers.models.auto import AutoModelForCausalLM
 
 from checkpoints_spec.goldens import fill_weights
 from tests.tiny_targets import VOCAB_SIZE
-from vllm_mtp.drafter.config import LoRAConfig
 from vllm_mtp.drafter.init import DrafterOptions, new_drafter
 from vllm_mtp.drafter.layout import IGNORE_LABEL, BlockReads, possible_anchors
 from vllm_mtp.drafter.vocabulary import frequent_tokens
@@ -29,7 +28,8 @@ TOKENS = torch.arange(30) * 37 % VOCAB_SIZE
 TEXT: dict[str, Any] = {"index": 0, "input_ids": TOKENS, "loss_spans": [[4, 30]]}
 OPTIONS = DrafterOptions(
     dtype="float32",
-    lora=LoRAConfig(rank=2, alpha=4.0, modules=("q_proj", "up_proj")),
+    lora_rank=2,
+    lora_modules=["q_proj", "up_proj"],
     markov_rank=4,
 )
 

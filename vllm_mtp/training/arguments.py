@@ -11,8 +11,10 @@ import torch
 from transformers import TrainingArguments
 from transformers.integrations import is_tensorboard_available
 
-from vllm_mtp.drafter.design import DrafterDesign
+from vllm_mtp.drafter.config import DrafterConfig
+from vllm_mtp.drafter.layer_spec import EXAMPLES
 from vllm_mtp.drafter.layout import SERVED_READS, BlockReads
+from vllm_mtp.drafter.options import DrafterOptions, help_of
 from vllm_mtp.errors import MTPError
 from vllm_mtp.flags import flag
 from vllm_mtp.training.loss_module import LossPlan
@@ -22,11 +24,15 @@ logger = logging.getLogger("vllm.mtp_placeholder.training")
 
 
 @dataclass(kw_only=True)
-class DrafterTrainingArguments(DrafterDesign, TrainingArguments):
+class DrafterTrainingArguments(DrafterOptions, TrainingArguments):
     """transformers' training arguments, and what a drafter adds to them."""
 
     target: str = flag("the target's folder or hub name", "")
     data: str = flag("folder written by `vllm-mtp generate`", "")
+    layers: str = flag(f"such as {EXAMPLES}", "shared:all")
+    num_speculative_tokens: int = flag(
+        help_of(DrafterConfig, "num_speculative_tokens"), 4
+    )
 
     warm_start: str | None = flag("start from this drafter where the weights fit", None)
     stages: list[str] = flag(
@@ -93,6 +99,7 @@ class DrafterTrainingArguments(DrafterDesign, TrainingArguments):
     per_device_eval_batch_size: int = flag("texts per evaluation step", 4)
     logging_steps: float = flag("steps between two lines of the log", 10)
     report_to: list[str] = flag("where the log goes too", ["tensorboard"])
+    seed: int = flag("seed of start values, and of what is drawn while training", 42)
     remove_unused_columns: bool = flag("as in transformers", False)
     save_total_limit: int | None = flag("checkpoints to keep", 2)
 
@@ -177,7 +184,7 @@ _RANGES: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
         "1 or more",
     ),
     (
-        ("train_texts", "train_places", "loss_vocab_size", "draft_vocab_size"),
+        ("train_texts", "train_places", "loss_vocab_size"),
         lambda value: value is None or value >= 1,
         "1 or more (leave it out for all)",
     ),
@@ -286,8 +293,13 @@ def _require_best(args: DrafterTrainingArguments) -> None:
         )
 
 
+def _require_limits(args: DrafterTrainingArguments) -> None:
+    args.require_valid(args.num_speculative_tokens)
+
+
 _REQUIREMENTS = (
     _require_names,
+    _require_limits,
     _require_ranges,
     _require_stages,
     _require_start,
