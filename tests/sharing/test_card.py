@@ -54,7 +54,6 @@ def test_data_block_and_numbers_come_back(
         f"{cost.draft_parameters:,}, {cost.relative_cost:.2f} of a target step's",
         "0.5 x cross-entropy",
         "train: 1,234 answers, 77,777 tokens of answers",
-        "| Labels seen | 1,234,567 |",
         "| Started | 2030-01-31 10:00 UTC |",
         "| Time | 1.50 hours |",
         "| `ce_weight` | `0.5` |",

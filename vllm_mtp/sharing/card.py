@@ -294,7 +294,6 @@ def _training(provenance: DrafterProvenance | None) -> str:
         *_data_rows(provenance),
         ("Objective", _objective(training)),
         ("Optimizer steps", f"{training.optimizer_steps:,}"),
-        ("Labels seen", f"{training.labels_seen:,}" if training.labels_seen else ""),
         ("Started", utc(training.started)),
         ("Finished", utc(training.finished)),
         ("Time", _time(training)),

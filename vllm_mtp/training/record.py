@@ -59,7 +59,6 @@ class RunInfo:
         started: With a time zone.
         optimizer_steps: Made in all, before a resume too.
         resumed_from_step: Step of the checkpoint that the run went on from.
-        labels_seen: Tokens with a loss, or None if nobody counted.
     """
 
     args: "DrafterTrainingArguments"
@@ -67,7 +66,6 @@ class RunInfo:
     started: datetime
     optimizer_steps: int
     resumed_from_step: int = 0
-    labels_seen: int | None = None
 
 
 def publish_run(
@@ -114,7 +112,6 @@ def _training_record(run: RunInfo) -> TrainingRecord:
         wall_seconds=(finished - started).total_seconds(),
         resumed_from_step=run.resumed_from_step,
         optimizer_steps=run.optimizer_steps,
-        labels_seen=run.labels_seen,
     )
 
 
