@@ -14,6 +14,10 @@ def test_a_table() -> None:
     ]
 
 
+def test_an_empty_cell_is_one_space() -> None:
+    assert table(("", ""), [("a", "")]).splitlines()[::2] == ["| | |", "| a | |"]
+
+
 def test_numbers_stand_to_the_right_of_their_names() -> None:
     rule = table(("a", "b", "c"), (), numbers=True).splitlines()[1]
     assert rule == "| --- | ---: | ---: |"

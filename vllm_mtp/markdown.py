@@ -20,7 +20,7 @@ def table(
 
 def row(cells: Sequence[str]) -> str:
     """One line of a table, for those that are printed while it grows."""
-    return f"| {' | '.join(cells)} |"
+    return f"|{'|'.join(f' {cell} ' if cell else ' ' for cell in cells)}|"
 
 
 def aligned(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
