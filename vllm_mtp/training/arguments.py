@@ -13,7 +13,6 @@ from transformers.integrations import is_tensorboard_available
 
 from vllm_mtp.drafter.config import DrafterConfig
 from vllm_mtp.drafter.layer_spec import EXAMPLES
-from vllm_mtp.drafter.layout import SERVED_READS, BlockReads
 from vllm_mtp.drafter.options import DrafterOptions, help_of
 from vllm_mtp.errors import MTPError
 from vllm_mtp.flags import flag
@@ -73,15 +72,6 @@ class DrafterTrainingArguments(DrafterOptions, TrainingArguments):
         None,
     )
     states_budget_gb: float = flag("memory for keeping the target's states", 4.0)
-    read_later_rows: bool = flag(
-        "let rows read the later rows of their block (an experiment: not servable)",
-        False,
-    )
-    read_prefix: bool = flag(
-        "let rows read the prefix's keys and values (false: an experiment, not "
-        "servable)",
-        True,
-    )
 
     own_optimizer: Literal["as_optim", "muon"] = flag(
         "muon: train the matrices of own layers with Muon, and all else with `optim`",
@@ -152,14 +142,10 @@ class DrafterTrainingArguments(DrafterOptions, TrainingArguments):
             ),
             anchors_per_text=self.anchors_per_text,
             feature_weight=self.feature_weight,
-            reads=self.reads(),
             states_budget=self.states_budget_gb * 2**30,
             seed=self.seed,
             num_draft_tokens=self.train_places,
         )
-
-    def reads(self) -> BlockReads:
-        return BlockReads(prefix=self.read_prefix, later_rows=self.read_later_rows)
 
     def autocast(self) -> Any:
         """What a forward outside of Trainer's own loop has to run in."""
@@ -221,12 +207,6 @@ def _require_stages(args: DrafterTrainingArguments) -> None:
         raise MTPError(
             f"stage_steps: got {args.stage_steps}, expected 1 or more where there are "
             "stages: the optimizer steps of each"
-        )
-    if args.stages and args.reads() != SERVED_READS:
-        raise MTPError(
-            "stages: each has to give a drafter, but read_prefix: false and "
-            "read_later_rows: true give none that can be served; leave out the stages, "
-            "or these settings"
         )
 
 
