@@ -89,13 +89,10 @@ def as_json(report: Report) -> str:
         stage["plan"]["target"] = Path(stage["plan"]["target"]).name
         stage["plan"]["environment"] = shown(stage["plan"]["environment"])
         for side in stage["plan"]["sides"]:
-            _without_folders(side["speculative_config"] or {})
+            config = side["speculative_config"] or {}
+            if "model" in config:
+                config["model"] = Path(str(config["model"])).name
     return json.dumps(content, indent=1) + "\n"
-
-
-def _without_folders(config: dict[str, object]) -> None:
-    if "model" in config:
-        config["model"] = Path(str(config["model"])).name
 
 
 def markdown(report: Report) -> str:

@@ -65,11 +65,10 @@ def new_drafter(
     options = options or DrafterOptions()
     options.require_valid(num_speculative_tokens)
     hf_config = AutoConfig.from_pretrained(target).get_text_config()
-    if draft_token_ids is not None:
-        _require_token_ids(draft_token_ids, hf_config.vocab_size)
     knobs = options.knobs()
-    _require_size(knobs["draft_vocab_size"], draft_token_ids)
-    knobs["draft_vocab_size"] = len(draft_token_ids or ()) or None
+    _require_token_ids(draft_token_ids, knobs["draft_vocab_size"], hf_config.vocab_size)
+    if draft_token_ids is not None:
+        knobs["draft_vocab_size"] = len(draft_token_ids)
     facts = TargetFacts.from_folder(target)
     weights = TargetWeights(target)
     config = DrafterConfig(
@@ -91,15 +90,16 @@ def new_drafter(
     return drafter
 
 
-def _require_size(size: int | None, ids: Sequence[int] | None) -> None:
+def _require_token_ids(
+    ids: Sequence[int] | None, size: int | None, vocab_size: int
+) -> None:
     if size is not None and size != len(ids or ()):
         raise MTPError(
             f"draft_vocab_size: got {size}, but draft_token_ids has {len(ids or ())}; "
             "give as many token ids, or leave the size out"
         )
-
-
-def _require_token_ids(ids: Sequence[int], vocab_size: int) -> None:
+    if ids is None:
+        return
     wrong = [i for i in ids if not 0 <= i < vocab_size]
     if wrong or not ids or len(set(ids)) != len(ids):
         raise MTPError(

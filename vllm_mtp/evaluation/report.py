@@ -57,7 +57,7 @@ def require_matplotlib() -> None:
 
 def markdown(result: OfflineResult) -> str:
     """Both measures as markdown tables, a row per category and one for all."""
-    rows = _rows(result)
+    rows = [*result.by_category.items(), ("**all**", result.total)]
     return "\n\n".join(
         [
             f"### Simulated greedy decoding, {result.k} drafted tokens per step",
@@ -104,10 +104,6 @@ def compare_served(
     apart = max(abs(a - b) for a, b in both)
     head = ["category", *positions_head, "AL", "AL in vLLM"]
     return table(head, rows), 100 * apart
-
-
-def _rows(result: OfflineResult) -> list[tuple[str, CategoryResult]]:
-    return [*result.by_category.items(), ("**all**", result.total)]
 
 
 def _table(

@@ -253,7 +253,10 @@ def _design(
         ("Target", f"`{target}`" + (f", revision `{revision}`" if revision else "")),
         ("Target's fingerprint", f"`{fingerprint}`" if fingerprint else ""),
         ("Layers", f"`{layers_text(config)}`{_lora_text(config)}"),
-        ("Reads the target's last hidden state", _yes(config.uses_boundary_hidden)),
+        (
+            "Reads the target's last hidden state",
+            "yes" if config.uses_boundary_hidden else "no",
+        ),
         ("Tokens per draft", f"1 to {config.num_speculative_tokens}"),
         ("Markov correction", f"rank {markov.rank}" if markov else "no"),
         ("Vocabulary", f"{vocab:,} tokens" if vocab else "the target's whole one"),
@@ -373,10 +376,6 @@ def _made_with(provenance: DrafterProvenance | None) -> str:
     if git := provenance.git:
         rows.append(("commit of vllm_mtp", git.sha + " (changed)" * git.changed))
     return f"## Made with\n\n{_table(rows)}"
-
-
-def _yes(value: bool) -> str:
-    return "yes" if value else "no"
 
 
 def _table(rows: Iterable[tuple[str, str]]) -> str:

@@ -94,9 +94,11 @@ class DrafterTrainingArguments(DrafterOptions, TrainingArguments):
     save_total_limit: int | None = flag("checkpoints to keep", 2)
 
     def __post_init__(self) -> None:
+        self.require_valid(self.num_speculative_tokens)
         for require in _REQUIREMENTS:
             require(self)
-        if self._keeps_the_best() and self.metric_for_best_model is None:
+        keeps_the_best = self.load_best_model_at_end or self.save_strategy == "best"
+        if keeps_the_best and self.metric_for_best_model is None:
             # transformers' own default is a loss, which our evaluation has not.
             self.metric_for_best_model = _METRICS[0]
         # transformers wants to be told, or it refuses bf16 where there is no GPU.
@@ -107,9 +109,6 @@ class DrafterTrainingArguments(DrafterOptions, TrainingArguments):
             raise MTPError(f"refused by transformers: {error}") from error
         self._require_tensorboard()
         self._stay_on_one_gpu()
-
-    def _keeps_the_best(self) -> bool:
-        return self.load_best_model_at_end or self.save_strategy == "best"
 
     def _require_tensorboard(self) -> None:
         # transformers would only say so once the target is loaded.
@@ -273,13 +272,8 @@ def _require_best(args: DrafterTrainingArguments) -> None:
         )
 
 
-def _require_limits(args: DrafterTrainingArguments) -> None:
-    args.require_valid(args.num_speculative_tokens)
-
-
 _REQUIREMENTS = (
     _require_names,
-    _require_limits,
     _require_ranges,
     _require_stages,
     _require_start,

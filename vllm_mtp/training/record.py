@@ -17,7 +17,6 @@ from vllm_mtp.sharing.made_with import device_name, git_state, versions
 from vllm_mtp.sharing.names import public_value
 from vllm_mtp.sharing.provenance import (
     DrafterProvenance,
-    ParentRecord,
     TrainingRecord,
     data_record,
     parent_record,
@@ -86,12 +85,12 @@ def publish_run(
         CheckpointError: There is no drafter in the folder.
     """
     folder = Path(str(run.args.output_dir))
-    config = read_config(folder)
+    config, parent = read_config(folder), run.args.warm_start
     provenance = DrafterProvenance(
         target=target_record(config.target, run.target, run.args.target),
         data=data_record(run.args.data),
         training=_training_record(run),
-        parent=_parent_record(run.args.warm_start),
+        parent=parent_record(Path(parent), parent) if parent else None,
         versions=versions(),
         git=git_state(),
     )
@@ -113,10 +112,6 @@ def _training_record(run: RunInfo) -> TrainingRecord:
         resumed_from_step=run.resumed_from_step,
         optimizer_steps=run.optimizer_steps,
     )
-
-
-def _parent_record(warm_start: str | None) -> ParentRecord | None:
-    return None if warm_start is None else parent_record(Path(warm_start), warm_start)
 
 
 def told_arguments(args: "DrafterTrainingArguments") -> dict[str, JsonValue]:
