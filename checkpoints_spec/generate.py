@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vllm_mtp.drafter.config import DrafterConfig
+from vllm_mtp.markdown import table
 
 HERE = Path(__file__).parent
 
@@ -181,7 +182,7 @@ def config_tables(schema: dict[str, Any]) -> str:
         raise SystemExit(f"generate.py: name a heading in _OBJECTS for {unlisted}")
     return "\n\n".join(
         f"#### {heading}\n\n{objects[name]['description']}\n\n"
-        + _table(("Key", "Type", "Default", "Meaning"), _key_rows(objects[name]))
+        + table(("Key", "Type", "Default", "Meaning"), _key_rows(objects[name]))
         for name, heading in _OBJECTS.items()
     )
 
@@ -232,15 +233,10 @@ def tensor_tables() -> str:
     )
     return "\n\n".join(
         (
-            _table(("Tensor", "Shape", "Type", "Present for", "Meaning"), rows),
-            _table(("Dimension", "Size"), DIMENSIONS.items()),
+            table(("Tensor", "Shape", "Type", "Present for", "Meaning"), rows),
+            table(("Dimension", "Size"), DIMENSIONS.items()),
         )
     )
-
-
-def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
-    lines = [head, ("---",) * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def with_block(text: str, name: str, content: str) -> str:

@@ -27,7 +27,7 @@ def test_no_room_for_a_new_file_leaves_none(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_a_position_that_cannot_be_written_is_named(
+def test_a_place_that_cannot_be_written_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").touch()

@@ -23,6 +23,7 @@ import torch
 import yaml
 
 from vllm_mtp.cli.main import _load
+from vllm_mtp.markdown import table
 from vllm_mtp.torch_host.hf_target import HFTarget, TargetStates
 from vllm_mtp.training.run import TrainingRun, fit
 
@@ -142,12 +143,9 @@ def write_report(results: dict[str, Any]) -> None:
 
 
 def table_of(question: dict[str, Any], results: dict[str, Any]) -> str:
-    lines = [
-        f"## {question['question']}",
-        "",
-        "| | AL | position 1 | 2 | 3 | 4 | trained weights | cost of a draft | flags |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+    head = ("", "AL", "position 1", "2", "3", "4")
+    head += ("trained weights", "cost of a draft", "flags")
+    rows = []
     for row in question["rows"]:
         found = results.get(key_of(row["set"]))
         if found is None:
@@ -155,12 +153,16 @@ def table_of(question: dict[str, Any], results: dict[str, Any]) -> str:
         positions = [found[f"eval_acceptance_position_{i}"] for i in range(1, 5)]
         numbers = [found["eval_acceptance_length"], *positions]
         flags = " ".join(flags_of(row["set"]))
-        lines.append(
-            f"| {row['name']} | {' | '.join(f'{n:.3f}' for n in numbers)} | "
-            f"{found['trained_parameters'] / 1e6:.2f} M | {found['draft_cost']:.2f} | "
-            f"{f'`{flags}`' if flags else 'the base'} |"
+        rows.append(
+            [
+                row["name"],
+                *(f"{n:.3f}" for n in numbers),
+                f"{found['trained_parameters'] / 1e6:.2f} M",
+                f"{found['draft_cost']:.2f}",
+                f"`{flags}`" if flags else "the base",
+            ]
         )
-    return "\n".join(lines)
+    return f"## {question['question']}\n\n{table(head, rows)}"
 
 
 def plot(results: dict[str, Any]) -> None:

@@ -16,6 +16,8 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vllm_mtp.markdown import table
+
 if TYPE_CHECKING:
     from tests.serving.lossless.matrix import Result
 
@@ -94,7 +96,7 @@ def renewed(page: str, tables: dict[str, list[list[str]]]) -> str:
     before, _, rest = page.partition(START)
     _, _, after = rest.partition(END)
     parts = [
-        f"### {title}\n\n{table(tables[name])}\n"
+        f"### {title}\n\n{table(HEAD, tables[name])}\n"
         for name, title in (
             ("tiny", "A tiny Llama in float32"),
             ("smollm2", "SmolLM2-135M-Instruct in float32, drafter `shared`"),
@@ -102,12 +104,6 @@ def renewed(page: str, tables: dict[str, list[list[str]]]) -> str:
         if name in tables
     ]
     return before + START + "\n" + "\n".join(parts) + "\n" + END + after
-
-
-def table(lines: list[list[str]]) -> str:
-    """Markdown."""
-    rows = [HEAD, ("---",) * len(HEAD), *lines]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 if __name__ == "__main__":

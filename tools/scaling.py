@@ -18,8 +18,9 @@ from typing import NamedTuple
 
 from tools import cost_model as model
 from tools.cost_model import Drafter, Hardware, Point, Target
-from tools.tables import Part, _table
+from tools.tables import Part
 from vllm_mtp.drafter.layout import most_read
+from vllm_mtp.markdown import table
 
 ROOT = Path(__file__).parents[1]
 PAGE, PLOT = ROOT / "docs" / "scaling.md", ROOT / "docs" / "scaling.png"
@@ -116,7 +117,7 @@ def fitted() -> str:
         f"As a roofline: {roof.bandwidth / 1e9:.1f} GB/s and "
         f"{roof.overhead * 1e3:.1f} ms, with the rate of the matrix product."
     )
-    return _table((*head, "Off by, roofline"), rows) + f"\n\n{fill(words, 88)}"
+    return table((*head, "Off by, roofline"), rows) + f"\n\n{fill(words, 88)}"
 
 
 def checked() -> str:
@@ -130,7 +131,7 @@ def checked() -> str:
                 (target.name, drafter.name, f"{length:.2f}", *_beside(speed, own))
             )
     head = ("Target", "Drafter", "AL", "Published", "Model", "Model over published")
-    return f"{_table(head, rows)}\n\n{_optimism()}"
+    return f"{table(head, rows)}\n\n{_optimism()}"
 
 
 def _optimism() -> str:
@@ -165,7 +166,7 @@ def checked_long() -> str:
             own = model.speed_up(model.QWEN3_8B, model.H100, drafter, point, length)
             rows.append((_where(point), drafter.name, *_beside(rate / base, own)))
     head = ("Requests x context", "Drafter", "Published", "Model")
-    return _table((*head, "Model over published"), rows)
+    return table((*head, "Model over published"), rows)
 
 
 def _beside(published: float, own: float) -> tuple[str, str, str]:
@@ -189,7 +190,7 @@ def _speed_ups(size: Size) -> str:
         if fits(size, None, point := Point(batch, context))
     ]
     head = ("Requests", "Context", *(name for name, *_ in columns))
-    return f"{_title(size)}\n\n{_table(head, rows)}"
+    return f"{_title(size)}\n\n{table(head, rows)}"
 
 
 def cases(size: Size) -> list[tuple[str, Drafter, float]]:
@@ -241,7 +242,7 @@ def _costs(size: Size) -> str:
         for drafter in drafters(size)
         if drafter.name != "DSpark"
     ]
-    return f"{_title(size)}\n\n{_table(head, rows)}"
+    return f"{_title(size)}\n\n{table(head, rows)}"
 
 
 def draft_cost(size: Size, drafter: Drafter, point: Point) -> float:
@@ -269,7 +270,7 @@ def needed() -> str:
         for size in SIZES
         for name in PUBLISHED_AL
     ]
-    return _table(("Target", "As fast as", *map(_where, POINTS)), rows)
+    return table(("Target", "As fast as", *map(_where, POINTS)), rows)
 
 
 def needed_al(size: Size, name: str, point: Point) -> float:
@@ -288,7 +289,7 @@ def memory() -> str:
         *("Target", "Drafter", "Own KV, bytes per token", "Part of the pool"),
         *("Weights, GB", "Pool, tokens", "Pool, without a drafter = 1"),
     )
-    return _table(head, [row for size in SIZES for row in _memory(size)])
+    return table(head, [row for size in SIZES for row in _memory(size)])
 
 
 def _memory(size: Size) -> Iterable[tuple[str, ...]]:
@@ -322,7 +323,7 @@ def full_pool() -> str:
         for name, drafter, length in [("none", None, 1.0), *cases(size)]:
             cells = [full(size, drafter, length, context) for context in contexts]
             rows.append((size.target.name, name, *(c for cell in cells for c in cell)))
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def full(
@@ -346,7 +347,7 @@ def prefill() -> str:
         for size in SIZES
         for prompt in (8 * K, 32 * K)
     ]
-    return _table(head, rows)
+    return table(head, rows)
 
 
 PREFILLED = ("EAGLE-3", "DFlash", "DSpark", "LongSpark", "ours")
@@ -386,7 +387,7 @@ def layers() -> str:
             model.break_even(size.target, size.hardware, drafter, p) for p in POINTS
         ]
         rows.append((name, f"{read:,.0f} bytes", *(f"{e:.2f}" for e in even)))
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def lengths() -> str:
@@ -400,7 +401,7 @@ def lengths() -> str:
             for batch in BATCHES
         ]
         rows.append((str(k), f"{length:.2f}", *speeds))
-    return _table(("k", "AL", *(_where(Point(b, K)) for b in BATCHES)), rows)
+    return table(("k", "AL", *(_where(Point(b, K)) for b in BATCHES)), rows)
 
 
 # One per drafter in the left plot; the right one has dashes for what goes with it.

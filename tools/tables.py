@@ -10,10 +10,11 @@ python tools/tables.py --check    only say whether they are up to date
 
 import argparse
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from vllm_mtp.markdown import plain, table
 from vllm_mtp.serving.ledger import PATCHES, Patch
 from vllm_mtp.serving.versions import TABLE, Release, Runner, Status
 
@@ -57,7 +58,7 @@ def main() -> int:
 def patches() -> str:
     """One row per patch, in the ledger's order."""
     head = ("Patch", "Symbol", "What", "Why", "In vLLM", "Goes when")
-    return _table(head, map(_patch_row, PATCHES))
+    return table(head, map(_patch_row, PATCHES))
 
 
 def _patch_row(patch: Patch) -> tuple[str, ...]:
@@ -65,30 +66,26 @@ def _patch_row(patch: Patch) -> tuple[str, ...]:
     if patch.aliases:
         symbol += f", also as imported by {', '.join(f'`{a}`' for a in patch.aliases)}"
     name = f"{patch.name} (CPU only)" if patch.cpu_only else patch.name
-    return (name, symbol, patch.what, patch.why, patch.seen, patch.remove_when)
+    texts = (name, symbol, patch.what, patch.why, patch.seen, patch.remove_when)
+    return tuple(map(plain, texts))
 
 
 def releases() -> str:
     """One row per release of vLLM, the newest first."""
     head = ("vLLM", "V1 runner", "V2 runner", "Tested with")
-    return _table(head, map(_release_row, reversed(TABLE)))
+    return table(head, map(_release_row, reversed(TABLE)))
 
 
 def _release_row(release: Release) -> tuple[str, ...]:
     files = release.files.value if release.is_tested else "-"
-    return (release.version, _claim(release.v1), _claim(release.v2), files)
+    claims = (_claim(release.v1), _claim(release.v2))
+    return (release.version, *map(plain, claims), files)
 
 
 def _claim(runner: Runner) -> str:
     if runner.status is Status.TESTED:
         return "works"
     return f"{runner.status.value}: {runner.reason}"
-
-
-def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
-    lines = [head, ("---",) * len(head), *rows]
-    cells = ([cell.replace("|", "\\|") for cell in line] for line in lines)
-    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
 
 
 PARTS = (

@@ -16,8 +16,9 @@ import sys
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from vllm_mtp import engine
 from vllm_mtp.bench.loads import context_loads
 from vllm_mtp.bench.plan import Load
 from vllm_mtp.bench.report import spread_text
@@ -27,7 +28,13 @@ from vllm_mtp.cli.bench import FIRST_UNSEEN_PROMPT
 from vllm_mtp.data.demo_target import ensure_demo_target
 from vllm_mtp.data.sharegpt import sharegpt_prompts
 from vllm_mtp.drafter.layout import WINDOW_STEP
+from vllm_mtp.markdown import row as row_of_table
+from vllm_mtp.markdown import table
 from vllm_mtp.metrics import AcceptanceCounts, read_vllm_counters
+from vllm_mtp.plugin import METHOD
+
+if TYPE_CHECKING:
+    from vllm_mtp.engine import LLM
 
 ALL = None  # the whole prefix
 _TEXTS = 200
@@ -67,39 +74,40 @@ def main() -> int:
         options.max_tokens,
         options.prompts,
     )
-    engine = Engine(str(target), max(options.contexts) + options.max_tokens + 128)
-    for row in (HEAD, ("---",) * len(HEAD)):
-        print(f"| {' | '.join(row)} |")
+    longest = max(options.contexts) + options.max_tokens + 128
+    with engine.start(
+        target,
+        cache_gib=4,
+        enforce_eager=False,
+        max_model_len=longest,
+        max_num_seqs=1,
+        disable_log_stats=False,
+        speculative_config={"method": METHOD},
+    ) as llm:
+        _print_table(Engine(llm), loads, options)
+    return 0
+
+
+def _print_table(
+    engine: "Engine", loads: Iterable[Load], options: argparse.Namespace
+) -> None:
+    print(table(HEAD, ()))
     for load in loads:
         turns = measure(engine, load, [ALL, *options.windows], options.rounds)
         for row in rows_of(load.name, turns):
-            print(f"| {' | '.join(row)} |", flush=True)
-    return 0
+            print(row_of_table(row), flush=True)
 
 
 class Engine:
     """vLLM with the demo's drafter."""
 
-    def __init__(self, target: str, max_model_len: int) -> None:
-        from vllm import LLM
-
-        self._llm = LLM(
-            target,
-            max_model_len=max_model_len,
-            max_num_seqs=1,
-            disable_log_stats=False,
-            speculative_config={"method": "mtp_placeholder"},
-        )
-        core: Any = self._llm.llm_engine.engine_core
-        worker = core.engine_core.model_executor.driver_worker.worker
-        self._drafter = worker.model_runner.drafter
+    def __init__(self, llm: "LLM") -> None:
+        self._llm, self._drafter = llm, engine.drafter_of(llm)
 
     def turn(self, load: Load, window: int | None, max_tokens: int) -> Turn:
         """Answer all prompts, one after the other."""
-        from vllm import SamplingParams
-
         self._drafter.prefix_window = window
-        sampling = SamplingParams(temperature=0.0, max_tokens=max_tokens)
+        sampling = engine.sampling(max_tokens=max_tokens)
         chats: list[Any] = [[{"role": "user", "content": p}] for p in load.prompts]
         cached = self._prompt_tokens_cached()
         before, start = self._counts(), time.perf_counter()

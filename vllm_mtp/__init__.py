@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vllm_mtp.drafter.checkpoint import load_drafter, read_config, save_drafter
     from vllm_mtp.drafter.config import DrafterConfig
-    from vllm_mtp.drafter.init import DrafterOptions, new_drafter
+    from vllm_mtp.drafter.init import new_drafter
     from vllm_mtp.drafter.model import Drafter
+    from vllm_mtp.drafter.options import DrafterOptions
     from vllm_mtp.metrics import AcceptanceCounts, read_vllm_counters
     from vllm_mtp.sharing.hub import push_to_hub, save_pretrained
 
@@ -20,7 +21,7 @@ _HOME = {
     "AcceptanceCounts": "vllm_mtp.metrics",
     "Drafter": "vllm_mtp.drafter.model",
     "DrafterConfig": "vllm_mtp.drafter.config",
-    "DrafterOptions": "vllm_mtp.drafter.init",
+    "DrafterOptions": "vllm_mtp.drafter.options",
     "load_drafter": "vllm_mtp.drafter.checkpoint",
     "new_drafter": "vllm_mtp.drafter.init",
     "push_to_hub": "vllm_mtp.sharing.hub",

@@ -2,6 +2,11 @@
 """Errors that a user can reach. Each message names the key or file, what was
 got, what was expected and what to do."""
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
+
 
 class MTPError(ValueError):
     """Base of every error that this package raises on purpose."""
@@ -40,4 +45,22 @@ class DataError(MTPError):
 
 
 class OutputError(MTPError):
-    """A file cannot be written: no room, no permission, or no such position."""
+    """A file cannot be written: no room, no permission, or no such place."""
+
+
+def refusal_of(error: "ValidationError", prefix: str = "") -> str:
+    """The first thing that pydantic found, in one line.
+
+    Args:
+        error: What pydantic raised.
+        prefix: Of the keys, such as ``--``.
+    """
+    item = error.errors()[0]
+    said = item["msg"].removeprefix("Value error, ")
+    if item["type"] == "value_error":
+        return prefix + said  # a rule of ours, which names its key
+    for word in ("greater", "less"):
+        said = said.replace(f"Input should be {word}", f"expected a number {word}")
+    said = said.replace("Input should be", "expected")
+    where = prefix + ".".join(map(str, item["loc"]))
+    return f"{where}: got {item['input']!r}, {said}"

@@ -62,8 +62,8 @@ class FakeEngine:
 def engine(monkeypatch: pytest.MonkeyPatch) -> type[FakeEngine]:
     """What was asked of the engine."""
     FakeEngine.calls, FakeEngine.before_call = [], lambda: None
-    monkeypatch.setattr("vllm_mtp.data.engine.Engine", FakeEngine)
-    monkeypatch.setattr("vllm_mtp.data.engine.vllm_version", lambda: "1.2")
+    monkeypatch.setattr("vllm_mtp.data.answerer.answering", FakeEngine)
+    monkeypatch.setattr("vllm_mtp.engine.vllm_version", lambda: "1.2")
     return FakeEngine
 
 

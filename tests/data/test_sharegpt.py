@@ -32,7 +32,7 @@ CONVERSATIONS = [
 
 @pytest.fixture
 def sharegpt_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A small file in the position of the package's."""
+    """A small file in place of the package's."""
     file = tmp_path / "sharegpt.json"
     file.write_text(json.dumps(CONVERSATIONS, ensure_ascii=False), "utf-8")
     monkeypatch.setattr(prompts, "demo_package_file", lambda *_: ("0", file))

@@ -313,11 +313,11 @@ class TestWriting:
         moved: list[str] = []
         replace = os.replace
 
-        def move(source: Path, position: Path) -> None:
-            moved.append(position.name)
-            if position.name == CONFIG_FILE:
+        def move(source: Path, place: Path) -> None:
+            moved.append(place.name)
+            if place.name == CONFIG_FILE:
                 self._fail()
-            replace(source, position)
+            replace(source, place)
 
         monkeypatch.setattr(checkpoint.os, "replace", move)
         with pytest.raises(OutputError, match="cannot be written .disk full"):
@@ -351,10 +351,10 @@ class TestWriting:
                 save_drafter(make_drafter(num_speculative_tokens=2), folder)
         assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
-    def test_a_position_that_is_no_folder_is_named(self, folder: Path) -> None:
-        for position in (folder / CONFIG_FILE, folder / CONFIG_FILE / "in-it"):
-            with pytest.raises(OutputError, match=f"^{position}: cannot be written"):
-                save_drafter(make_drafter(), position)
+    def test_a_place_that_is_no_folder_is_named(self, folder: Path) -> None:
+        for place in (folder / CONFIG_FILE, folder / CONFIG_FILE / "in-it"):
+            with pytest.raises(OutputError, match=f"^{place}: cannot be written"):
+                save_drafter(make_drafter(), place)
 
     def test_nothing_else_is_left_in_the_folder(self, folder: Path) -> None:
         assert {path.name for path in folder.iterdir()} == {CONFIG_FILE, WEIGHTS_FILE}

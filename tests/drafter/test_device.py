@@ -12,7 +12,6 @@ import pytest
 import torch
 from torch import nn
 
-from vllm_mtp.drafter.config import LoRAConfig
 from vllm_mtp.drafter.heads import pick_greedy
 from vllm_mtp.drafter.host import OneRank
 from vllm_mtp.drafter.init import DrafterOptions, new_drafter
@@ -24,8 +23,9 @@ OPTIONS = DrafterOptions(
     dtype="float32",
     boundary_hidden="all",
     markov_rank=8,
-    draft_token_ids=tuple(range(0, 512, 2)),
-    lora=LoRAConfig(rank=4, alpha=8.0, modules=("q_proj", "down_proj")),
+    draft_vocab_size=256,
+    lora_rank=4,
+    lora_modules=["q_proj", "down_proj"],
 )
 HIDDEN, QUERIES, VOCAB = 64, 128, 512
 B, K = 3, 4
@@ -113,7 +113,8 @@ def test_the_forward_needs_no_value(
     options = OPTIONS if "own" in layers else DrafterOptions(dtype="float32")
     if "shared" not in layers:
         options = DrafterOptions(dtype="float32", boundary_hidden="all", markov_rank=8)
-    config = new_drafter(tiny_llama, layers, K, options).config
+    tokens = range(0, 512, 2) if options.draft_vocab_size else None
+    config = new_drafter(tiny_llama, layers, K, options, tokens).config
     with torch.device("meta"):
         bound = BoundDrafter(Drafter(config), Host())
         lens = torch.ones(B, dtype=torch.int32)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """New drafters: what they are made of, and what they do before training."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from vllm_mtp.drafter.target_facts import TargetFacts
 from vllm_mtp.errors import LayerSpecError, UnsupportedTargetError
 
 LORA = LoRAConfig(rank=2, alpha=4.0, modules=("q_proj", "down_proj"))
+WITH_LORA: dict[str, Any] = {"lora_rank": 2, "lora_modules": ["q_proj", "down_proj"]}
 SOURCES = {
     "input_norm": "input_layernorm",
     "mlp_norm": "post_attention_layernorm",
@@ -30,14 +32,14 @@ SOURCES = {
 
 
 def make(
-    folder: Path, layers: str, num_draft_tokens: int = 3, **options: Any
+    folder: Path,
+    layers: str,
+    num_draft_tokens: int = 3,
+    draft_token_ids: Sequence[int] | None = None,
+    **options: Any,
 ) -> Drafter:
-    return new_drafter(
-        folder,
-        layers,
-        num_draft_tokens,
-        DrafterOptions(**{"dtype": "float32"} | options),
-    )
+    settings = DrafterOptions(**{"dtype": "float32"} | options)
+    return new_drafter(folder, layers, num_draft_tokens, settings, draft_token_ids)
 
 
 @pytest.fixture(params=["tiny_llama", "tiny_qwen3"])
@@ -51,7 +53,7 @@ def _load(folder: Path) -> PreTrainedModel:
 
 class TestConfig:
     def test_layers_as_listed(self, tiny_llama: Path) -> None:
-        config = make(tiny_llama, "shared:0,1,own:3", lora=LORA).config
+        config = make(tiny_llama, "shared:0,1,own:3", **WITH_LORA).config
         assert config.layers == (
             SharedLayerConfig(target_layer=0, lora=LORA),
             SharedLayerConfig(target_layer=1, lora=LORA),
@@ -160,7 +162,7 @@ class TestStartValues:
                 tiny_llama,
                 "shared:0,own:1",
                 own_init="random",
-                lora=LORA,
+                **WITH_LORA,
                 markov_rank=2,
                 seed=seed,
             ).state_dict()
@@ -179,7 +181,7 @@ class TestStartValues:
             folder,
             "shared:0,own:1",
             own_init=own_init,
-            lora=LORA,
+            **WITH_LORA,
             markov_rank=2,
             boundary_hidden="all",
             draft_token_ids=(5, 3),
@@ -201,7 +203,7 @@ class TestRefusals:
             make(odd, "shared:0,own:2")
         assert "layer 2 of the target cannot be copied" in str(caught.value)
         assert "['self_attn.o_proj.bias']" in str(caught.value)
-        assert "--own-start random" in str(caught.value)
+        assert "--own-init random" in str(caught.value)
         drafter = make(odd, "shared:0,own:2", own_init="random")
         assert len(drafter.layers) == 2
 

@@ -10,7 +10,6 @@ from vllm_mtp.drafter.layout import (
     IGNORE_LABEL,
     PAD_SLOT,
     WINDOW_STEP,
-    BlockReads,
     block_labels,
     block_positions,
     block_reads_itself,
@@ -122,12 +121,9 @@ def test_a_block_reads_its_prefix(prefix_lens: list[int], num_more: int) -> None
 
 @given(DRAFT_LENGTHS)
 def test_a_position_reads_its_block(num_draft_tokens: int) -> None:
-    causal = block_reads_itself(num_draft_tokens, BlockReads(), "cpu")
+    causal = block_reads_itself(num_draft_tokens, "cpu")
     for position, row in enumerate(causal):
         assert row.nonzero().flatten().tolist() == list(range(position + 1))
-    assert block_reads_itself(
-        num_draft_tokens, BlockReads(later_rows=True), "cpu"
-    ).all()
 
 
 def windowed(prefix_len: int, prefix_window: int) -> list[int]:
@@ -175,7 +171,7 @@ def test_a_row_reads_its_window(
 ) -> None:
     lens = torch.tensor(prefix_lens)
     prefix = reads_prefix(lens, max(prefix_lens), num_draft_tokens, window)
-    block = block_reads_itself(num_draft_tokens, BlockReads(), "cpu", window)
+    block = block_reads_itself(num_draft_tokens, "cpu", window)
     for prefix_len, rows in zip(prefix_lens, prefix, strict=True):
         for position, (before, inside) in enumerate(zip(rows, block, strict=True)):
             read = before.nonzero().flatten().tolist()

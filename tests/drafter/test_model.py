@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The drafter on tiny transformers targets."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ from transformers.models.auto import AutoModelForCausalLM
 
 from checkpoints_spec.goldens import Blocks, fill_weights, fixed_values, run_blocks
 from tests.tiny_targets import FAMILIES, NUM_LAYERS, VOCAB_SIZE, make_tiny
-from vllm_mtp.drafter.config import LoRAConfig
 from vllm_mtp.drafter.heads import (
     DraftVocab,
     MarkovCorrection,
@@ -28,7 +27,7 @@ from vllm_mtp.errors import UnsupportedTargetError
 from vllm_mtp.torch_host.hf_target import HFTarget
 
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-ALL_LORA = LoRAConfig(rank=2, alpha=4.0, modules=MODULES)
+ALL_LORA: dict[str, Any] = {"lora_rank": 2, "lora_modules": [*MODULES]}
 TOKENS = torch.arange(24) * 37 % VOCAB_SIZE
 # The first has a prefix of one token; neighbours overlap, and one runs off the end.
 PREFIX_LENS = torch.tensor([1, 4, 5, 12, 23])
@@ -51,9 +50,14 @@ def target(folder: Path) -> PreTrainedModel:
 def make(folder: Path) -> MakeDrafter:
     """Makes float32 drafters for the target."""
 
-    def _make(layers: str, num_draft_tokens: int, **options: Any) -> Drafter:
+    def _make(
+        layers: str,
+        num_draft_tokens: int,
+        draft_token_ids: Sequence[int] | None = None,
+        **options: Any,
+    ) -> Drafter:
         settings = DrafterOptions(dtype="float32", **options)
-        return new_drafter(folder, layers, num_draft_tokens, settings)
+        return new_drafter(folder, layers, num_draft_tokens, settings, draft_token_ids)
 
     return _make
 
@@ -103,7 +107,7 @@ class TestAnchor:
         eager = AutoModelForCausalLM.from_pretrained(
             folder, attn_implementation="eager"
         )
-        drafter = randomized(make("shared:all", 3, lora=ALL_LORA))
+        drafter = randomized(make("shared:all", 3, **ALL_LORA))
         torch.testing.assert_close(
             run(eager, drafter, 3).hidden,
             run(target, drafter, 3).hidden,
@@ -155,8 +159,8 @@ class TestLoRA:
         self, target: PreTrainedModel, make: MakeDrafter, module: str, layer: int
     ) -> None:
         plain = make("shared:all", 3)
-        lora = LoRAConfig(rank=2, alpha=4.0, modules=(module,))
-        changed = randomized(make("shared:all", 3, lora=lora))
+        lora: dict[str, Any] = {"lora_rank": 2, "lora_modules": [module]}
+        changed = randomized(make("shared:all", 3, **lora))
         changed.placeholders.data.copy_(plain.placeholders)
         for index, other in enumerate(changed.layers):
             if index != layer:
@@ -171,7 +175,7 @@ class TestLoRA:
         self, target: PreTrainedModel, make: MakeDrafter
     ) -> None:
         plain = run(target, make("shared:all", 3), 3)
-        fresh = run(target, make("shared:all", 3, lora=ALL_LORA), 3)
+        fresh = run(target, make("shared:all", 3, **ALL_LORA), 3)
         assert fresh.hidden.equal(plain.hidden)
 
 
@@ -179,7 +183,7 @@ class TestTargetStaysAsItIs:
     def test_a_shadow_shares_all_weights_and_leaves_the_layer_alone(
         self, target: PreTrainedModel, make: MakeDrafter
     ) -> None:
-        drafter = randomized(make("shared:all", 3, lora=ALL_LORA))
+        drafter = randomized(make("shared:all", 3, **ALL_LORA))
         modules = dict(target.named_modules())
         with torch.no_grad():
             before = target(TOKENS[None]).logits
@@ -210,7 +214,7 @@ class TestTargetStaysAsItIs:
         drafter = make(
             "shared:0,own:1,3",
             3,
-            lora=ALL_LORA,
+            **ALL_LORA,
             markov_rank=2,
             boundary_hidden="all",
             draft_token_ids=tuple(range(0, VOCAB_SIZE, 4)),
@@ -241,7 +245,7 @@ class TestBlocks:
     def drafter(self, make: MakeDrafter) -> Drafter:
         """Something of everything."""
         return randomized(
-            make(MIXED, 4, lora=ALL_LORA, markov_rank=2, boundary_hidden="all")
+            make(MIXED, 4, **ALL_LORA, markov_rank=2, boundary_hidden="all")
         )
 
     def test_blocks_in_one_forward_equal_each_alone(
@@ -404,7 +408,7 @@ def test_pick_block_is_a_plain_loop(
 
 def test_drafter_state_is_the_drafters_own(make: MakeDrafter) -> None:
     """Nothing of the target is in the checkpoint, whatever the drafter shares."""
-    drafter = make("shared:all", 3, lora=ALL_LORA)
+    drafter = make("shared:all", 3, **ALL_LORA)
     assert {name.partition(".")[0] for name in drafter.state_dict()} == {
         "placeholders",
         "layers",

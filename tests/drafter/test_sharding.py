@@ -7,7 +7,7 @@ own way, and its part of the drafter, and they sum as vLLM's ranks do.
 
 import copy
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from transformers.models.auto import AutoModelForCausalLM
 from checkpoints_spec.goldens import GOLDENS, fill_weights, golden_drafter
 from checkpoints_spec.goldens import golden_target as make_golden_target
 from tests.tiny_targets import VOCAB_SIZE
-from vllm_mtp.drafter.config import LoRAConfig, OwnLayerConfig
+from vllm_mtp.drafter.config import OwnLayerConfig
 from vllm_mtp.drafter.init import DrafterOptions, new_drafter
 from vllm_mtp.drafter.model import BoundDrafter, Drafter
 from vllm_mtp.drafter.sharding import Rank, part_of, require_divisible
@@ -131,9 +131,11 @@ def target(folder: Path) -> PreTrainedModel:
 def make(folder: Path) -> Callable[..., Drafter]:
     """Makes float32 drafters without a weight at a start value."""
 
-    def _make(layers: str, **options: Any) -> Drafter:
+    def _make(
+        layers: str, token_ids: Sequence[int] | None = None, **options: Any
+    ) -> Drafter:
         settings = DrafterOptions(dtype="float32", **options)
-        drafter = new_drafter(folder, layers, NUM_PLACES, settings)
+        drafter = new_drafter(folder, layers, NUM_PLACES, settings, token_ids)
         fill_weights(drafter, 0.2, salt="random ")
         return drafter.requires_grad_(False)
 
@@ -167,21 +169,21 @@ def run_in_ranks(
     return results, group.sums
 
 
-def lora(*modules: str) -> LoRAConfig:
-    return LoRAConfig(rank=2, alpha=4.0, modules=modules)  # type: ignore[arg-type]
+def lora(*modules: str) -> dict[str, Any]:
+    return {"lora_rank": 2, "lora_modules": [*modules]}
 
 
 EVERYTHING = {
-    "lora": lora(*MODULES),
+    **lora(*MODULES),
     "markov_rank": 2,
     "boundary_hidden": "all",
-    "draft_token_ids": tuple(range(0, VOCAB_SIZE, 4)),
+    "token_ids": tuple(range(0, VOCAB_SIZE, 4)),
 }
 DRAFTERS: dict[str, tuple[str, dict[str, Any]]] = {
     "shared": ("shared:all", {}),
     "own": ("own:0,3", {}),
     "mixed": ("shared:0,1,own:2", EVERYTHING),
-} | {name: ("shared:1,2", {"lora": lora(name)}) for name in MODULES}
+} | {name: ("shared:1,2", lora(name)) for name in MODULES}
 
 
 @pytest.mark.parametrize("name", DRAFTERS)
@@ -205,7 +207,7 @@ def test_a_change_of_a_pair_shows_in_the_ranks(
     target: PreTrainedModel, make: Callable[..., Drafter]
 ) -> None:
     """So that the comparison above can fail for the smallest of parts."""
-    drafter = make("shared:1,2", lora=lora("down_proj"))
+    drafter = make("shared:1,2", **lora("down_proj"))
     before, _ = run_in_ranks(target, drafter, 2)
     drafter.layers[1].lora["down_proj"].b.data *= 2
     after, _ = run_in_ranks(target, drafter, 2)

@@ -2,6 +2,7 @@
 """Offline acceptance: against decoding itself, token by token."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -63,7 +64,7 @@ def drafter(request: pytest.FixtureRequest, folder: Path) -> Drafter:
     """Something of everything where the layers allow it, in float32."""
     options = DrafterOptions(dtype="float32")
     if "own" in request.param:
-        options = options._replace(boundary_hidden="all", markov_rank=2)
+        options = replace(options, boundary_hidden="all", markov_rank=2)
     made = new_drafter(folder, request.param, K, options)
     fill_weights(made, 0.3, salt="offline ")
     return made.requires_grad_(False)

@@ -15,7 +15,7 @@ from transformers.models.auto import AutoModelForCausalLM
 from tests.evaluation.drafter_faults import FAULTS, Fault
 from tests.tiny_targets import VOCAB_SIZE
 from vllm_mtp.drafter.checkpoint import load_drafter, read_config, save_drafter
-from vllm_mtp.drafter.config import DrafterConfig, LoRAConfig
+from vllm_mtp.drafter.config import DrafterConfig
 from vllm_mtp.drafter.init import DrafterOptions, new_drafter
 from vllm_mtp.drafter.model import BoundDrafter, Drafter
 from vllm_mtp.errors import CheckpointError, MTPError
@@ -157,8 +157,12 @@ def test_a_probe_stays_small(tmp_path: Path) -> None:
     from tests.tiny_targets import make_tiny_llama
 
     target = make_tiny_llama(tmp_path / "deep", num_hidden_layers=30)
-    lora = LoRAConfig(rank=1, alpha=1.0, modules=("q_proj", "o_proj", "gate_proj"))
-    settings = DrafterOptions(dtype="float32", lora=lora, boundary_hidden="all")
+    settings = DrafterOptions(
+        dtype="float32",
+        lora_rank=1,
+        lora_modules=["q_proj", "o_proj", "gate_proj"],
+        boundary_hidden="all",
+    )
     layers = "shared:0-14,own:" + ",".join(map(str, range(15, 30)))
     folder = save_drafter(new_drafter(target, layers, 8, settings), tmp_path / "d")
     path = write_probe(folder, bind(folder, target), ROWS)
@@ -265,8 +269,7 @@ def test_a_fault_is_found_and_located(
 def test_a_changed_lora_shows_at_the_placeholders(
     make: Callable[..., Path], tiny_llama: Path
 ) -> None:
-    lora = LoRAConfig(rank=2, alpha=4.0, modules=("v_proj",))
-    folder = make("shared:all", lora=lora)
+    folder = make("shared:all", lora_rank=2, lora_modules=["v_proj"])
     bound = bind(folder, tiny_llama)
     bound.drafter.layers[2].lora["v_proj"].b.data.fill_(0.1)
     probe = probe_of(folder)

@@ -2,13 +2,13 @@
 """Targets and drafters for the engine tests."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from tests.tiny_targets import make_tiny, make_tiny_w8a8
 from vllm_mtp.drafter.checkpoint import save_drafter
-from vllm_mtp.drafter.config import LoRAConfig
 from vllm_mtp.drafter.init import DrafterOptions, new_drafter
 from vllm_mtp.drafter.model import Drafter
 
@@ -18,8 +18,9 @@ ALL_OPTIONS = DrafterOptions(
     boundary_hidden="all",
     bridges=True,
     markov_rank=8,
-    draft_token_ids=tuple(range(0, 512, 2)),
-    lora=LoRAConfig(rank=4, alpha=8.0, modules=("q_proj", "o_proj", "gate_proj")),
+    draft_vocab_size=256,
+    lora_rank=4,
+    lora_modules=["q_proj", "o_proj", "gate_proj"],
 )
 PLAIN = DrafterOptions(dtype="float32")
 
@@ -32,8 +33,8 @@ DRAFTERS: dict[str, tuple[str, int, DrafterOptions]] = {
     "own-random": ("own:1,3", 3, DrafterOptions(dtype="float32", own_init="random")),
     "mixed": ("shared:0-1,own:2,3", 4, ALL_OPTIONS),
     # Both skip tokens from a prefix of 306 on.
-    "windowed": ("shared:all", 4, PLAIN._replace(prefix_window=50)),
-    "mixed-windowed": ("shared:0-1,own:2,3", 4, ALL_OPTIONS._replace(prefix_window=50)),
+    "windowed": ("shared:all", 4, replace(PLAIN, prefix_window=50)),
+    "mixed-windowed": ("shared:0-1,own:2,3", 4, replace(ALL_OPTIONS, prefix_window=50)),
     "overflows": ("own:0,shared:1,own:3", 4, PLAIN),
 }
 
@@ -70,8 +71,9 @@ def tiny_drafter(
         folder = root / f"{family}-{name}"
         if not folder.exists():
             layers, k, options = DRAFTERS[name]
-            drafter = new_drafter(tiny_targets[family], layers, k, options)
-            if options.lora is not None:
+            tokens = range(0, 512, 2) if options.draft_vocab_size else None
+            drafter = new_drafter(tiny_targets[family], layers, k, options, tokens)
+            if options.lora_rank:
                 stir(drafter)
             if name == "overflows":
                 blow_up(drafter)

@@ -22,13 +22,11 @@ from tests.serving.source_tree import (
     signature,
 )
 from vllm_mtp.serving import ledger
+from vllm_mtp.serving.settings import ALLOWED_KEYS, OWN_KEYS
 from vllm_mtp.serving.versions import Release
 
 PACKAGE = Path(ledger.__file__).parents[1]
-USERS = (
-    *sorted((PACKAGE / "serving").glob("*.py")),
-    PACKAGE / "evaluation" / "demo.py",
-)
+USERS = (*sorted((PACKAGE / "serving").glob("*.py")), PACKAGE / "engine.py")
 # Modules (v2.py, v2_*.py) that are imported only where a ledger entry applies.
 NEEDED_BY = {"v1": "v1-proposer", "v2": "v2-speculator"}
 
@@ -53,9 +51,7 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
     ),
     "vllm.config:SchedulerConfig": ("async_scheduling",),
     "vllm.config:SpeculativeConfig": tuple(
-        key
-        for key in constant("settings.py", "ALLOWED_KEYS")
-        if key not in constant("settings.py", "OWN_KEYS")
+        key for key in ALLOWED_KEYS if key not in OWN_KEYS
     ),
     "vllm.engine.arg_utils:EngineArgs": (
         *constant("config.py", "_REFUSED_SETTINGS"),

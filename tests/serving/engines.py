@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Start vLLM in this process, and look at what it did."""
 
-import gc
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,6 +17,8 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 import torch
 from vllm import LLM, SamplingParams
 
+from vllm_mtp.engine import bound_drafter_of as bound_drafter_of  # for the tests
+from vllm_mtp.engine import core_of, runner_of, start
 from vllm_mtp.metrics import AcceptanceCounts, read_vllm_counters
 
 # Set by `triton_interpreter/sitecustomize.py`, see test_v2.py.
@@ -41,7 +42,6 @@ SETTINGS: dict[str, Any] = {
     "max_num_seqs": 8,
     "block_size": 32,
     "disable_log_stats": False,
-    "use_tqdm_on_load": False,
     "seed": 0,
 }
 
@@ -67,18 +67,12 @@ def engine(
     """One vLLM engine, gone when the block ends."""
     if not Path(target, "tokenizer.json").exists():
         settings["skip_tokenizer_init"] = True  # a tiny target made in code
-    llm = LLM(
-        str(target), speculative_config=spec and dict(spec), **SETTINGS | settings
-    )
-    if ON_V2:
-        is_v2 = of_each_runner(llm, lambda runner: hasattr(runner, "speculator"))
-        assert all(is_v2), "not the V2 runner"
-    try:
+    settings = SETTINGS | settings | {"speculative_config": spec and dict(spec)}
+    with start(target, **settings) as llm:
+        if ON_V2:
+            is_v2 = of_each_runner(llm, lambda runner: hasattr(runner, "speculator"))
+            assert all(is_v2), "not the V2 runner"
         yield llm
-    finally:
-        llm.llm_engine.engine_core.shutdown()
-        del llm
-        gc.collect()
 
 
 def generate(
@@ -162,25 +156,9 @@ def counters(llm: LLM) -> tuple[AcceptanceCounts, int, int]:
     )
 
 
-def core_of(llm: LLM) -> Any:
-    """The engine core inside an in-process engine."""
-    return llm.llm_engine.engine_core.engine_core
-
-
-def runner_of(llm: LLM) -> Any:
-    """The model runner inside an in-process engine."""
-    return core_of(llm).model_executor.driver_worker.worker.model_runner
-
-
 def of_each_runner(llm: LLM, question: Callable[[Any], Any]) -> list[Any]:
     """Ask the model runner of every rank, also in other processes."""
     return llm.collective_rpc(lambda worker: question(worker.model_runner))
-
-
-def bound_drafter_of(llm: LLM) -> Any:
-    """Our `BoundDrafter` inside an in-process engine, on either runner."""
-    runner = runner_of(llm)
-    return (runner.speculator if ON_V2 else runner.drafter)._bound
 
 
 def num_kv_blocks(llm: LLM) -> int:

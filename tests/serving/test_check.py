@@ -3,6 +3,7 @@
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -60,7 +61,7 @@ def test_a_good_drafter_passes(
 def test_a_window_that_vllm_reads_wrong_is_found(
     check: Check, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = PLAIN._replace(prefix_window=50)
+    options = replace(PLAIN, prefix_window=50)
     drafter = new_drafter(tiny_llama, "own:1,2", 4, options)
     folder = save_drafter(drafter, tmp_path / "drafter")
     monkeypatch.setattr(

@@ -80,7 +80,6 @@ def provenance(drafter: Drafter) -> DrafterProvenance:
             finished=datetime(2030, 1, 31, 11, 30, tzinfo=timezone.utc),
             wall_seconds=5400,
             optimizer_steps=4321,
-            labels_seen=1234567,
         ),
         parent=ParentRecord(name="stage-1", config_sha256="f" * 64),
         versions={"python": "3.12.1", "torch": "2.9"},

@@ -98,6 +98,17 @@ def test_untrained_drafter(tiny_llama: Path) -> None:
     assert record.target.weights_fingerprint == config.target.weights_fingerprint
 
 
+def test_a_file_of_an_earlier_version_is_read(
+    provenance: DrafterProvenance, tmp_path: Path
+) -> None:
+    values = json.loads(provenance.to_json())
+    assert "labels_seen" not in values["training"]
+    for count in (None, 1234567):
+        values["training"]["labels_seen"] = count
+        (tmp_path / "provenance.json").write_text(json.dumps(values))
+        assert read_provenance(tmp_path) == provenance
+
+
 def test_broken_file_is_named(tmp_path: Path) -> None:
     assert read_provenance(tmp_path) is None
     (tmp_path / "provenance.json").write_text('{"format": 2}')

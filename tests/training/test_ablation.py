@@ -1,11 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every row of the ablation is a run that can be started."""
 
+import json
 from typing import Any
 
 import pytest
 
-from tools.ablation import BASE, ROOT, all_rows, flags_of, key_of
+from tools.ablation import (
+    BASE,
+    RESULTS,
+    ROOT,
+    all_rows,
+    flags_of,
+    key_of,
+    questions,
+    table_of,
+)
 from vllm_mtp.cli.main import _load
 from vllm_mtp.drafter.layer_spec import parse_layers
 
@@ -23,3 +33,13 @@ def test_rows_are_valid(row: dict[str, Any]) -> None:
 def test_the_same_settings_are_one_run() -> None:
     assert key_of({}) == key_of({"num_speculative_tokens": 4})
     assert key_of({}) != key_of({"num_speculative_tokens": 5})
+
+
+def test_every_row_has_its_result() -> None:
+    """A setting that gets another name must not orphan what was measured."""
+    results = json.loads(RESULTS.read_text("utf-8"))
+    assert {key_of(row["set"]) for row in all_rows()} == set(results)
+    for question in questions():
+        assert len(table_of(question, results).splitlines()) == 4 + len(
+            question["rows"]
+        )

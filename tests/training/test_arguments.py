@@ -184,14 +184,6 @@ class TestTheBest:
         ({"markov_lr_scale": -1.0}, "markov_lr_scale: got -1.0"),
         ({"stages": ["own:0"]}, "stage_steps: got 0"),
         (
-            {"stages": ["own:0"], "stage_steps": 1, "read_prefix": False},
-            "stages: each has to give a drafter",
-        ),
-        (
-            {"stages": ["own:0"], "stage_steps": 1, "read_later_rows": True},
-            "stages: each has to give a drafter",
-        ),
-        (
             {
                 "stages": ["own:0"],
                 "stage_steps": 1,
@@ -282,7 +274,6 @@ class TestFlags:
     def test_dashes_and_underscores(self) -> None:
         assert load("--learning-rate", "0.5").learning_rate == 0.5
         assert load("--learning_rate", "0.5").learning_rate == 0.5
-        assert load("--no-read-prefix").read_prefix is False
 
     @pytest.mark.parametrize(
         ("flags", "named"),

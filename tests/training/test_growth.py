@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Drafters that start from drafters."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,6 @@ from transformers.models.auto import AutoModelForCausalLM
 
 from checkpoints_spec.goldens import fill_weights, run_blocks
 from tests.tiny_targets import VOCAB_SIZE
-from vllm_mtp.drafter.config import LoRAConfig
 from vllm_mtp.drafter.init import DrafterOptions, new_drafter
 from vllm_mtp.drafter.model import Drafter
 from vllm_mtp.training.growth import (
@@ -40,7 +40,7 @@ def test_layers_can_be_left_out(tiny_llama: Path, trained: Drafter) -> None:
 
 
 def test_what_does_not_fit_is_named(tiny_llama: Path, trained: Drafter) -> None:
-    options = OPTIONS._replace(markov_rank=4)
+    options = replace(OPTIONS, markov_rank=4)
     other = new_drafter(tiny_llama, "own:2,own:3", 3, options)
     start = {name: tensor.clone() for name, tensor in other.state_dict().items()}
     left = warm_start(other, trained)
@@ -51,13 +51,9 @@ def test_what_does_not_fit_is_named(tiny_llama: Path, trained: Drafter) -> None:
 
 
 def test_the_markov_correction_follows_its_tokens(tiny_llama: Path) -> None:
-    few = new_drafter(
-        tiny_llama, "own:1", 2, OPTIONS._replace(draft_token_ids=(3, 5, 9))
-    )
+    few = new_drafter(tiny_llama, "own:1", 2, OPTIONS, (3, 5, 9))
     fill_weights(few, 0.2, salt="few ")
-    more = new_drafter(
-        tiny_llama, "own:1", 2, OPTIONS._replace(draft_token_ids=(3, 4, 9, 11))
-    )
+    more = new_drafter(tiny_llama, "own:1", 2, OPTIONS, (3, 4, 9, 11))
     assert warm_start(more, few) == []
     assert more.draft_vocab is not None
     assert more.markov is not None
@@ -111,8 +107,10 @@ def test_an_extension_that_adds_nothing_is_refused(trained: Drafter) -> None:
 
 def test_another_lora_scale_is_refused(tiny_llama: Path) -> None:
     def made(alpha: float) -> Drafter:
-        lora = LoRAConfig(rank=2, alpha=alpha, modules=("q_proj",))
-        return new_drafter(tiny_llama, "shared:0", 2, OPTIONS._replace(lora=lora))
+        options = replace(
+            OPTIONS, lora_rank=2, lora_alpha=alpha, lora_modules=["q_proj"]
+        )
+        return new_drafter(tiny_llama, "shared:0", 2, options)
 
     warm_start(made(4.0), made(4.0))
     with pytest.raises(TrainingInputError, match="lora_alpha: got 8.0 at rank 2"):
@@ -123,7 +121,7 @@ def test_new_positions_keep_the_rest(tiny_llama: Path, trained: Drafter) -> None
     same = new_drafter(tiny_llama, "shared:0,own:1,own:2,own:2", 6, OPTIONS)
     require_same_but_positions(same, trained)
     other = new_drafter(
-        tiny_llama, "shared:0,own:2", 6, OPTIONS._replace(markov_rank=None)
+        tiny_llama, "shared:0,own:2", 6, replace(OPTIONS, markov_rank=None)
     )
     with pytest.raises(TrainingInputError, match="layers, markov differ"):
         require_same_but_positions(other, trained)

@@ -13,9 +13,8 @@ from transformers.models.auto import AutoModelForCausalLM
 
 from checkpoints_spec.goldens import fill_weights
 from tests.tiny_targets import VOCAB_SIZE
-from vllm_mtp.drafter.config import LoRAConfig
 from vllm_mtp.drafter.init import DrafterOptions, new_drafter
-from vllm_mtp.drafter.layout import IGNORE_LABEL, BlockReads, possible_anchors
+from vllm_mtp.drafter.layout import IGNORE_LABEL, possible_anchors
 from vllm_mtp.drafter.vocabulary import frequent_tokens
 from vllm_mtp.torch_host.hf_target import HFTarget, TargetStates
 from vllm_mtp.torch_host.texts import forward_texts
@@ -29,7 +28,8 @@ TOKENS = torch.arange(30) * 37 % VOCAB_SIZE
 TEXT: dict[str, Any] = {"index": 0, "input_ids": TOKENS, "loss_spans": [[4, 30]]}
 OPTIONS = DrafterOptions(
     dtype="float32",
-    lora=LoRAConfig(rank=2, alpha=4.0, modules=("q_proj", "up_proj")),
+    lora_rank=2,
+    lora_modules=["q_proj", "up_proj"],
     markov_rank=4,
 )
 
@@ -203,14 +203,6 @@ class TestLearner:
         loss_module = LossModule(drafter, host, LossPlan(feature_weight=1.0))
         parts = loss_module([TEXT | {"loss_spans": [[28, 30]]}], step=0)
         assert parts["loss"].isfinite()
-
-    def test_an_experiment_teaches_the_first_position_too(
-        self, host: HFTarget, tiny_llama: Path
-    ) -> None:
-        """Rows that read later rows are not the target's own any more."""
-        reads = BlockReads(later_rows=True)
-        loss_module = self.loss_module(host, tiny_llama, "shared:all", reads=reads)
-        assert not loss_module.first_position_is_exact
 
     def test_features_teach_own_layers(self, host: HFTarget, tiny_llama: Path) -> None:
         # Next to no weight on the tokens, so that only the features teach.

@@ -179,14 +179,6 @@ class TestStages:
         # Two small steps away from it, and nowhere near the target's own layer.
         assert 0 < (after - before).abs().max() < 0.02
 
-    def test_an_experiment_gives_no_drafter_to_serve(
-        self, arguments: MakeArguments, tiny_llama: Path
-    ) -> None:
-        args = arguments(layers="own:3", read_prefix=False, max_steps=2)
-        metrics = train(args, tiny_llama)
-        assert "eval_acceptance_length" in metrics
-        assert not (Path(str(args.output_dir)) / "config.json").exists()
-
 
 def test_bfloat16_runs_through(arguments: MakeArguments, tiny_llama: Path) -> None:
     """Training, the evaluation in between, the probe and the last evaluation."""

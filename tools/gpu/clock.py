@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from vllm_mtp.engine import runner_of
+
 
 @dataclass
 class Step:
@@ -39,12 +41,6 @@ class Times:
         self.target += other.target
         self.draft += other.draft
         return self
-
-
-def runner_of(llm: Any) -> Any:
-    """The model runner of an in-process engine."""
-    core = llm.llm_engine.engine_core.engine_core
-    return core.model_executor.driver_worker.worker.model_runner
 
 
 def mark() -> Any:

@@ -11,6 +11,7 @@ import torch
 from sides import speculative_config
 from vllm import LLM, SamplingParams
 
+from vllm_mtp.engine import core_of
 from vllm_mtp.metrics import AcceptanceCounts
 
 
@@ -90,7 +91,7 @@ class Side:
         vLLM's own counters belong to the process: only the engine that was started
         last has any.
         """
-        scheduler = self.llm.llm_engine.engine_core.engine_core.scheduler
+        scheduler = core_of(self.llm).scheduler
         original = scheduler.make_spec_decoding_stats
 
         def recording(*args: Any, **kwargs: Any) -> Any:

@@ -255,6 +255,8 @@ def write(name: str, rows: list[Row], options: argparse.Namespace) -> None:
     """JSON with everything, Markdown with the table."""
     import torch
 
+    from vllm_mtp.markdown import plain, table
+
     gpu = torch.cuda.is_available()
     facts = {
         "device": torch.cuda.get_device_name() if gpu else platform.machine(),
@@ -266,8 +268,9 @@ def write(name: str, rows: list[Row], options: argparse.Namespace) -> None:
     (options.out / f"{title}.json").write_text(text + "\n", "utf-8")
     keys = list(dict.fromkeys(key for row in rows for key in row))
     lines = [f"# {title}", "", *(f"- {k}: {v}" for k, v in facts.items()), ""]
-    lines += [f"| {' | '.join(keys)} |", "|---" * len(keys) + "|"]
-    lines += [f"| {' | '.join(shown(row.get(k)) for k in keys)} |" for row in rows]
+    lines.append(
+        table(keys, ([plain(shown(row.get(k))) for k in keys] for row in rows))
+    )
     (options.out / f"{title}.md").write_text("\n".join(lines) + "\n", "utf-8")
     print("\n".join(lines), flush=True)
 
@@ -278,7 +281,7 @@ def shown(value: Any) -> str:
         return f"{value['median']} ({value['p10']} to {value['p90']})"
     if isinstance(value, float):
         return f"{value:.3f}"
-    return "" if value is None else str(value).replace("|", "/").replace("\n", " ")
+    return "" if value is None else str(value)
 
 
 if __name__ == "__main__":

@@ -1,20 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Load on a server, by vLLM's own benchmark client (``vllm bench serve``).
+"""Load on a server, by vLLM's own benchmark client (``vllm bench serve``)."""
 
-It is called in this process: a command of its own would import vLLM again each time,
-which takes longer than most measurements.
-"""
-
-import asyncio
-import contextlib
-import io
 import json
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from vllm_mtp.engine import bench_serve
 from vllm_mtp.errors import MTPError
 
 
@@ -65,7 +58,7 @@ def run_load(
         data = Path(folder, "prompts.jsonl")
         lines = [json.dumps({"prompt": prompt}) for prompt in prompts]
         data.write_text("\n".join(lines) + "\n", "utf-8")
-        found = _run(
+        found = bench_serve(
             *("--backend", "vllm", "--base-url", url, "--model", model),
             *("--dataset-name", "custom", "--dataset-path", str(data)),
             *("--custom-output-len", str(output_tokens), "--disable-shuffle"),
@@ -84,15 +77,3 @@ def run_load(
         tpot_ms=found["median_tpot_ms"],
         texts=tuple(found["generated_texts"]),
     )
-
-
-def _run(*arguments: str) -> dict[str, Any]:
-    from vllm.benchmarks.serve import add_cli_args, main_async
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
-
-    parser = FlexibleArgumentParser()
-    add_cli_args(parser)
-    options = parser.parse_args(list(arguments))
-    # Its tables would bury ours.
-    with contextlib.redirect_stdout(io.StringIO()):
-        return asyncio.run(main_async(options))

@@ -2,7 +2,6 @@
 """A benchmark as JSON, as Markdown and as plots."""
 
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from vllm_mtp.bench.plan import PLAIN, Plan
 from vllm_mtp.bench.step_profile import StepProfile
 from vllm_mtp.bench.summary import Line, Spread
 from vllm_mtp.files import report_folder
+from vllm_mtp.markdown import table
 
 JSON_FILE = "benchmark.json"
 TABLE_FILE = "benchmark.md"
@@ -89,13 +89,10 @@ def as_json(report: Report) -> str:
         stage["plan"]["target"] = Path(stage["plan"]["target"]).name
         stage["plan"]["environment"] = shown(stage["plan"]["environment"])
         for side in stage["plan"]["sides"]:
-            _without_folders(side["speculative_config"] or {})
+            config = side["speculative_config"] or {}
+            if "model" in config:
+                config["model"] = Path(str(config["model"])).name
     return json.dumps(content, indent=1) + "\n"
-
-
-def _without_folders(config: dict[str, object]) -> None:
-    if "model" in config:
-        config["model"] = Path(str(config["model"])).name
 
 
 def markdown(report: Report) -> str:
@@ -135,12 +132,10 @@ def _tables(stage: Stage) -> list[str]:
     """One for each thing that loads differ in."""
     kinds = dict.fromkeys(load.varies for load in stage.plan.loads)
     names = [{load.name for load in stage.plan.loads_of(kind)} for kind in kinds]
-    return [_table([line for line in stage.lines if line.load in of]) for of in names]
-
-
-def _table(lines: Sequence[Line]) -> str:
-    rows = [_HEAD, ("---",) * len(_HEAD), *map(_row, lines)]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return [
+        table(_HEAD, [_row(line) for line in stage.lines if line.load in of])
+        for of in names
+    ]
 
 
 def _row(line: Line) -> tuple[str, ...]:

@@ -109,8 +109,7 @@ def _profiles(
     profiles = []
     for side in _profiled_sides(plan, schedules):
         progress(f"profiling {side.name}")
-        engine = {
-            "model": plan.target,
+        settings = {
             "dtype": plan.dtype,
             "max_model_len": plan.max_model_len,
             "max_num_seqs": plan.largest_batch,
@@ -118,7 +117,9 @@ def _profiles(
             "speculative_config": side.speculative_config,
         }
         batches = tuple(sorted({1, plan.largest_batch}))
-        wanted = StepsWanted(side.name, engine, prompts, batches, plan.profiled_steps)
+        wanted = StepsWanted(
+            side.name, plan.target, settings, prompts, batches, plan.profiled_steps
+        )
         # Each in a process of its own: vLLM reads its settings when it is imported.
         with (
             added(plan.environment),

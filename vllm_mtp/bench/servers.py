@@ -22,7 +22,6 @@ from vllm_mtp.metrics import AcceptanceCounts
 
 START_SECONDS = 600
 STOP_SECONDS = 60
-_ACCEPTANCE = "vllm:spec_decode_num_"
 
 
 class ServerError(MTPError):

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from vllm_mtp import markdown
 from vllm_mtp.drafter import scopes as of_draft
 
 # A scope belongs to the first part with a beginning of its name. All but the drafter's
@@ -96,19 +97,18 @@ def time_of_parts(scopes: Iterable[Scope]) -> dict[str, float]:
 
 def table(profiles: Sequence[StepProfile]) -> str:
     """Milliseconds by part (rows) and side (columns), as Markdown."""
+    head = ["ms per step", *(f"{p.side}, {p.batch} at once" for p in profiles)]
     rows = [
-        ["ms per step", *(f"{p.side}, {p.batch} at once" for p in profiles)],
-        ["---", *("---:" for _ in profiles)],
+        [part, *(_ms(p.parts.get(part)) for p in profiles)]
+        for part in PARTS
+        if any(part in profile.parts for profile in profiles)
     ]
-    for part in PARTS:
-        if any(part in profile.parts for profile in profiles):
-            rows.append([part, *(_ms(p.parts.get(part)) for p in profiles)])
     rows += [
         ["**the step**", *(f"**{p.ms:.1f}**" for p in profiles)],
         ["explained by the parts", *(f"{p.explained:.1%}" for p in profiles)],
         ["the step without the profiler", *(_ms(p.undisturbed_ms) for p in profiles)],
     ]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return markdown.table(head, rows, numbers=True)
 
 
 def _ms(value: float | None) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vllm_mtp.bench.step_profile import Scope, StepProfile, time_of_parts
+from vllm_mtp.engine import is_cpu, sampling, start
 from vllm_mtp.errors import MTPError
 
 
@@ -16,14 +17,16 @@ class StepsWanted:
 
     Attributes:
         side: Name of the side.
-        engine: Arguments of ``vllm.LLM``.
+        target: The target's folder.
+        settings: Other arguments of ``vllm.LLM``.
         prompts: Token ids of the requests, as many as the largest of ``batches``.
         batches: Requests at once.
         steps: Steps to average, of each batch.
     """
 
     side: str
-    engine: dict[str, Any]
+    target: str
+    settings: dict[str, Any]
     prompts: tuple[tuple[int, ...], ...]
     batches: tuple[int, ...]
     steps: int
@@ -44,21 +47,13 @@ def profile_steps(wanted: StepsWanted) -> list[StepProfile]:
         "VLLM_USE_V2_MODEL_RUNNER": "0",
         "VLLM_CUSTOM_SCOPES_FOR_PROFILING": "1",
     }
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    from vllm import LLM
-    from vllm.platforms import current_platform
-
-    if not current_platform.is_cpu():
+    if not is_cpu():
         raise MTPError(
             "--profile: on a GPU a step's parts overlap; use vLLM's own torch profiler "
             "(--profiler-config), which shows the drafter's scopes as well"
         )
-    engine = LLM(disable_log_stats=True, **wanted.engine).llm_engine
-    try:
-        return [_profile(engine, wanted, batch) for batch in wanted.batches]
-    finally:
-        engine.engine_core.shutdown()
+    with start(wanted.target, disable_log_stats=True, **wanted.settings) as llm:
+        return [_profile(llm.llm_engine, wanted, batch) for batch in wanted.batches]
 
 
 def _profile(engine: Any, wanted: StepsWanted, batch: int) -> StepProfile:
@@ -89,12 +84,10 @@ def _profile(engine: Any, wanted: StepsWanted, batch: int) -> StepProfile:
 
 def _start_requests(engine: Any, wanted: StepsWanted, batch: int) -> None:
     """Until all prompts are read, and what the first steps set up is there."""
-    from vllm import SamplingParams
-
     # Up to the limit of the model, so that none ends while steps are timed.
-    sampling = SamplingParams(temperature=0.0, max_tokens=None, ignore_eos=True)
+    until_limit = sampling(max_tokens=None, ignore_eos=True)
     for index, prompt in enumerate(wanted.prompts[:batch]):
-        engine.add_request(str(index), {"prompt_token_ids": list(prompt)}, sampling)
+        engine.add_request(str(index), {"prompt_token_ids": list(prompt)}, until_limit)
     started: set[str] = set()
     while len(started) < batch:
         started |= {output.request_id for output in engine.step()}

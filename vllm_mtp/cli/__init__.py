@@ -1,15 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
 """The commands of ``vllm-mtp``, one module each."""
-
-from dataclasses import MISSING, field
-from typing import Any
-
-
-def flag(help_text: str, default: Any = MISSING) -> Any:
-    """A dataclass field that is a command's flag; required without a default."""
-    metadata = {"help": help_text}
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
-    if default is MISSING:
-        return field(metadata=metadata)
-    return field(default=default, metadata=metadata)

@@ -10,8 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from vllm_mtp.cli import flag
 from vllm_mtp.errors import MTPError
+from vllm_mtp.flags import flag
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -4,7 +4,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from vllm_mtp.cli import flag
+from vllm_mtp.flags import flag
 
 if TYPE_CHECKING:
     from vllm_mtp.evaluation.demo import DemoPlan, DemoResult

@@ -4,7 +4,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from vllm_mtp.cli import flag
+from vllm_mtp.flags import flag
 
 
 @dataclass

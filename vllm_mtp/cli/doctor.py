@@ -6,6 +6,7 @@ import platform
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, entry_points, version
 
+from vllm_mtp import engine
 from vllm_mtp.bench.cpu_settings import fastest_environment
 from vllm_mtp.serving import ledger, versions
 
@@ -130,21 +131,18 @@ def _transformers_imports() -> Finding:
 
 
 def _runner() -> Finding:
-    from vllm.platforms import current_platform
-    from vllm.triton_utils import HAS_TRITON
-
-    where = f"platform {current_platform.device_name or current_platform.device_type}"
     release = _release()
     has_v2 = release is None or release.v2.status is not versions.Status.ABSENT
-    by_default = "V2" if HAS_TRITON and has_v2 else "V1"
-    return Finding("runner", f"{versions.forced_runner() or by_default} ({where})")
+    by_default = "V2" if engine.has_triton() and has_v2 else "V1"
+    return Finding(
+        "runner",
+        f"{versions.forced_runner() or by_default} (platform {engine.platform_name()})",
+    )
 
 
 def _cpu_libraries() -> list[Finding]:
     """What makes vLLM slower than need be on a CPU."""
-    from vllm.platforms import current_platform
-
-    if not current_platform.is_cpu():
+    if not engine.is_cpu():
         return []
     missing = fastest_environment(os.environ)
     if not missing:

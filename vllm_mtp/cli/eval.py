@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from vllm_mtp.cli import flag
 from vllm_mtp.cli.targets import target_folder
 from vllm_mtp.errors import DataError, MTPError
+from vllm_mtp.flags import flag
 
 if TYPE_CHECKING:
     import torch

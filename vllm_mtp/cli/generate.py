@@ -9,9 +9,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from vllm_mtp.cli import flag
 from vllm_mtp.cli.targets import target_folder
 from vllm_mtp.errors import DataError
+from vllm_mtp.flags import flag
 
 if TYPE_CHECKING:
     from vllm_mtp.data.render import Renderer, Request
@@ -128,9 +128,9 @@ class Generate:
     def _settings(self, target: Path, renderer: "Renderer") -> "RunSettings":
         from pydantic import ValidationError
 
-        from vllm_mtp.data.engine import vllm_version
         from vllm_mtp.data.settings import RunSettings
         from vllm_mtp.drafter.target_facts import TargetFacts, weights_sample_sha256
+        from vllm_mtp.engine import vllm_version
 
         facts = TargetFacts.from_folder(target).model_copy(update={"name": self.target})
         found = self._from_flags(target) | {
@@ -238,16 +238,16 @@ def _answer(
     todo: Sequence[int],
 ) -> None:
     """Answer the parts that are missing, of which `todo` has the sizes."""
-    from vllm_mtp.data.engine import Engine
+    from vllm_mtp.data.answerer import answering
     from vllm_mtp.data.generation import answer_missing
     from vllm_mtp.data.progress import Progress
 
     prompts = [len(request.token_ids) for part in parts for request in part]
     with (
-        Engine(target, settings.engine, settings.sampling) as engine,
+        answering(target, settings.engine, settings.sampling) as answerer,
         Progress(len(prompts), todo, sum(prompts)) as progress,
     ):
-        answer_missing(store, parts, engine, progress.answered, progress.part_done)
+        answer_missing(store, parts, answerer, progress.answered, progress.part_done)
 
 
 def _versions(settings: "RunSettings") -> dict[str, str]:

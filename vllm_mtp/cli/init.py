@@ -4,26 +4,27 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from vllm_mtp.cli import flag
 from vllm_mtp.cli.targets import target_folder
-from vllm_mtp.drafter.design import DrafterDesign
+from vllm_mtp.drafter.config import DrafterConfig
+from vllm_mtp.drafter.layer_spec import EXAMPLES
+from vllm_mtp.drafter.options import DrafterOptions, help_of
 from vllm_mtp.errors import MTPError
+from vllm_mtp.flags import flag
 
 
 @dataclass(kw_only=True)
-class Init(DrafterDesign):
+class Init(DrafterOptions):
     """Make a new drafter for a target: untrained, but loadable. Layers that are
     `shared` are the target's own, read in place; `own` layers get weights of their
     own, at first a copy of the target layer whose KV cache they read."""
 
     target: str = flag("the target's Hugging Face folder")
-    layers: str = flag("such as shared:all, own:0,7,14 or shared:0-9,own:28,29")
-    num_speculative_tokens: int = flag("most tokens to draft per step")
+    layers: str = flag(f"such as {EXAMPLES}")
+    num_speculative_tokens: int = flag(help_of(DrafterConfig, "num_speculative_tokens"))
     out: str = flag("folder to write; must not hold a drafter yet")
     draft_vocab_text: str | None = flag(
         "UTF-8 text file to count the tokens on, one text per line", None
     )
-    seed: int = flag("seed of the random start values", 0)
 
     def run(self) -> int:
         from vllm_mtp.cli.inspect import describe
@@ -43,7 +44,8 @@ class Init(DrafterDesign):
             target,
             self.layers,
             self.num_speculative_tokens,
-            self.options(self._draft_token_ids(target), self.seed),
+            self,
+            self._draft_token_ids(target),
         )
         write_folder(drafter, out, untrained(drafter.config, target, self.target))
         print(describe(drafter.config))
@@ -55,7 +57,7 @@ class Init(DrafterDesign):
         return 0
 
     def _draft_token_ids(self, target: Path) -> tuple[int, ...] | None:
-        if self.draft_vocab_size is None:
+        if not self.draft_vocab_size:
             return None
         if self.draft_vocab_text is None:
             raise MTPError(

@@ -4,8 +4,8 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from vllm_mtp.cli import flag
 from vllm_mtp.drafter.config import DrafterConfig, SharedLayerConfig
+from vllm_mtp.flags import flag
 
 
 @dataclass

@@ -79,12 +79,9 @@ def _overview() -> argparse.ArgumentParser:
 def _missing_package(error: ImportError) -> str | None:
     """The package of the extra `train` that could not be imported."""
     # transformers names accelerate in its message alone.
-    named = [error.name.partition(".")[0]] if error.name else _words(str(error))
+    said = error.name.partition(".")[0] if error.name else str(error)
+    named = re.findall(r"\w+", said)
     return next((package for package in TRAIN_PACKAGES if package in named), None)
-
-
-def _words(text: str) -> list[str]:
-    return re.findall(r"\w+", text)
 
 
 def _load(name: str, rest: Sequence[str]):  # type: ignore[no-untyped-def]

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from vllm_mtp.cli import flag
+from vllm_mtp.flags import flag
 
 
 @dataclass

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from vllm_mtp.cli import flag
 from vllm_mtp.drafter.config import DrafterConfig
 from vllm_mtp.errors import CheckpointError
+from vllm_mtp.flags import flag
 from vllm_mtp.references import reference_folders
 
 _TAKEN = "<- taken when no model is named"

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from vllm_mtp.cli.targets import target_folder
-from vllm_mtp.drafter.layout import SERVED_READS
+from vllm_mtp.plugin import METHOD
 from vllm_mtp.training.arguments import DrafterTrainingArguments
 
 
@@ -31,12 +31,10 @@ class Train(DrafterTrainingArguments):
             f"{metrics['eval_acceptance_length']:.3f} (bonus token included); "
             "by position " + " ".join(f"{rate:.3f}" for rate in positions)
         )
-        if self.reads() == SERVED_READS:
-            print(
-                f"drafter written to {self.output_dir}\n"
-                f"check it:  vllm-mtp check {self.output_dir} --target {self.target}\n"
-                f"serve it:  vllm serve {self.target} --speculative-config "
-                '\'{"method":"mtp_placeholder",'
-                f'"model":"{self.output_dir}"}}\''
-            )
+        print(
+            f"drafter written to {self.output_dir}\n"
+            f"check it:  vllm-mtp check {self.output_dir} --target {self.target}\n"
+            f"serve it:  vllm serve {self.target} --speculative-config "
+            f'\'{{"method":"{METHOD}","model":"{self.output_dir}"}}\''
+        )
         return 0

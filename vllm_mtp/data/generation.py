@@ -34,7 +34,7 @@ class Answer:
 
 
 class Answerer(Protocol):
-    """Answers requests; `serving.generate.Engine` is the one that uses vLLM."""
+    """Answers requests; `data.answerer.VLLMAnswerer` is the one that uses vLLM."""
 
     def answer(
         self, requests: Sequence[Request], on_answer: Callable[[int], None]

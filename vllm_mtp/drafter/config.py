@@ -7,6 +7,7 @@ are also the reference in ``checkpoints_spec/``.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -20,13 +21,27 @@ MAX_SPECULATIVE_TOKENS = 64
 # alone must not be able to ask for much time or memory.
 MAX_LAYERS = 512
 
+DtypeName = Literal["bfloat16", "float16", "float32"]
 LinearName = Literal[
     "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"
 ]
 MLP_LINEARS = frozenset({"gate_proj", "up_proj", "down_proj"})
 
 
-class _Strict(BaseModel):
+@dataclass(frozen=True)
+class Knob:
+    """Marks a field of `DrafterConfig` that has a flag of its own; see `options`.
+
+    Attributes:
+        default: Of the flag, where the field itself has none.
+    """
+
+    default: Any = None
+
+
+class Strict(BaseModel):
+    """A model that guesses nothing."""
+
     # strict: "4" is not 4, and 1.0 is not 1. A config that needs guessing is
     # a config that was written by something else than this package.
     model_config = ConfigDict(
@@ -34,7 +49,7 @@ class _Strict(BaseModel):
     )
 
 
-class LoRAConfig(_Strict):
+class LoRAConfig(Strict):
     """Low-rank change of a shared layer, applied to placeholder rows only."""
 
     rank: int = Field(ge=1, le=MAX_SIZE, description="Rank of every low-rank pair.")
@@ -56,7 +71,7 @@ class LoRAConfig(_Strict):
         return self
 
 
-class SharedLayerConfig(_Strict):
+class SharedLayerConfig(Strict):
     """A draft layer that is the target's own layer, frozen, read in place."""
 
     kind: Literal["shared"] = Field(
@@ -72,7 +87,7 @@ class SharedLayerConfig(_Strict):
     )
 
 
-class OwnLayerConfig(_Strict):
+class OwnLayerConfig(Strict):
     """A draft layer with weights of its own: RMSNorm, GQA, SwiGLU."""
 
     kind: Literal["own"] = Field(
@@ -100,20 +115,20 @@ class OwnLayerConfig(_Strict):
     bridge: bool = Field(
         default=False,
         description="Whether the stream passes a linear map before the layer, in "
-        "position of the target layers that are left out there.",
+        "place of the target layers that are left out there.",
     )
 
 
 LayerConfig = Annotated[SharedLayerConfig | OwnLayerConfig, Field(discriminator="kind")]
 
 
-class MarkovConfig(_Strict):
+class MarkovConfig(Strict):
     """Low-rank bias on a position's logits from the token drafted before it."""
 
     rank: int = Field(ge=1, le=MAX_SIZE, description="Rank of the bias.")
 
 
-class DrafterConfig(_Strict):
+class DrafterConfig(Strict):
     """Everything that is to know of a drafter but its weights."""
 
     model_type: Literal["mtp_placeholder"] = Field(
@@ -134,13 +149,13 @@ class DrafterConfig(_Strict):
     markov: MarkovConfig | None = Field(
         default=None, description="Markov correction, or null for none."
     )
-    draft_vocab_size: int | None = Field(
+    draft_vocab_size: Annotated[int | None, Knob()] = Field(
         default=None,
         ge=1,
         description="Size of the reduced output vocabulary; null drafts over "
         "the target's whole vocabulary.",
     )
-    prefix_window: int | None = Field(
+    prefix_window: Annotated[int | None, Knob()] = Field(
         default=None,
         ge=1,
         le=MAX_SIZE,
@@ -148,7 +163,7 @@ class DrafterConfig(_Strict):
         "of the last (up to 127 more: what is left out is whole pieces of 128); null "
         "reads all of it.",
     )
-    dtype: Literal["bfloat16", "float16", "float32"] = Field(
+    dtype: Annotated[DtypeName, Knob("bfloat16")] = Field(
         description="Type of every floating-point tensor of the checkpoint."
     )
     target: TargetFacts = Field(description="The target that it was made for.")

@@ -1,19 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """A new drafter for a target: untrained, but loadable."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from transformers import AutoConfig
 
 from vllm_mtp.drafter.config import (
-    MAX_SPECULATIVE_TOKENS,
     DrafterConfig,
     LayerConfig,
-    LoRAConfig,
-    MarkovConfig,
     OwnLayerConfig,
     SharedLayerConfig,
     require_window,
@@ -21,8 +19,8 @@ from vllm_mtp.drafter.config import (
 from vllm_mtp.drafter.layer_spec import BoundLayer, parse_layers
 from vllm_mtp.drafter.layers import OwnLayer
 from vllm_mtp.drafter.model import Drafter
+from vllm_mtp.drafter.options import DrafterOptions
 from vllm_mtp.drafter.target_facts import (
-    MAX_SIZE,
     TargetFacts,
     safetensors_files,
     sliding_windows,
@@ -36,26 +34,12 @@ DTYPES = {
 }
 
 
-class DrafterOptions(NamedTuple):
-    """What can be chosen about a new drafter besides its layers."""
-
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    own_init: Literal["copy", "random"] = "copy"
-    boundary_hidden: Literal["none", "first", "all"] = "none"
-    boundary_init: Literal["zero", "identity"] = "zero"
-    bridges: bool = False
-    lora: LoRAConfig | None = None
-    markov_rank: int | None = None
-    draft_token_ids: tuple[int, ...] | None = None
-    prefix_window: int | None = None
-    seed: int = 0
-
-
 def new_drafter(
     target: Path,
     layers: str,
     num_speculative_tokens: int,
-    options: DrafterOptions = DrafterOptions(),  # noqa: B008 (immutable)
+    options: DrafterOptions | None = None,
+    draft_token_ids: Sequence[int] | None = None,
 ) -> Drafter:
     """Make an untrained drafter.
 
@@ -68,16 +52,23 @@ def new_drafter(
         target: The target's Hugging Face folder, with safetensors weights.
         layers: The layer list, such as ``shared:0-9,own:28,29``.
         num_speculative_tokens: k, the most tokens to draft per step.
-        options: Everything else.
+        options: Everything else; None for the defaults.
+        draft_token_ids: The reduced output vocabulary, in its order.
 
     Raises:
         LayerSpecError: ``layers`` cannot be read.
+        MTPError: A value is out of its limits.
         UnsupportedTargetError: The target, or a copy of its layer, cannot work.
         TargetMismatchError: ``prefix_window`` is shorter than the target's own.
     """
     target = Path(target)
+    options = options or DrafterOptions()
+    options.require_valid(num_speculative_tokens)
     hf_config = AutoConfig.from_pretrained(target).get_text_config()
-    _require_valid(num_speculative_tokens, options, hf_config.vocab_size)
+    knobs = options.knobs()
+    _require_token_ids(draft_token_ids, knobs["draft_vocab_size"], hf_config.vocab_size)
+    if draft_token_ids is not None:
+        knobs["draft_vocab_size"] = len(draft_token_ids)
     facts = TargetFacts.from_folder(target)
     weights = TargetWeights(target)
     config = DrafterConfig(
@@ -87,31 +78,26 @@ def new_drafter(
         layers=_layer_configs(
             parse_layers(layers, facts.num_hidden_layers), options, weights, hf_config
         ),
-        markov=MarkovConfig(rank=options.markov_rank) if options.markov_rank else None,
-        draft_vocab_size=len(options.draft_token_ids or ()) or None,
-        prefix_window=options.prefix_window,
-        dtype=options.dtype,
+        markov=options.markov_config(),
         target=facts,
+        **knobs,
     )
     require_window(config, sliding_windows(hf_config).__getitem__)
-    drafter = Drafter(config).to(DTYPES[options.dtype])
+    drafter = Drafter(config).to(DTYPES[config.dtype])
+    if drafter.draft_vocab is not None:
+        drafter.draft_vocab.token_ids.copy_(torch.tensor(draft_token_ids))
     _fill(drafter, weights, options, _embedding_scale(hf_config))
     return drafter
 
 
-def _require_valid(num_tokens: int, options: DrafterOptions, vocab_size: int) -> None:
-    if not 1 <= num_tokens <= MAX_SPECULATIVE_TOKENS:
+def _require_token_ids(
+    ids: Sequence[int] | None, size: int | None, vocab_size: int
+) -> None:
+    if size is not None and size != len(ids or ()):
         raise MTPError(
-            f"num_speculative_tokens: got {num_tokens}, expected 1 to "
-            f"{MAX_SPECULATIVE_TOKENS}"
+            f"draft_vocab_size: got {size}, but draft_token_ids has {len(ids or ())}; "
+            "give as many token ids, or leave the size out"
         )
-    window = options.prefix_window
-    if window is not None and not 1 <= window <= MAX_SIZE:
-        raise MTPError(
-            f"prefix_window: got {window}, expected 1 to {MAX_SIZE} tokens (leave it "
-            "out to read the whole prefix)"
-        )
-    ids = options.draft_token_ids
     if ids is None:
         return
     wrong = [i for i in ids if not 0 <= i < vocab_size]
@@ -193,8 +179,9 @@ def _layer_configs(
             f"boundary_hidden: got {options.boundary_hidden!r}, but only own layers "
             "can read it and the layer list has none; use 'none', or own layers"
         )
+    lora = options.lora_config()
     return tuple(
-        SharedLayerConfig(target_layer=layer.target_layer, lora=options.lora)
+        SharedLayerConfig(target_layer=layer.target_layer, lora=lora)
         if layer.kind == "shared"
         else _own_layer_config(
             layer, options, weights, hf_config, index in reads_boundary
@@ -241,8 +228,6 @@ def _fill(
     drafter.init_weights(torch.Generator().manual_seed(options.seed))
     if drafter.placeholders is not None:
         drafter.placeholders.copy_(weights.mean_embedding() * embedding_scale)
-    if drafter.draft_vocab is not None:
-        drafter.draft_vocab.token_ids.copy_(torch.tensor(options.draft_token_ids))
     if options.own_init == "copy":
         for layer in drafter.layers:
             if isinstance(layer, OwnLayer):
@@ -264,7 +249,7 @@ def _require_copyable(hf_config: Any) -> None:
             f"layers of {hf_config.model_type!r} (activation {activation!r}) are not "
             "known to compute what an own layer computes (RMSNorm, GQA, SwiGLU), so "
             f"a copy could be wrong; known are {', '.join(_COPYABLE)} with 'silu'. "
-            "Use shared layers, or --own-start random."
+            "Use shared layers, or --own-init random."
         )
 
 
@@ -280,7 +265,7 @@ def _copy_layer(layer: OwnLayer, weights: TargetWeights) -> None:
         raise UnsupportedTargetError(
             f"layer {layer.target_layer} of the target cannot be copied into an own "
             f"layer (RMSNorm, GQA, SwiGLU): differing weights {odd}. Use shared "
-            "layers, or --own-start random."
+            "layers, or --own-init random."
         )
     for name, weight in renamed.items():
         weight.copy_(source[name])

@@ -9,7 +9,8 @@ from vllm_mtp.errors import LayerSpecError
 _ITEM = re.compile(
     r"(?:(?P<kind>shared|own):)?(?:(?P<all>all)|(?P<first>\d+)(?:-(?P<last>\d+))?)"
 )
-_HELP = "expected something like 'shared:all', 'own:0,7,14' or 'shared:0-9,own:28,29'"
+EXAMPLES = "'shared:all', 'own:0,7,14' or 'shared:0-9,own:28,29'"
+_HELP = f"expected something like {EXAMPLES}"
 
 
 class BoundLayer(NamedTuple):

@@ -113,17 +113,6 @@ def table_without(
     return block_table.gather(1, column.clamp(max=last))
 
 
-class BlockReads(NamedTuple):
-    """What the rows of a block read. Serving knows only the default; the others are
-    for experiments in training."""
-
-    prefix: bool = True  # the prefix before the anchor
-    later_rows: bool = False  # the rows behind in the same block ("bidirectional")
-
-
-SERVED_READS = BlockReads()
-
-
 class CacheTable(NamedTuple):
     """Where the layers of one KV-cache group keep the tokens of B requests."""
 
@@ -340,11 +329,10 @@ def reads_prefix(
 
 def block_reads_itself(
     num_draft_tokens: int,
-    reads: BlockReads,
     device: torch.device | str,
     window: int | None = None,
 ) -> torch.Tensor:
-    """Which positions of its own block each position reads.
+    """Which positions of its own block each position reads: none behind it.
 
     Returns:
         ``[k, k]`` bool; row i is what position i reads.
@@ -354,4 +342,4 @@ def block_reads_itself(
     )
     if window is not None:
         readable = readable.triu(1 - window)
-    return readable if reads.later_rows else readable.tril()
+    return readable.tril()

@@ -1,18 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """The demo's measurement: one target, without and with the method, side by side."""
 
-import os
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from vllm_mtp import engine
 from vllm_mtp.evaluation.equality import BF16_TIE_MARGIN, Comparison, compare_greedy
 from vllm_mtp.metrics import AcceptanceCounts, read_vllm_counters
 
 if TYPE_CHECKING:
-    from vllm import LLM
+    from vllm_mtp.engine import LLM
 
 
 @dataclass(frozen=True)
@@ -81,18 +82,19 @@ def run_demo(plan: DemoPlan, progress: Callable[[str], None]) -> DemoResult:
         plan: What to run.
         progress: Called with a few words before each of the `num_steps` steps.
     """
-    progress("starting the target")
-    plain = Side(_start(plan, None))
-    progress("starting the target with the drafter")
-    drafted = Side(_start(plan, plan.speculative_config))
-    progress("warming up")
-    for side in (plain, drafted):
-        _answer(side, plan, warm_up=True)
-    for number in range(plan.rounds):
-        progress(f"round {number + 1}: target alone")
-        _answer(plain, plan)
-        progress(f"round {number + 1}: with the drafter")
-        _answer(drafted, plan)
+    with ExitStack() as engines:
+        progress("starting the target")
+        plain = Side(engines.enter_context(_engine(plan, None)))
+        progress("starting the target with the drafter")
+        drafted = Side(engines.enter_context(_engine(plan, plan.speculative_config)))
+        progress("warming up")
+        for side in (plain, drafted):
+            _answer(side, plan, warm_up=True)
+        for number in range(plan.rounds):
+            progress(f"round {number + 1}: target alone")
+            _answer(plain, plan)
+            progress(f"round {number + 1}: with the drafter")
+            _answer(drafted, plan)
     comparisons = [
         compare_greedy(
             reference.token_ids,
@@ -110,32 +112,26 @@ def num_steps(plan: DemoPlan) -> int:
     return 3 + 2 * plan.rounds
 
 
-def _start(plan: DemoPlan, speculative_config: dict[str, Any] | None) -> "LLM":
-    # Only what the user did not set. The cache is kept small, since two engines
-    # live side by side.
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    from vllm import LLM
-
-    return LLM(
+def _engine(
+    plan: DemoPlan, speculative_config: dict[str, Any] | None
+) -> "AbstractContextManager[LLM]":
+    return engine.start(
         plan.target,
+        in_process=False,
         dtype="bfloat16",
         max_model_len=2048,
         max_num_seqs=plan.concurrency,
         gpu_memory_utilization=0.4,
         enforce_eager=True,
         disable_log_stats=False,
-        use_tqdm_on_load=False,
         speculative_config=speculative_config,
     )
 
 
 def _answer(side: Side, plan: DemoPlan, *, warm_up: bool = False) -> None:
-    from vllm import SamplingParams
-
     chats: list[Any] = [[{"role": "user", "content": text}] for text in plan.prompts]
     # Logprobs tell a float tie from a difference; both sides compute them.
-    params = SamplingParams(temperature=0, max_tokens=plan.max_tokens, logprobs=5)
+    params = engine.sampling(max_tokens=plan.max_tokens, logprobs=5)
     if warm_up:
         side.llm.chat(chats[:1], params, use_tqdm=False)
         return

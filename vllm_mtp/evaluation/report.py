@@ -8,6 +8,7 @@ from pathlib import Path
 from vllm_mtp.errors import MTPError
 from vllm_mtp.evaluation.offline import CategoryResult, OfflineResult
 from vllm_mtp.files import report_folder
+from vllm_mtp.markdown import aligned, plain, table
 from vllm_mtp.metrics import AcceptanceCounts
 
 JSON_FILE = "evaluation.json"
@@ -17,7 +18,7 @@ PLOT_FILE = "acceptance.png"
 # More lines than colours that can be told apart say nothing.
 _MOST_LINES = 9
 _NOTE = (
-    "Place i: part of the drafts whose first i tokens were all accepted. AL k: "
+    "Position i: part of the drafts whose first i tokens were all accepted. AL k: "
     "acceptance length with k drafted tokens per step, bonus token included."
 )
 
@@ -56,7 +57,7 @@ def require_matplotlib() -> None:
 
 def markdown(result: OfflineResult) -> str:
     """Both measures as markdown tables, a row per category and one for all."""
-    rows = _rows(result)
+    rows = [*result.by_category.items(), ("**all**", result.total)]
     return "\n\n".join(
         [
             f"### Simulated greedy decoding, {result.k} drafted tokens per step",
@@ -86,29 +87,23 @@ def compare_served(
     total = sum(served.values(), AcceptanceCounts(0, 0, ()))
     pairs = [(n, r.simulated, served[n]) for n, r in offline.by_category.items()]
     pairs.append(("**all**", offline.total.simulated, total))
-    header = " | ".join(f"position {i}" for i in range(1, offline.k + 1))
-    lines = [
-        f"| category | {header} | AL | AL in vLLM |",
-        "|---|" + "---|" * (offline.k + 2),
-    ]
+    positions_head = [f"position {i}" for i in range(1, offline.k + 1)]
+    rows = []
     for name, ours, its in pairs:
         positions = zip(
             ours.acceptance_per_position, its.acceptance_per_position, strict=True
         )
         cells = [f"{a:.3f} / {b:.3f}" for a, b in positions]
-        lengths = f"{ours.acceptance_length:.3f} | {its.acceptance_length:.3f}"
-        lines.append(f"| {name} | {' | '.join(cells)} | {lengths} |")
+        lengths = [f"{counts.acceptance_length:.3f}" for counts in (ours, its)]
+        rows.append([plain(name), *cells, *lengths])
     both = zip(
         offline.total.simulated.acceptance_per_position,
         total.acceptance_per_position,
         strict=True,
     )
     apart = max(abs(a - b) for a, b in both)
-    return "\n".join(lines), 100 * apart
-
-
-def _rows(result: OfflineResult) -> list[tuple[str, CategoryResult]]:
-    return [*result.by_category.items(), ("**all**", result.total)]
+    head = ["category", *positions_head, "AL", "AL in vLLM"]
+    return table(head, rows), 100 * apart
 
 
 def _table(
@@ -117,11 +112,7 @@ def _table(
     numbers = range(1, k + 1)
     header = ["category", "sequences", "tokens", "drafts"]
     header += [f"position {i}" for i in numbers] + [f"AL k={i}" for i in numbers]
-    cells = [header] + [_cells(name, row, by_k) for name, row, by_k in rows]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = ["| " + " | ".join(_padded(row, widths)) + " |" for row in cells]
-    rule = ["-" * widths[0]] + ["-" * (width - 1) + ":" for width in widths[1:]]
-    return "\n".join([lines[0], "| " + " | ".join(rule) + " |", *lines[1:]])
+    return aligned(header, [_cells(name, row, by_k) for name, row, by_k in rows])
 
 
 def _cells(
@@ -129,20 +120,13 @@ def _cells(
 ) -> list[str]:
     whole = by_k[-1]
     return [
-        # A name is data: it must not end a cell or the row.
-        " ".join(name.split()).replace("|", "\\|"),
+        plain(name),
         f"{row.sequences:,}",
         f"{row.tokens:,}",
         f"{whole.drafts:,}",
         *(f"{part:.3f}" for part in whole.acceptance_per_position),
         *(f"{counts.acceptance_length:.3f}" for counts in by_k),
     ]
-
-
-def _padded(row: Sequence[str], widths: Sequence[int]) -> list[str]:
-    """Names to the left, numbers to the right."""
-    first, *rest = zip(row, widths, strict=True)
-    return [first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in rest)]
 
 
 def plot(result: OfflineResult, path: Path) -> None:

@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Acceptance of a drafter in vLLM itself, counted by vLLM."""
 
-import gc
-import os
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vllm_mtp import engine
 from vllm_mtp.metrics import AcceptanceCounts, read_vllm_counters
 from vllm_mtp.plugin import METHOD
 
@@ -54,13 +53,21 @@ def measure_served(
     for row in rows:
         groups[row["category"]].append(row)
     longest = max(len(r["input_ids"]) for group in groups.values() for r in group)
-    llm = _start(drafter, target, k, longest + 1, dtype)
-    try:
+    with engine.start(
+        target,
+        cache_gib=2,
+        dtype=dtype,
+        # Room for the last drafts, so that every step drafts k tokens.
+        max_model_len=longest + 1 + k,
+        disable_log_stats=False,
+        skip_tokenizer_init=not Path(target, "tokenizer.json").exists(),
+        speculative_config={
+            "method": METHOD,
+            "model": str(drafter),
+            "num_speculative_tokens": k,
+        },
+    ) as llm:
         counted = {name: _answer(llm, rows) for name, rows in sorted(groups.items())}
-    finally:
-        llm.llm_engine.engine_core.shutdown()
-        del llm
-        gc.collect()
     return ServedResult(
         {name: counts for name, (counts, _) in counted.items()},
         sum(same for _, same in counted.values()),
@@ -68,44 +75,15 @@ def measure_served(
     )
 
 
-def _start(
-    drafter: Path | str, target: Path | str, k: int, max_model_len: int, dtype: str
-) -> Any:
-    # Only what the user did not set, and before vLLM is imported.
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    from vllm import LLM
-    from vllm.platforms import current_platform
-
-    return LLM(
-        str(target),
-        dtype=dtype,  # type: ignore[arg-type]
-        # Room for the last drafts, so that every step drafts k tokens.
-        max_model_len=max_model_len + k,
-        enforce_eager=current_platform.is_cpu(),
-        disable_log_stats=False,
-        use_tqdm_on_load=False,
-        skip_tokenizer_init=not Path(target, "tokenizer.json").exists(),
-        speculative_config={
-            "method": METHOD,
-            "model": str(drafter),
-            "num_speculative_tokens": k,
-        },
-    )
-
-
 def _answer(llm: Any, rows: list[Mapping[str, Any]]) -> tuple[AcceptanceCounts, int]:
     """Counts of these rows, and how many answers are the data's."""
-    from vllm import SamplingParams
-
     spans = [row["loss_spans"][0] for row in rows]
     prompts = [
         {"prompt_token_ids": list(row["input_ids"][:start])}
         for row, (start, _) in zip(rows, spans, strict=True)
     ]
     params = [
-        SamplingParams(temperature=0, max_tokens=end - start, detokenize=False)
+        engine.sampling(max_tokens=end - start, detokenize=False)
         for start, end in spans
     ]
     before = read_vllm_counters(llm.get_metrics())

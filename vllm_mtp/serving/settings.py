@@ -6,24 +6,74 @@ schedule only in the scheduler, when the target is loaded already.
 """
 
 import os
-from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    ValidationError,
+)
 
 from vllm_mtp.errors import MethodConfigError
 from vllm_mtp.plugin import METHOD
 
-# Settings of vLLM's SpeculativeConfig that mean something for this method, and one of
-# our own. Any other would be taken in silence and do nothing, so it is refused.
-ALLOWED_KEYS = (
-    "method",
-    "model",
-    "revision",
-    "num_speculative_tokens",
-    "num_speculative_tokens_per_batch_size",
-    "draft_sample_method",
-    "enforce_eager",
-    "min_draft_probability",
-)
+
+def _name(value: Any) -> Any:
+    text = os.fspath(value) if isinstance(value, os.PathLike) else value
+    # Not pydantic's own check, which refuses text that is no Unicode.
+    if isinstance(text, str) and text.strip() and "\0" not in text:
+        return value
+    raise ValueError("not a name")
+
+
+def _in_order(schedule: Any) -> Any:
+    """Ranges of batch sizes from 1 on, without overlap."""
+    end = 0
+    for first, last, tokens in sorted(map(tuple, schedule)):
+        if not (end < first <= last and tokens >= 0 and (end or first == 1)):
+            raise ValueError("not in order")
+        end = last
+    return schedule
+
+
+_Name = Annotated[Any, PlainValidator(_name)]
+_Range = tuple[int, int, int] | Annotated[list[int], Field(min_length=3, max_length=3)]
+_Schedule = Annotated[list[_Range] | tuple[_Range, ...], Field(min_length=1)]
+
+
+class SpeculativeSettings(BaseModel):
+    """What the user may give; a field's description is what is expected there.
+
+    All but `OWN_KEYS` are settings of vLLM's ``SpeculativeConfig`` that mean something
+    for this method. Any other would be taken in silence and do nothing.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    method: Any = None
+    model: _Name = Field(None, description="the drafter's folder or hub id")
+    revision: _Name = Field(None, description="a branch, tag or commit")
+    num_speculative_tokens: int = Field(0, description="an integer")
+    num_speculative_tokens_per_batch_size: Annotated[
+        _Schedule, AfterValidator(_in_order)
+    ] = Field(
+        [],
+        description="a list of [first, last, tokens], batch sizes from 1 on without "
+        "overlap and tokens from 0 on",
+    )
+    draft_sample_method: Literal["greedy", "probabilistic"] = Field(
+        "greedy", description="'greedy' or 'probabilistic'"
+    )
+    enforce_eager: bool = Field(False, description="true or false")
+    min_draft_probability: float = Field(
+        0.0, ge=0, le=1, description="a number from 0 to 1"
+    )
+
+
+ALLOWED_KEYS = tuple(SpeculativeSettings.model_fields)
 OWN_KEYS = ("min_draft_probability",)
 """Those of `ALLOWED_KEYS` that vLLM's ``SpeculativeConfig`` does not know."""
 
@@ -44,12 +94,14 @@ def checked(requested: dict[str, Any]) -> dict[str, Any]:
             f"{', '.join(ALLOWED_KEYS)}. Remove the others."
         )
     settings = {key: value for key, value in requested.items() if value is not None}
-    for key, rule in _RULES.items():
-        if key in settings and not rule.holds(settings[key]):
-            raise MethodConfigError(
-                f"speculative_config.{key}: got {shown(settings[key])}, expected "
-                f"{rule.expected}, or leave it out"
-            )
+    try:
+        SpeculativeSettings.model_validate(settings)
+    except ValidationError as error:
+        key = str(error.errors(include_input=False)[0]["loc"][0])
+        raise MethodConfigError(
+            f"speculative_config.{key}: got {shown(settings[key])}, expected "
+            f"{SpeculativeSettings.model_fields[key].description}, or leave it out"
+        ) from None
     return settings
 
 
@@ -87,64 +139,3 @@ def shown(value: Any, most: int = 80) -> str:
     except Exception:  # such as an integer of more digits than Python prints
         text = f"a {type(value).__name__} that cannot be printed"
     return text if len(text) <= most else f"{text[:most]}..."
-
-
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_probability(value: Any) -> bool:
-    is_number = isinstance(value, float) or _is_integer(value)
-    return is_number and 0 <= value <= 1
-
-
-def _is_name(value: Any) -> bool:
-    text = os.fspath(value) if isinstance(value, os.PathLike) else value
-    return isinstance(text, str) and bool(text.strip()) and "\0" not in text
-
-
-def _is_schedule(value: Any) -> bool:
-    if not isinstance(value, (list, tuple)) or not value:
-        return False
-    if not all(_is_range(entry) for entry in value):
-        return False
-    ranges = sorted(tuple(entry) for entry in value)
-    ends = [0, *(last for _, last, _ in ranges)]
-    return ranges[0][0] == 1 and all(
-        first > end for (first, _, _), end in zip(ranges, ends, strict=False)
-    )
-
-
-def _is_range(entry: Any) -> bool:
-    if not isinstance(entry, (list, tuple)) or len(entry) != 3:
-        return False
-    if not all(map(_is_integer, entry)):
-        return False
-    first, last, tokens = entry
-    return 1 <= first <= last and tokens >= 0
-
-
-class _Rule(NamedTuple):
-    holds: Callable[[Any], bool]
-    expected: str
-
-
-def _one_of(values: Iterable[str]) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, str) and value in values
-
-
-_RULES = {
-    "model": _Rule(_is_name, "the drafter's folder or hub id"),
-    "revision": _Rule(_is_name, "a branch, tag or commit"),
-    "num_speculative_tokens": _Rule(_is_integer, "an integer"),
-    _SCHEDULE: _Rule(
-        _is_schedule,
-        "a list of [first, last, tokens], batch sizes from 1 on without overlap and "
-        "tokens from 0 on",
-    ),
-    "draft_sample_method": _Rule(
-        _one_of(("greedy", "probabilistic")), "'greedy' or 'probabilistic'"
-    ),
-    "enforce_eager": _Rule(lambda value: isinstance(value, bool), "true or false"),
-    "min_draft_probability": _Rule(_is_probability, "a number from 0 to 1"),
-}

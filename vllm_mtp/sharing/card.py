@@ -13,6 +13,7 @@ from vllm_mtp.drafter.cost import draft_cost
 from vllm_mtp.drafter.layout import WINDOW_STEP
 from vllm_mtp.evaluation.offline import OfflineResult
 from vllm_mtp.evaluation.report import markdown
+from vllm_mtp.markdown import plain, table
 from vllm_mtp.plugin import METHOD
 from vllm_mtp.sharing.names import is_repo_id, public_text
 from vllm_mtp.sharing.provenance import (
@@ -223,18 +224,20 @@ def _speed(speed: SpeedRecord | None) -> str:
         ("Rounds", f"{speed.rounds}, the sides in turns"),
         ("`num_speculative_tokens_per_batch_size`", f"`{schedule}`"),
     ]
-    rows = "\n".join(
-        f"| {row.requests} | {row.ratio:.2f} ({row.low:.2f} to {row.high:.2f}) | "
-        f"{row.acceptance_length:.2f} |"
+    rows = [
+        (
+            str(row.requests),
+            f"{row.ratio:.2f} ({row.low:.2f} to {row.high:.2f})",
+            f"{row.acceptance_length:.2f}",
+        )
         for row in speed.rows
-    )
+    ]
     return (
         "## Speed\n\nTokens per second over those of the target alone, as "
         "`vllm-mtp bench` measured them: median (lowest to highest). The number of "
         "tokens for each batch size was chosen there, and is this machine's; run it on "
         f"yours.\n\n{_table(where)}\n\n"
-        "| Requests at once | Tokens/s, ratio | Acceptance length |\n"
-        f"| --- | --- | --- |\n{rows}"
+        + table(("Requests at once", "Tokens/s, ratio", "Acceptance length"), rows)
     )
 
 
@@ -250,7 +253,10 @@ def _design(
         ("Target", f"`{target}`" + (f", revision `{revision}`" if revision else "")),
         ("Target's fingerprint", f"`{fingerprint}`" if fingerprint else ""),
         ("Layers", f"`{layers_text(config)}`{_lora_text(config)}"),
-        ("Reads the target's last hidden state", _yes(config.uses_boundary_hidden)),
+        (
+            "Reads the target's last hidden state",
+            "yes" if config.uses_boundary_hidden else "no",
+        ),
         ("Tokens per draft", f"1 to {config.num_speculative_tokens}"),
         ("Markov correction", f"rank {markov.rank}" if markov else "no"),
         ("Vocabulary", f"{vocab:,} tokens" if vocab else "the target's whole one"),
@@ -291,7 +297,6 @@ def _training(provenance: DrafterProvenance | None) -> str:
         *_data_rows(provenance),
         ("Objective", _objective(training)),
         ("Optimizer steps", f"{training.optimizer_steps:,}"),
-        ("Labels seen", f"{training.labels_seen:,}" if training.labels_seen else ""),
         ("Started", utc(training.started)),
         ("Finished", utc(training.finished)),
         ("Time", _time(training)),
@@ -373,16 +378,6 @@ def _made_with(provenance: DrafterProvenance | None) -> str:
     return f"## Made with\n\n{_table(rows)}"
 
 
-def _yes(value: bool) -> str:
-    return "yes" if value else "no"
-
-
 def _table(rows: Iterable[tuple[str, str]]) -> str:
     """Two columns; rows without a value are left out."""
-    # A value is data: it must not end a cell or the row.
-    lines = [
-        "| " + " | ".join(" ".join(c.split()).replace("|", "\\|") for c in row) + " |"
-        for row in rows
-        if row[1]
-    ]
-    return "\n".join(["| | |", "| --- | --- |", *lines])
+    return table(("", ""), [[plain(cell) for cell in row] for row in rows if row[1]])

@@ -6,7 +6,7 @@ import json
 import os
 from datetime import datetime
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from pydantic import (
     AwareDatetime,
@@ -15,6 +15,7 @@ from pydantic import (
     Field,
     JsonValue,
     ValidationError,
+    model_validator,
 )
 
 from vllm_mtp.data.settings import Provenance as Generation
@@ -84,9 +85,14 @@ class TrainingRecord(Record):
     wall_seconds: float = Field(ge=0, description="Since the last start.")
     resumed_from_step: int = Field(default=0, ge=0, description="0: not resumed.")
     optimizer_steps: int = Field(ge=0)
-    labels_seen: int | None = Field(
-        default=None, ge=0, description="Tokens with a loss; null: not counted."
-    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_a_count_that_nobody_made(cls, values: Any) -> Any:
+        # Files of earlier versions have the key, with null.
+        if isinstance(values, dict):
+            return {key: v for key, v in values.items() if key != "labels_seen"}
+        return values
 
 
 class DrafterProvenance(Record):

@@ -13,12 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from vllm_mtp.drafter.layout import (
-    SERVED_READS,
-    BlockReads,
-    block_reads_itself,
-    reads_prefix,
-)
+from vllm_mtp.drafter.layout import block_reads_itself, reads_prefix
 
 
 class BlockBias(NamedTuple):
@@ -35,7 +30,6 @@ class BlockBias(NamedTuple):
 def block_bias(
     prefix_lens: torch.Tensor,
     num_draft_tokens: int,
-    reads: BlockReads = SERVED_READS,
     window: int | None = None,
     prefix_window: int | None = None,
 ) -> BlockBias:
@@ -44,13 +38,12 @@ def block_bias(
     Args:
         prefix_lens: ``[B]`` int64; n of each block. T is the largest of them.
         num_draft_tokens: k.
-        reads: What a row reads.
         window: Tokens that a row reads at most, itself included; None for all.
         prefix_window: As in `layout.skipped_tokens`; None for all.
     """
-    longest = int(prefix_lens.max()) if reads.prefix else 0
+    longest = int(prefix_lens.max())
     prefix = reads_prefix(prefix_lens, longest, num_draft_tokens, window, prefix_window)
-    block = block_reads_itself(num_draft_tokens, reads, prefix_lens.device, window)
+    block = block_reads_itself(num_draft_tokens, prefix_lens.device, window)
     return BlockBias(_as_bias(prefix.flatten(0, 1)), _as_bias(block))
 
 

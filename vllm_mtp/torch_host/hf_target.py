@@ -18,7 +18,6 @@ from transformers.models.auto import AutoModelForCausalLM
 
 from vllm_mtp.drafter.host import OneRank
 from vllm_mtp.drafter.layers import Stream
-from vllm_mtp.drafter.layout import SERVED_READS, BlockReads
 from vllm_mtp.drafter.target_facts import TargetFacts, sliding_windows
 from vllm_mtp.errors import UnsupportedTargetError
 from vllm_mtp.torch_host.block_attention import BlockBias, attend_blocks, block_bias
@@ -131,7 +130,6 @@ class HFTarget(OneRank):
         self,
         blocks: Sequence[tuple[TargetStates, torch.Tensor]],
         num_draft_tokens: int,
-        reads: BlockReads = SERVED_READS,
         prefix_window: int | None = None,
     ) -> Iterator[None]:
         """Set what the rows of the next forward read.
@@ -140,7 +138,6 @@ class HFTarget(OneRank):
             blocks: For each sequence its states and the prefix lengths ``[B]`` of
                 the blocks behind it. The rows come in the same order.
             num_draft_tokens: k.
-            reads: What a row reads of the prefix and of its block.
             prefix_window: The drafter's; None for all of the prefix.
         """
         config = self.decoder.config
@@ -149,9 +146,7 @@ class HFTarget(OneRank):
             _Read(
                 states,
                 {
-                    window: block_bias(
-                        lens, num_draft_tokens, reads, window, prefix_window
-                    )
+                    window: block_bias(lens, num_draft_tokens, window, prefix_window)
                     for window in set(self._windows)
                 },
             )

@@ -14,8 +14,6 @@ import torch
 from vllm_mtp.drafter.config import DrafterConfig
 from vllm_mtp.drafter.layout import (
     IGNORE_LABEL,
-    SERVED_READS,
-    BlockReads,
     block_labels,
     block_positions,
 )
@@ -40,17 +38,15 @@ class TextBlocks(NamedTuple):
         return labels.masked_fill(wanted >= self.ends[:, None], IGNORE_LABEL)
 
 
-def anchors_are_exact(config: DrafterConfig, reads: BlockReads) -> bool:
+def anchors_are_exact(config: DrafterConfig) -> bool:
     """Whether the anchors' rows are the target's own rows."""
-    reads_all = reads == SERVED_READS and config.prefix_window is None
-    return config.shares_whole_target and reads_all
+    return config.shares_whole_target and config.prefix_window is None
 
 
 def forward_texts(
     bound: BoundDrafter,
     texts: Sequence[TextBlocks],
     num_draft_tokens: int,
-    reads: BlockReads = SERVED_READS,
     *,
     whole_blocks: bool = False,
 ) -> torch.Tensor:
@@ -64,7 +60,6 @@ def forward_texts(
         bound: A drafter on an `HFTarget`.
         texts: The texts and their blocks.
         num_draft_tokens: k.
-        reads: What a row reads of the prefix and of its block.
         whole_blocks: Run the anchors' rows in any case, as serving does.
 
     Returns:
@@ -72,7 +67,7 @@ def forward_texts(
     """
     host = bound.target
     assert isinstance(host, HFTarget), "known text is run in plain torch"
-    if anchors_are_exact(bound.drafter.config, reads) and not whole_blocks:
+    if anchors_are_exact(bound.drafter.config) and not whole_blocks:
         anchors = torch.cat([t.states.hidden[t.prefix_lens] for t in texts])[:, None]
         if num_draft_tokens == 1:
             return anchors
@@ -84,7 +79,7 @@ def forward_texts(
         return torch.cat([anchors.to(rest.dtype), rest], dim=1)
     behind = [(text.states, text.prefix_lens) for text in texts]
     window = bound.drafter.config.prefix_window
-    with host.reading(behind, num_draft_tokens, reads, window):
+    with host.reading(behind, num_draft_tokens, window):
         return bound.forward(
             torch.cat([text.token_ids[text.prefix_lens] for text in texts]),
             _positions(texts, num_draft_tokens),

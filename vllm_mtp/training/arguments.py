@@ -4,105 +4,101 @@
 import logging
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from transformers import TrainingArguments
 from transformers.integrations import is_tensorboard_available
 
-from vllm_mtp.drafter.design import DrafterDesign
-from vllm_mtp.drafter.layout import SERVED_READS, BlockReads
+from vllm_mtp.drafter.config import DrafterConfig
+from vllm_mtp.drafter.layer_spec import EXAMPLES
+from vllm_mtp.drafter.options import DrafterOptions, help_of
 from vllm_mtp.errors import MTPError
+from vllm_mtp.flags import flag
 from vllm_mtp.training.loss_module import LossPlan
 from vllm_mtp.training.objective import Objective
 
 logger = logging.getLogger("vllm.mtp_placeholder.training")
 
 
-def _flag(help_text: str, default: Any = None) -> Any:
-    if isinstance(default, list):
-        return field(
-            default_factory=lambda: list(default), metadata={"help": help_text}
-        )
-    return field(default=default, metadata={"help": help_text})
-
-
 @dataclass(kw_only=True)
-class DrafterTrainingArguments(DrafterDesign, TrainingArguments):
+class DrafterTrainingArguments(DrafterOptions, TrainingArguments):
     """transformers' training arguments, and what a drafter adds to them."""
 
-    target: str = _flag("the target's folder or hub name", "")
-    data: str = _flag("folder written by `vllm-mtp generate`", "")
+    target: str = flag("the target's folder or hub name", "")
+    data: str = flag("folder written by `vllm-mtp generate`", "")
+    layers: str = flag(f"such as {EXAMPLES}", "shared:all")
+    num_speculative_tokens: int = flag(
+        help_of(DrafterConfig, "num_speculative_tokens"), 4
+    )
 
-    warm_start: str | None = _flag("start from this drafter where the weights fit")
-    stages: list[str] = _flag(
+    warm_start: str | None = flag("start from this drafter where the weights fit", None)
+    stages: list[str] = flag(
         "layer lists to train before `layers`, each starting from the one before "
         "(healing: take layers out step by step)",
         [],
     )
-    stage_steps: int = _flag("optimizer steps of each of these stages", 0)
-    bridge_texts: int = _flag(
+    stage_steps: int = flag("optimizer steps of each of these stages", 0)
+    bridge_texts: int = flag(
         "fit new bridges to this many texts before training (0: they start as nothing)",
         128,
     )
-    train_only: Literal["all", "new_positions"] = _flag(
+    train_only: Literal["all", "new_positions"] = flag(
         "new_positions: keep what came with warm_start as it is, and train the added "
         "placeholders alone (looped extension)",
         "all",
     )
 
-    ce_weight: float = _flag("weight of cross-entropy on the target's text", 1.0)
-    kl_weight: float = _flag("weight of the KL from the target's likeliest tokens", 0.0)
-    tv_weight: float = _flag("weight of the total variation to the same", 0.0)
-    feature_weight: float = _flag("weight of the feature loss of own layers", 0.0)
-    teacher_tokens: int = _flag("how many likeliest tokens", 64)
-    position_decay: float | None = _flag("gamma of position weights exp(-(i-1)/gamma)")
+    ce_weight: float = flag("weight of cross-entropy on the target's text", 1.0)
+    kl_weight: float = flag("weight of the KL from the target's likeliest tokens", 0.0)
+    tv_weight: float = flag("weight of the total variation to the same", 0.0)
+    feature_weight: float = flag("weight of the feature loss of own layers", 0.0)
+    teacher_tokens: int = flag("how many likeliest tokens", 64)
+    position_decay: float | None = flag(
+        "gamma of position weights exp(-(i-1)/gamma)", None
+    )
 
-    train_places: int | None = _flag(
+    train_places: int | None = flag(
         "teach only the first so many positions (default: all); shorter blocks leave "
-        "time for more of them"
+        "time for more of them",
+        None,
     )
-    anchors_per_text: int = _flag("most blocks behind one text in one step", 64)
-    train_texts: int | None = _flag("train on this many texts (default: all)")
-    max_text_tokens: int = _flag("longer texts are cut here", 2048)
-    loss_vocab_size: int | None = _flag(
-        "score only this many frequent tokens and the batch's labels while training"
+    anchors_per_text: int = flag("most blocks behind one text in one step", 64)
+    train_texts: int | None = flag("train on this many texts (default: all)", None)
+    max_text_tokens: int = flag("longer texts are cut here", 2048)
+    loss_vocab_size: int | None = flag(
+        "score only this many frequent tokens and the batch's labels while training",
+        None,
     )
-    states_budget_gb: float = _flag("memory for keeping the target's states", 4.0)
-    read_later_rows: bool = _flag(
-        "let rows read the later rows of their block (an experiment: not servable)",
-        False,
-    )
-    read_prefix: bool = _flag(
-        "let rows read the prefix's keys and values (false: an experiment, not "
-        "servable)",
-        True,
-    )
+    states_budget_gb: float = flag("memory for keeping the target's states", 4.0)
 
-    own_optimizer: Literal["as_optim", "muon"] = _flag(
+    own_optimizer: Literal["as_optim", "muon"] = flag(
         "muon: train the matrices of own layers with Muon, and all else with `optim`",
         "as_optim",
     )
-    placeholder_lr_scale: float = _flag("learning rate of placeholders, relative", 10.0)
-    markov_lr_scale: float = _flag("learning rate of the correction, relative", 1.0)
-    eval_texts: int = _flag("held-out texts that are evaluated while training", 32)
-    eval_anchors: int = _flag("blocks per text in these evaluations", 64)
+    placeholder_lr_scale: float = flag("learning rate of placeholders, relative", 10.0)
+    markov_lr_scale: float = flag("learning rate of the correction, relative", 1.0)
+    eval_texts: int = flag("held-out texts that are evaluated while training", 32)
+    eval_anchors: int = flag("blocks per text in these evaluations", 64)
 
     # Defaults of ours where transformers' do not fit this task.
-    learning_rate: float = _flag("peak learning rate", 1e-3)
-    lr_scheduler_type: str = _flag("as in transformers", "cosine")
-    per_device_train_batch_size: int = _flag("texts per step and device", 4)
-    per_device_eval_batch_size: int = _flag("texts per evaluation step", 4)
-    logging_steps: float = _flag("steps between two lines of the log", 10)
-    report_to: list[str] = _flag("where the log goes too", ["tensorboard"])
-    remove_unused_columns: bool = _flag("as in transformers", False)
-    save_total_limit: int | None = _flag("checkpoints to keep", 2)
+    learning_rate: float = flag("peak learning rate", 1e-3)
+    lr_scheduler_type: str = flag("as in transformers", "cosine")
+    per_device_train_batch_size: int = flag("texts per step and device", 4)
+    per_device_eval_batch_size: int = flag("texts per evaluation step", 4)
+    logging_steps: float = flag("steps between two lines of the log", 10)
+    report_to: list[str] = flag("where the log goes too", ["tensorboard"])
+    seed: int = flag("seed of start values, and of what is drawn while training", 42)
+    remove_unused_columns: bool = flag("as in transformers", False)
+    save_total_limit: int | None = flag("checkpoints to keep", 2)
 
     def __post_init__(self) -> None:
+        self.require_valid(self.num_speculative_tokens)
         for require in _REQUIREMENTS:
             require(self)
-        if self._keeps_the_best() and self.metric_for_best_model is None:
+        keeps_the_best = self.load_best_model_at_end or self.save_strategy == "best"
+        if keeps_the_best and self.metric_for_best_model is None:
             # transformers' own default is a loss, which our evaluation has not.
             self.metric_for_best_model = _METRICS[0]
         # transformers wants to be told, or it refuses bf16 where there is no GPU.
@@ -113,9 +109,6 @@ class DrafterTrainingArguments(DrafterDesign, TrainingArguments):
             raise MTPError(f"refused by transformers: {error}") from error
         self._require_tensorboard()
         self._stay_on_one_gpu()
-
-    def _keeps_the_best(self) -> bool:
-        return self.load_best_model_at_end or self.save_strategy == "best"
 
     def _require_tensorboard(self) -> None:
         # transformers would only say so once the target is loaded.
@@ -148,14 +141,10 @@ class DrafterTrainingArguments(DrafterDesign, TrainingArguments):
             ),
             anchors_per_text=self.anchors_per_text,
             feature_weight=self.feature_weight,
-            reads=self.reads(),
             states_budget=self.states_budget_gb * 2**30,
             seed=self.seed,
             num_draft_tokens=self.train_places,
         )
-
-    def reads(self) -> BlockReads:
-        return BlockReads(prefix=self.read_prefix, later_rows=self.read_later_rows)
 
     def autocast(self) -> Any:
         """What a forward outside of Trainer's own loop has to run in."""
@@ -180,7 +169,7 @@ _RANGES: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
         "1 or more",
     ),
     (
-        ("train_texts", "train_places", "loss_vocab_size", "draft_vocab_size"),
+        ("train_texts", "train_places", "loss_vocab_size"),
         lambda value: value is None or value >= 1,
         "1 or more (leave it out for all)",
     ),
@@ -217,12 +206,6 @@ def _require_stages(args: DrafterTrainingArguments) -> None:
         raise MTPError(
             f"stage_steps: got {args.stage_steps}, expected 1 or more where there are "
             "stages: the optimizer steps of each"
-        )
-    if args.stages and args.reads() != SERVED_READS:
-        raise MTPError(
-            "stages: each has to give a drafter, but read_prefix: false and "
-            "read_later_rows: true give none that can be served; leave out the stages, "
-            "or these settings"
         )
 
 

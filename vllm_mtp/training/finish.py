@@ -1,22 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """The end of a run: a folder that can be served, checked and told about."""
 
-import logging
 from datetime import datetime
 from pathlib import Path
 
 from datasets import Dataset
 
 from vllm_mtp.drafter.checkpoint import load_drafter, save_drafter
-from vllm_mtp.drafter.layout import SERVED_READS
 from vllm_mtp.drafter.model import BoundDrafter
 from vllm_mtp.evaluation.offline import evaluate_texts
 from vllm_mtp.evaluation.probe import write_probe
 from vllm_mtp.training.arguments import DrafterTrainingArguments
 from vllm_mtp.training.loss_module import LossModule
 from vllm_mtp.training.record import RunInfo, publish_run
-
-logger = logging.getLogger("vllm.mtp_placeholder.training")
 
 
 def finish(
@@ -43,13 +39,6 @@ def finish(
         steps: Optimizer steps in all.
         checkpoint: What the run went on from.
     """
-    if args.reads() != SERVED_READS:
-        logger.warning(
-            "%s: no drafter written, since serving reads the prefix and causal blocks "
-            "only; checkpoints and metrics are there",
-            args.output_dir,
-        )
-        return
     folder = save_drafter(loss_module.drafter, str(args.output_dir))
     with args.autocast():
         write_probe(folder, loss_module.bound, held_out)

@@ -9,8 +9,6 @@ import torch
 from torch import nn
 
 from vllm_mtp.drafter.layout import (
-    SERVED_READS,
-    BlockReads,
     block_positions,
     possible_anchors,
     span_ends,
@@ -33,7 +31,6 @@ class LossPlan:
         objective: The losses.
         anchors_per_text: Most blocks behind one text in one step.
         feature_weight: Weight of the feature loss; 0 for none.
-        reads: What a row reads.
         states_budget: Bytes for keeping the target's states.
         seed: Seed of the anchors.
         num_draft_tokens: Teach only the first so many positions; None for all.
@@ -42,7 +39,6 @@ class LossPlan:
     objective: Objective = Objective()
     anchors_per_text: int = 64
     feature_weight: float = 0.0
-    reads: BlockReads = SERVED_READS
     states_budget: float = 0.0
     seed: int = 0
     num_draft_tokens: int | None = None
@@ -125,7 +121,7 @@ class LossModule(nn.Module):
     def loss_of(self, texts: Sequence[TextBlocks]) -> dict[str, torch.Tensor]:
         """The loss of given blocks; as `forward`."""
         num_draft_tokens = self.num_draft_tokens
-        hidden = forward_texts(self.bound, texts, num_draft_tokens, self.plan.reads)
+        hidden = forward_texts(self.bound, texts, num_draft_tokens)
         labels = torch.cat([text.labels(num_draft_tokens) for text in texts])
         # Where the first position is the target's own, there is nothing to teach.
         first = int(self.first_position_is_exact)
@@ -143,7 +139,7 @@ class LossModule(nn.Module):
 
     @property
     def first_position_is_exact(self) -> bool:
-        exact = anchors_are_exact(self.drafter.config, self.plan.reads)
+        exact = anchors_are_exact(self.drafter.config)
         return exact and self.num_draft_tokens > 1
 
     def _objective(

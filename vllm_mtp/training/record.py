@@ -17,7 +17,6 @@ from vllm_mtp.sharing.made_with import device_name, git_state, versions
 from vllm_mtp.sharing.names import public_value
 from vllm_mtp.sharing.provenance import (
     DrafterProvenance,
-    ParentRecord,
     TrainingRecord,
     data_record,
     parent_record,
@@ -59,7 +58,6 @@ class RunInfo:
         started: With a time zone.
         optimizer_steps: Made in all, before a resume too.
         resumed_from_step: Step of the checkpoint that the run went on from.
-        labels_seen: Tokens with a loss, or None if nobody counted.
     """
 
     args: "DrafterTrainingArguments"
@@ -67,7 +65,6 @@ class RunInfo:
     started: datetime
     optimizer_steps: int
     resumed_from_step: int = 0
-    labels_seen: int | None = None
 
 
 def publish_run(
@@ -88,12 +85,12 @@ def publish_run(
         CheckpointError: There is no drafter in the folder.
     """
     folder = Path(str(run.args.output_dir))
-    config = read_config(folder)
+    config, parent = read_config(folder), run.args.warm_start
     provenance = DrafterProvenance(
         target=target_record(config.target, run.target, run.args.target),
         data=data_record(run.args.data),
         training=_training_record(run),
-        parent=_parent_record(run.args.warm_start),
+        parent=parent_record(Path(parent), parent) if parent else None,
         versions=versions(),
         git=git_state(),
     )
@@ -114,12 +111,7 @@ def _training_record(run: RunInfo) -> TrainingRecord:
         wall_seconds=(finished - started).total_seconds(),
         resumed_from_step=run.resumed_from_step,
         optimizer_steps=run.optimizer_steps,
-        labels_seen=run.labels_seen,
     )
-
-
-def _parent_record(warm_start: str | None) -> ParentRecord | None:
-    return None if warm_start is None else parent_record(Path(warm_start), warm_start)
 
 
 def told_arguments(args: "DrafterTrainingArguments") -> dict[str, JsonValue]:

@@ -95,7 +95,8 @@ class TrainingRun:
             self.target,
             args.layers,
             args.num_speculative_tokens,
-            args.options(self._draft_tokens(args), args.seed),
+            args,
+            self._draft_tokens(args),
         )
         return drafter.float().to(args.device)
 

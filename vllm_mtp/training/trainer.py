@@ -217,9 +217,7 @@ class DrafterTrainer(Trainer):
     def _draft(self, texts: list[TextBlocks]) -> AcceptanceCounts:
         loss_module = self.loss_module
         num_draft_tokens = loss_module.drafter.config.num_speculative_tokens
-        hidden = forward_texts(
-            loss_module.bound, texts, num_draft_tokens, loss_module.plan.reads
-        )
+        hidden = forward_texts(loss_module.bound, texts, num_draft_tokens)
         drafted, _ = loss_module.bound.draft(hidden, pick_greedy)
         truth = torch.cat([text.labels(num_draft_tokens) for text in texts])
         return count_accepted(drafted, truth)

@@ -1,60 +1,46 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM's offline engine, for ``vllm-mtp generate``: the target alone, no drafter."""
+"""The target alone, no drafter, answers requests for ``vllm-mtp generate``."""
 
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from vllm_mtp import engine
 from vllm_mtp.data.generation import Answer
 from vllm_mtp.data.render import Request
 from vllm_mtp.data.settings import EngineSettings, SamplingSettings
 from vllm_mtp.data.split import prompt_seed
 
 
-def _set_environment() -> None:
-    """Set what the user did not; before vLLM is imported, which reads some of it."""
-    # Without a second process no core is spent on waiting.
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "4")  # GiB
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-
-
-class Engine:
-    """One engine in this process, gone when the ``with`` block ends.
+@contextmanager
+def answering(
+    target: Path, settings: EngineSettings, sampling: SamplingSettings
+) -> "Iterator[VLLMAnswerer]":
+    """An engine of this process, gone when the ``with`` block ends.
 
     Args:
         target: The target's folder.
         settings: Of the engine.
         sampling: How it answers.
     """
+    with engine.start(
+        target,
+        cache_gib=4,
+        dtype=settings.dtype,
+        max_model_len=settings.max_model_len,
+        max_num_seqs=settings.max_num_seqs,
+        disable_log_stats=True,
+    ) as llm:
+        yield VLLMAnswerer(llm, sampling)
 
-    def __init__(
-        self, target: Path, settings: EngineSettings, sampling: SamplingSettings
-    ) -> None:
-        _set_environment()
-        from vllm import LLM
-        from vllm.platforms import current_platform
 
+class VLLMAnswerer:
+    """Answers with vLLM; see `data.generation.Answerer`."""
+
+    def __init__(self, llm: Any, sampling: SamplingSettings) -> None:
         # vLLM's types are wider than what token ids in and out can be.
-        dtype: Any = settings.dtype
-        self._llm: Any = LLM(
-            str(target),
-            dtype=dtype,
-            max_model_len=settings.max_model_len,
-            max_num_seqs=settings.max_num_seqs,
-            # Compiling takes longer there than it wins; GPUs have CUDA graphs.
-            enforce_eager=current_platform.is_cpu(),
-            use_tqdm_on_load=False,
-            disable_log_stats=True,
-        )
-        self._sampling = sampling
-
-    def __enter__(self) -> "Engine":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._llm.llm_engine.engine_core.shutdown()
+        self._llm, self._sampling = llm, sampling
 
     def answer(
         self, requests: Sequence[Request], on_answer: Callable[[int], None]
@@ -81,11 +67,9 @@ class Engine:
 
 def sampling_params(sampling: SamplingSettings, identifier: str) -> Any:
     """vLLM's settings for one prompt, with a seed of its own."""
-    from vllm import SamplingParams
-    from vllm.sampling_params import RequestOutputKind
-
     greedy = sampling.temperature == 0
-    return SamplingParams(
+    return engine.sampling(
+        final_only=True,
         temperature=sampling.temperature,
         top_p=1.0 if greedy else sampling.top_p,
         top_k=0 if greedy else sampling.top_k,
@@ -93,12 +77,4 @@ def sampling_params(sampling: SamplingSettings, identifier: str) -> Any:
         seed=None if greedy else prompt_seed(sampling.seed, identifier),
         max_tokens=sampling.max_tokens,
         detokenize=False,
-        output_kind=RequestOutputKind.FINAL_ONLY,
     )
-
-
-def vllm_version() -> str:
-    _set_environment()
-    import vllm
-
-    return vllm.__version__

@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a new drafter is to be: flags of `init` and `train`, and keys of a YAML file.
+
+How to add a knob. A plain value of the whole drafter, such as a number, needs
+
+1. a field in `DrafterConfig`, with limits, a description and the mark `Knob`;
+2. the code that does what it says;
+3. ``python checkpoints_spec/generate.py``, which writes it into format and schema.
+
+Its flag, its YAML key, its help, its limits and its way into a new drafter's config
+follow. A field of a part (a layer, LoRA) needs a flag below as well, since it is not
+said of each layer on its own.
+"""
+
+from dataclasses import dataclass, make_dataclass
+from typing import Any, Literal
+
+from pydantic import BaseModel, ValidationError, create_model
+from pydantic.fields import FieldInfo
+
+from vllm_mtp.drafter.config import (
+    DrafterConfig,
+    Knob,
+    LoRAConfig,
+    MarkovConfig,
+    OwnLayerConfig,
+    Strict,
+)
+from vllm_mtp.errors import MTPError, refusal_of
+from vllm_mtp.flags import flag
+
+_KNOBS = {
+    name: (info, knob)
+    for name, info in DrafterConfig.model_fields.items()
+    for knob in info.metadata
+    if isinstance(knob, Knob)
+}
+
+
+def help_of(model: type[BaseModel], name: str) -> str:
+    """The description of a config's field, as the help of a flag."""
+    text = (model.model_fields[name].description or "").removesuffix(".")
+    return text[0].lower() + text[1:]
+
+
+def _can_be_null(info: FieldInfo) -> bool:
+    return not info.is_required() and info.default is None
+
+
+def _flag_of(name: str, info: FieldInfo, knob: Knob) -> Any:
+    text = help_of(DrafterConfig, name) + " (0: null)" * _can_be_null(info)
+    return flag(text, knob.default if info.is_required() else info.default)
+
+
+_Knobs: Any = make_dataclass(
+    "_Knobs",
+    [
+        (name, info.annotation, _flag_of(name, info, knob))
+        for name, (info, knob) in _KNOBS.items()
+    ],
+    kw_only=True,
+)
+_LIMITED = {
+    name: (info.annotation, info)
+    for name, info in DrafterConfig.model_fields.items()
+    if name == "num_speculative_tokens" or name in _KNOBS
+}
+_Limits: Any = create_model("_Limits", __base__=Strict, **_LIMITED)  # type: ignore[call-overload]
+
+
+@dataclass(kw_only=True)
+class DrafterOptions(_Knobs):
+    """What can be chosen about a new drafter besides its layers and its positions.
+
+    Also has a field for every knob of `DrafterConfig`: ``dtype``,
+    ``draft_vocab_size``, ``prefix_window``. Where None is possible, 0 means it too,
+    since a flag cannot say None.
+    """
+
+    own_init: Literal["copy", "random"] = flag(
+        "start of own layers: a copy of the target's layer, or random", "copy"
+    )
+    boundary_hidden: Literal["none", "first", "all"] = flag(
+        "own layers for which this holds: "
+        + help_of(OwnLayerConfig, "boundary_hidden"),
+        "none",
+    )
+    boundary_init: Literal["zero", "identity"] = flag(
+        "start of that projection", "zero"
+    )
+    bridges: bool = flag(
+        "for all own layers: " + help_of(OwnLayerConfig, "bridge"), False
+    )
+    lora_rank: int | None = flag(
+        help_of(LoRAConfig, "rank") + ", on shared layers (0: no LoRA)", None
+    )
+    lora_alpha: float | None = flag(
+        help_of(LoRAConfig, "alpha") + " (default: twice the rank)", None
+    )
+    lora_modules: list[str] = flag(
+        help_of(LoRAConfig, "modules"), ["q_proj", "v_proj", "o_proj"]
+    )
+    markov_rank: int | None = flag(
+        help_of(MarkovConfig, "rank") + " on a position's logits from the token "
+        "drafted before it (0: none)",
+        None,
+    )
+    seed: int = flag("seed of the random start values", 0)
+
+    def knobs(self) -> dict[str, Any]:
+        """What the config's knobs are set to."""
+        return {
+            name: (getattr(self, name) or None)
+            if _can_be_null(info)
+            else getattr(self, name)
+            for name, (info, _) in _KNOBS.items()
+        }
+
+    def lora_config(self) -> LoRAConfig | None:
+        """The LoRA that is asked for; raises as `require_valid`."""
+        if not self.lora_rank:
+            return None
+        alpha = self.lora_alpha or 2.0 * self.lora_rank
+        return _valid(
+            LoRAConfig,
+            "lora_",
+            rank=self.lora_rank,
+            alpha=alpha,
+            modules=tuple(self.lora_modules),
+        )
+
+    def markov_config(self) -> MarkovConfig | None:
+        """The correction that is asked for; raises as `require_valid`."""
+        rank = self.markov_rank
+        return _valid(MarkovConfig, "markov_", rank=rank) if rank else None
+
+    def require_valid(self, num_speculative_tokens: int) -> None:
+        """Hold every value to the limits of the config's fields.
+
+        Raises:
+            MTPError: Names the first that is out of them.
+        """
+        k = num_speculative_tokens
+        _valid(_Limits, "", num_speculative_tokens=k, **self.knobs())
+        self.lora_config()
+        self.markov_config()
+
+
+def _valid(model: type[Any], prefix: str, **values: Any) -> Any:
+    try:
+        return model(**values)
+    except ValidationError as error:
+        raise MTPError(refusal_of(error, prefix)) from None
