@@ -12,9 +12,13 @@ from typing import Any
 # In one process, so that a test can look into the runner. Before vLLM is imported.
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "0-1")
+# Which cores there are, and which of them are free, differs from machine to machine.
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+# Asks the machine for its facts, in a process of its own for each engine.
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
+import pytest
 import torch
 from vllm import LLM, SamplingParams
 
@@ -43,6 +47,8 @@ SETTINGS: dict[str, Any] = {
     "disable_log_stats": False,
     "use_tqdm_on_load": False,
     "seed": 0,
+    # vLLM fills all of it with zeros; a tiny target's 256 tokens take half a MiB.
+    "kv_cache_memory_bytes": 64 << 20,
 }
 
 
@@ -67,9 +73,12 @@ def engine(
     """One vLLM engine, gone when the block ends."""
     if not Path(target, "tokenizer.json").exists():
         settings["skip_tokenizer_init"] = True  # a tiny target made in code
-    llm = LLM(
-        str(target), speculative_config=spec and dict(spec), **SETTINGS | settings
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        # It would win over the setting, and the commands under test set it.
+        patch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
+        llm = LLM(
+            str(target), speculative_config=spec and dict(spec), **SETTINGS | settings
+        )
     if ON_V2:
         is_v2 = of_each_runner(llm, lambda runner: hasattr(runner, "speculator"))
         assert all(is_v2), "not the V2 runner"
