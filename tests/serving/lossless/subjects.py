@@ -98,9 +98,6 @@ def text_stream(texts: Sequence[Sequence[int]]) -> Callable[[str, int], list[int
     return stream
 
 
-V2_SPARES = ("preempted_twice",)
-
-
 def shorter_for_v2(subject: Subject) -> Subject:
     """The same with fewer and shorter requests: Triton's interpreter takes about 0.2 s
     per step."""
@@ -111,7 +108,7 @@ def shorter_for_v2(subject: Subject) -> Subject:
         lengths=(3, 33, 64, 100),
         crowd_lengths=(150,),
         crowd_tokens=30,
-        spares=(*subject.spares, *V2_SPARES),
+        spares=(*subject.spares, "preempted_twice"),
     )
 
 
@@ -153,6 +150,7 @@ def smollm2_subject() -> Subject:
         # A step takes a hundred times longer than a tiny target's.
         num_prompts=8,
         max_tokens=16,
+        spares=("preempted_twice",),
         settings={"kv_cache_memory_bytes": 1 << 30},
     )
 
