@@ -21,6 +21,7 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 import pytest
 import torch
 from vllm import LLM, SamplingParams
+from vllm.platforms.cpu import CpuPlatform
 
 from vllm_mtp.metrics import AcceptanceCounts, read_vllm_counters
 
@@ -73,21 +74,57 @@ def engine(
     """One vLLM engine, gone when the block ends."""
     if not Path(target, "tokenizer.json").exists():
         settings["skip_tokenizer_init"] = True  # a tiny target made in code
-    with pytest.MonkeyPatch.context() as patch:
-        # It would win over the setting, and the commands under test set it.
-        patch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
-        llm = LLM(
-            str(target), speculative_config=spec and dict(spec), **SETTINGS | settings
-        )
+    gc.collect()
+    gc.freeze()
+    settings = SETTINGS | settings
+    with _quick_start(settings.pop("kv_cache_memory_bytes")):
+        llm = LLM(str(target), speculative_config=spec and dict(spec), **settings)
     if ON_V2:
         is_v2 = of_each_runner(llm, lambda runner: hasattr(runner, "speculator"))
         assert all(is_v2), "not the V2 runner"
     try:
         yield llm
     finally:
-        llm.llm_engine.engine_core.shutdown()
+        with _without_collections():
+            llm.llm_engine.engine_core.shutdown()
         del llm
-        gc.collect()
+        gc.collect()  # only of what came since `gc.freeze`
+
+
+@contextmanager
+def _without_collections() -> Iterator[pytest.MonkeyPatch]:
+    """vLLM looks for garbage eight times from start to shutdown, everywhere: two thirds
+    of the time that an engine with a tiny target takes."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("collect", "freeze", "unfreeze"):
+            patch.setattr(gc, name, lambda *_: 0)
+        yield patch
+
+
+@contextmanager
+def _quick_start(cache_bytes: int) -> Iterator[None]:
+    """Without what vLLM need not do again for each engine of a process, and with a
+    cache of less than a GiB, the least that the environment can say."""
+    check = CpuPlatform.check_and_update_config
+
+    def with_small_cache(config: Any) -> None:
+        check(config)
+        config.cache_config.kv_cache_memory_bytes = cache_bytes
+
+    with _without_collections() as patch:
+        patch.setattr(
+            CpuPlatform, "check_and_update_config", staticmethod(with_small_cache)
+        )
+        register = getattr(CpuPlatform, _ONCE, None)
+        if register is not None and _registered:
+            patch.setattr(CpuPlatform, _ONCE, classmethod(lambda _: None))
+        yield
+    _registered.add(_ONCE)
+
+
+# It searches every module for the kernels that it stands in for, and wraps them.
+_ONCE = "register_triton_kernel_overrides"
+_registered: set[str] = set()
 
 
 def generate(

@@ -141,6 +141,9 @@ FAMILIES = {
 RUNNERS = ("V1", "V2")
 
 
+_PLAIN = str.maketrans({" ": "_", ",": None, "'": None})
+
+
 class Case(NamedTuple):
     """One value of each axis, by name."""
 
@@ -151,7 +154,7 @@ class Case(NamedTuple):
 
     def __str__(self) -> str:
         names = (self.family, self.drafter, self.row, self.runner)
-        return "-".join(name.replace(",", "").replace(" ", "_") for name in names)
+        return "-".join(name.translate(_PLAIN) for name in names)
 
 
 def _may_meet(row: Row, drafter: str, family: Family, runner: str) -> bool:
