@@ -10,6 +10,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check --no-input
 REQUIREMENTS := requirements/cpu.txt
+# Tests at a time; each takes up to 5 GB.
+WORKERS ?= 2
 
 # Each stamp is written only once its step is whole, so an interrupted set-up is done
 # again and a finished one costs nothing.
@@ -32,7 +34,7 @@ bench: $(READY) ## Measure speed beside stock vLLM, into bench-report
 	@$(BIN)/vllm-mtp bench --profile --out bench-report
 
 test: lint ## Run the lint, then the tests
-	@$(BIN)/python -m pytest -q
+	@$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 
 test-versions: $(READY) ## Test with every vLLM that is said to work (downloads them once)
 	@$(BIN)/python -m tools.version_matrix --cache .vllm-versions

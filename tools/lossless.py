@@ -59,7 +59,7 @@ def run(
     """The table's lines, and everything that is not as it should be."""
     # Here, since vLLM reads its environment when it is imported.
     from tests.serving.engines import cannot_here
-    from tests.serving.lossless.matrix import run_rows
+    from tests.serving.lossless.matrix import Runs
     from tests.serving.lossless.rows import ENGINES, ROWS
     from tests.serving.lossless.subjects import smollm2_subject, tiny_speaker_subject
 
@@ -67,7 +67,8 @@ def run(
     lines, problems = [], []
     wanted = [r for r in ROWS if not only or r.name in only]
     reasons = {r.name: cannot_here(ENGINES[r.engine].settings) for r in wanted}
-    for result in run_rows(subject, [r for r in wanted if not reasons[r.name]]):
+    rows = [row for row in wanted if not reasons[row.name]]
+    for result in Runs(rows).compared(subject, rows):
         lines.append(line_of(result))
         print(*lines[-1], sep=" | ", flush=True)
         problems += [f"{result.row.name}: {text}" for text in result.problems]

@@ -2,8 +2,8 @@
 """Test every release of vLLM that is said to work, on every runner.
 
 For each: what our code needs is in its sources (tests/serving/test_contract.py), and
-tiny float32 targets give the same tokens as without the method
-(tests/serving/test_exact.py). Releases that are not installed are downloaded.
+a tiny float32 target gives the same tokens as without the method, in some rows of the
+matrix (tests/serving/test_matrix.py). Releases that are not installed are downloaded.
 
     python -m tools.version_matrix --cache .vllm-versions [--only 0.31.0-V2 ...]
 
@@ -23,11 +23,16 @@ from tools.vllm_sources import ensure, is_installed
 from vllm_mtp.serving.versions import TABLE, Release, Status
 
 ROOT = Path(__file__).parents[1]
-TESTS = ("tests/serving/test_contract.py", "tests/serving/test_exact.py")
+TESTS = ("tests/serving/test_contract.py", "tests/serving/test_matrix.py")
 SOURCES = "sources_are_those_of_the_release or all_that_our_code_needs"
 # Drafters of which the first position, or with shared-1 all, must be accepted:
 # where they are not, what they read of the cache is wrong.
-DRAFTERS = {"V1": "llama-shared-4", "V2": "llama-shared-1 or llama-mixed"}
+DRAFTERS = {"V1": ["llama-shared-4"], "V2": ["llama-shared-1", "llama-mixed"]}
+# Rows of the matrix that every release can run: parts of the names of its cases.
+ROWS = [
+    *("batches_of_4", "prompts_a_second_time", "all_at_max_model_len"),
+    *("prompts_in_pieces", "preemption_some_twice"),
+]
 TRITON = ROOT / "tests" / "serving" / "triton_interpreter"
 
 
@@ -76,11 +81,10 @@ def run(release: Release, runner: str, cache: Path) -> Result:
     except subprocess.CalledProcessError:  # pip has said why
         return Result(release.version, runner, False, "not downloaded", 0.0)
     cache.mkdir(parents=True, exist_ok=True)
-    selection = f"{SOURCES} or {DRAFTERS[runner]}"
     log = cache / f"{release.version}-{runner}.log"
     with log.open("w", encoding="utf-8") as output:
         done = subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", "-x", *TESTS, "-k", selection],
+            [sys.executable, "-m", "pytest", "-q", "-x", *TESTS, *selection(runner)],
             env=environment(runner, folders),
             cwd=ROOT,
             stdout=output,
@@ -92,6 +96,13 @@ def run(release: Release, runner: str, cache: Path) -> Result:
     summary = lines[-1] if passed else f"{lines[-1]} (see {log})"
     seconds = time.monotonic() - start
     return Result(release.version, runner, passed, summary, seconds)
+
+
+def selection(runner: str) -> list[str]:
+    """pytest's arguments that choose the tests."""
+    cases = f"({' or '.join(DRAFTERS[runner])}) and ({' or '.join(ROWS)})"
+    # Also cases of the matrix that are not in every run.
+    return ["-k", f"{SOURCES} or {cases}", "-m", "not slow"]
 
 
 def environment(runner: str, folders: Iterable[Path]) -> dict[str, str]:

@@ -147,20 +147,18 @@ class TestMissing:
 
 
 class TestFolder:
-    def test_reuse_is_quick_and_without_torch(self, folder: Path) -> None:
+    def test_reuse_needs_no_torch(self, folder: Path) -> None:
         code = (
-            "import sys, time; start = time.perf_counter()\n"
+            "import sys\n"
             "from vllm_mtp.data.demo_target import ensure_demo_target\n"
             "print(ensure_demo_target())\n"
-            "print(time.perf_counter() - start)\n"
             "print([m for m in ('torch', 'transformers', 'vllm') if m in sys.modules])"
         )
         done = subprocess.run(
             [sys.executable, "-c", code], capture_output=True, text=True, check=True
         )
-        path, seconds, heavy = done.stdout.splitlines()
+        path, heavy = done.stdout.splitlines()
         assert path == str(folder)
-        assert float(seconds) < 1.0
         assert heavy == "[]"
 
     def test_config(self, folder: Path) -> None:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Ways to damage a drafter's folder, as hypothesis strategies.
 
-Each strategy draws a `Damage`. `refused` holds those after which no reader may take
-the folder; `harmless` those that leave what the format allows, and `values` those
+Each strategy draws a `Damage`. `REFUSED` holds those after which no reader may take
+the folder; `HARMLESS` those that leave what the format allows, and `VALUES` those
 that may do either.
 """
 
@@ -13,7 +13,7 @@ import pickle
 import shutil
 import socket
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -586,24 +586,40 @@ def informative(draw: st.DrawFn, good: Good) -> Damage:
     return _with_config("harmless: informative key", json.dumps(config).encode())
 
 
-_REFUSED = (
-    *(cut_weights, longer_weights, header_length, other_header, tensor_entry),
-    *(tensor_names, overlapping, other_tensors, bad_values, no_file, no_folder),
-    *(huge_file, sharded, wrong_value, wrong_value, other_keys, other_config),
-    *(config_text, config_text),
-)
+Kind = Callable[[Good, list[Good]], st.SearchStrategy[Damage]]
 
 
-def refused(good: Good, others: list[Good]) -> st.SearchStrategy[Damage]:
-    """Damages after which no reader may take the folder."""
-    return st.one_of(*(make(good) for make in _REFUSED), other_file(good, others))
+def _of_one(make: Callable[[Good], st.SearchStrategy[Damage]]) -> Kind:
+    return lambda good, _: make(good)
 
 
-def values(good: Good) -> st.SearchStrategy[Damage]:
-    """Flipped bits, some of which leave another drafter that is sound in itself."""
-    return flipped_weight(good) | flipped_header(good) | flipped_config(good)
+# After these no reader may take the folder; the number is how often each comes.
+REFUSED: dict[str, tuple[Kind, int]] = {
+    **{
+        make.__name__: (_of_one(make), 1)
+        for make in (
+            *(cut_weights, longer_weights, header_length, other_header, tensor_entry),
+            *(tensor_names, overlapping, other_tensors, bad_values, no_file, no_folder),
+            *(huge_file, sharded, other_keys, other_config),
+        )
+    },
+    "wrong_value": (_of_one(wrong_value), 2),
+    "config_text": (_of_one(config_text), 2),
+    "other_file": (other_file, 1),
+}
+# Flipped bits, some of which leave another drafter that is sound in itself.
+VALUES: dict[str, tuple[Kind, int]] = {
+    make.__name__: (_of_one(make), 1)
+    for make in (flipped_weight, flipped_header, flipped_config)
+}
+# Changes that the format's rules allow.
+HARMLESS: dict[str, tuple[Kind, int]] = {
+    make.__name__: (_of_one(make), 1) for make in (moved, informative)
+}
 
 
-def harmless(good: Good) -> st.SearchStrategy[Damage]:
-    """Changes that the format's rules allow."""
-    return moved(good) | informative(good)
+def any_of(kinds: Mapping[str, tuple[Kind, int]]) -> Kind:
+    """Each kind as often as it is said to come."""
+    return lambda good, others: st.one_of(
+        *(make(good, others) for make, times in kinds.values() for _ in range(times))
+    )

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Start vLLM in this process, and look at what it did."""
 
+import gc
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,16 @@ from typing import Any
 # In one process, so that a test can look into the runner. Before vLLM is imported.
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "0-1")
+# Which cores there are, and which of them are free, differs from machine to machine.
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+# Asks the machine for its facts, in a process of its own for each engine.
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
+import pytest
 import torch
 from vllm import LLM, SamplingParams
+from vllm.platforms.cpu import CpuPlatform
 
 from vllm_mtp.engine import bound_drafter_of as bound_drafter_of  # for the tests
 from vllm_mtp.engine import core_of, runner_of, start
@@ -43,6 +49,8 @@ SETTINGS: dict[str, Any] = {
     "block_size": 32,
     "disable_log_stats": False,
     "seed": 0,
+    # vLLM fills all of it with zeros; a tiny target's 256 tokens take half a MiB.
+    "kv_cache_memory_bytes": 64 << 20,
 }
 
 
@@ -68,11 +76,55 @@ def engine(
     if not Path(target, "tokenizer.json").exists():
         settings["skip_tokenizer_init"] = True  # a tiny target made in code
     settings = SETTINGS | settings | {"speculative_config": spec and dict(spec)}
-    with start(target, **settings) as llm:
+    gc.collect()
+    gc.freeze()
+    with ExitStack() as stack:
+        with _quick_start(settings.pop("kv_cache_memory_bytes")):
+            llm = stack.enter_context(start(target, **settings))
         if ON_V2:
             is_v2 = of_each_runner(llm, lambda runner: hasattr(runner, "speculator"))
             assert all(is_v2), "not the V2 runner"
         yield llm
+        with _without_collections():
+            stack.close()
+    del llm
+    gc.collect()  # only of what came since `gc.freeze`
+
+
+@contextmanager
+def _without_collections() -> Iterator[pytest.MonkeyPatch]:
+    """vLLM looks for garbage eight times from start to shutdown, everywhere: two thirds
+    of the time that an engine with a tiny target takes."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("collect", "freeze", "unfreeze"):
+            patch.setattr(gc, name, lambda *_: 0)
+        yield patch
+
+
+@contextmanager
+def _quick_start(cache_bytes: int) -> Iterator[None]:
+    """Without what vLLM need not do again for each engine of a process, and with a
+    cache of less than a GiB, the least that the environment can say."""
+    check = CpuPlatform.check_and_update_config
+
+    def with_small_cache(config: Any) -> None:
+        check(config)
+        config.cache_config.kv_cache_memory_bytes = cache_bytes
+
+    with _without_collections() as patch:
+        patch.setattr(
+            CpuPlatform, "check_and_update_config", staticmethod(with_small_cache)
+        )
+        register = getattr(CpuPlatform, _ONCE, None)
+        if register is not None and _registered:
+            patch.setattr(CpuPlatform, _ONCE, classmethod(lambda _: None))
+        yield
+    _registered.add(_ONCE)
+
+
+# It searches every module for the kernels that it stands in for, and wraps them.
+_ONCE = "register_triton_kernel_overrides"
+_registered: set[str] = set()
 
 
 def generate(

@@ -128,7 +128,7 @@ def spec(tiny_drafter: Callable[[str, str], Path]) -> dict[str, Any]:
 def test_a_draft_changes_no_byte_outside_the_scratch_slots(
     tiny_targets: dict[str, Path], spec: dict[str, Any]
 ) -> None:
-    scenario = Scenario("", [*LENGTHS, 250, 253], MAX_TOKENS)
+    scenario = Scenario([*LENGTHS, 250, 253], MAX_TOKENS)
     with (
         engine(tiny_targets["llama"], spec, **FEW_BLOCKS) as llm,
         watched_drafts(llm, compare_cache=True) as steps,
@@ -175,7 +175,7 @@ def drafts_by_position(
 def test_a_moved_request_drafts_what_it_would_have_drafted(
     tiny_targets: dict[str, Path], spec: dict[str, Any]
 ) -> None:
-    texts = prompts("moved", Scenario("", LENGTHS))
+    texts = prompts("moved", Scenario(LENGTHS))
     with engine(tiny_targets["llama"], spec) as llm:
         alone, _ = drafts_by_position(llm, texts)
         again, hit = drafts_by_position(llm, texts)

@@ -33,7 +33,7 @@ CASES = ["mixed", *(pytest.param(name, marks=pytest.mark.slow) for name in EXACT
 def two_ranks(target: Path, spec: dict[str, Any] | None) -> Iterator[LLM]:
     """An engine in this process, its two workers in processes of their own."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+        patch.setenv("OMP_NUM_THREADS", "1")  # of each
         with engine(target, spec, tensor_parallel_size=2) as llm:
             yield llm
 

@@ -96,6 +96,20 @@ def test_every_claim_is_run() -> None:
     assert len(run) > len(TABLE)
 
 
+@pytest.mark.parametrize("runner", ["V1", "V2"])
+def test_rows_of_the_matrix_are_run(runner: str) -> None:
+    """A name that is none would leave the release untested."""
+    from tests.serving.lossless.cases import WHOLE
+
+    for drafter in version_matrix.DRAFTERS[runner]:
+        for row in version_matrix.ROWS:
+            cases = [case for case in map(str, WHOLE) if case.endswith(f"-{runner}")]
+            assert any(drafter in case and row in case for case in cases), (
+                drafter,
+                row,
+            )
+
+
 @pytest.mark.parametrize(
     ("passed", "code"), [([True, True], 0), ([True, False], 1), ([], 1)]
 )

@@ -22,6 +22,7 @@ class Answer:
     stop_reason: int | str | None
     logprobs: Any = None
     prompt_logprobs: Any = None
+    num_tokens: int = 0  # with the prompt's
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,7 @@ def answers_of(outputs: Iterable[RequestOutput]) -> list[Answer]:
             one.stop_reason,
             one.logprobs,
             output.prompt_logprobs,
+            len(output.prompt_token_ids or ()) + len(one.token_ids),
         )
         for output in outputs
         for one in output.outputs
@@ -81,6 +83,14 @@ def ask_lengths(name: str, lengths: Sequence[int], **sampling: Any) -> Play:
     return lambda stage: stage.ask(stage.subject.prompts(name, lengths), **sampling)
 
 
+def crowd(name: str) -> Play:
+    """More at once than the cache of an engine with few blocks can hold."""
+    return lambda stage: stage.ask(
+        stage.subject.prompts(name, stage.subject.crowd_lengths),
+        max_tokens=stage.subject.crowd_tokens,
+    )
+
+
 def batches(size: int) -> Play:
     """``size`` prompts at a time."""
 
@@ -94,11 +104,11 @@ def batches(size: int) -> Play:
     return play
 
 
-def twice(name: str) -> Play:
+def twice(name: str, lengths: Sequence[int] = ()) -> Play:
     """The second time, the prompts are found in the prefix cache."""
 
     def play(stage: Stage) -> list[Answer]:
-        prompts = stage.subject.prompts(name)
+        prompts = stage.subject.prompts(name, lengths)
         # In fours, so that few blocks are thrown out in between.
         fours = [prompts[i : i + 4] for i in range(0, len(prompts), 4)]
         return [a for four in fours for _ in range(2) for a in stage.ask(four)]

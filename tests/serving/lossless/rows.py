@@ -15,6 +15,7 @@ from tests.serving.lossless.plays import (
     ask_lengths,
     batches,
     beams,
+    crowd,
     embedded,
     mixed_sampling,
     near_the_limit,
@@ -32,33 +33,39 @@ class Engine:
         settings: vLLM's, for both sides.
         spec: More keys of ``speculative_config``.
         scheduled_ahead: With async scheduling, vLLM's default on GPUs.
+        few_blocks: With fewer cache blocks than the requests need.
+        least_tokens: Drafters of fewer tokens cannot be asked for this.
     """
 
     settings: Mapping[str, Any]
     spec: Mapping[str, Any] | None = None
     scheduled_ahead: bool = False
+    few_blocks: bool = False
+    least_tokens: int = 1
+
+    @property
+    def plain(self) -> str:
+        """Engines of the same name here are one for the target alone."""
+        return f"{sorted(self.settings.items())}, few blocks: {self.few_blocks}"
 
 
 _MANY = {"max_num_seqs": 64}
+_TIGHT = {"max_num_seqs": 8, "max_num_batched_tokens": 64}
 ENGINES = {
     "default": Engine(_MANY),
-    "small budget": Engine({"max_num_seqs": 16, "max_num_batched_tokens": 64}),
-    # Fewer blocks than the requests need.
-    "few blocks": Engine({"max_num_seqs": 16, "num_gpu_blocks_override": 25}),
+    # Long prompts come in pieces, and requests are thrown out and start again.
+    "tight": Engine(_TIGHT, few_blocks=True),
     "no prefix cache": Engine(_MANY | {"enable_prefix_caching": False}),
-    "blocks of 64": Engine(_MANY | {"block_size": 64}),
+    "blocks of 64": Engine(_MANY | {"block_size": 64, "enable_prompt_embeds": True}),
     "fp8 cache": Engine(_MANY | {"kv_cache_dtype": "fp8"}),
-    "embeddings": Engine(_MANY | {"enable_prompt_embeds": True}),
-    "fewer tokens": Engine(_MANY, {"num_speculative_tokens": 2}),
+    "fewer tokens": Engine(_MANY, {"num_speculative_tokens": 2}, least_tokens=2),
     "tokens by batch": Engine(
         _MANY,
         {"num_speculative_tokens_per_batch_size": [(1, 2, 4), (3, 8, 2), (9, 64, 1)]},
+        least_tokens=4,
     ),
     "probabilistic": Engine(_MANY, {"draft_sample_method": "probabilistic"}),
-    "scheduled ahead": Engine(_MANY, scheduled_ahead=True),
-    "ahead, few blocks": Engine(
-        {"max_num_seqs": 16, "num_gpu_blocks_override": 25}, scheduled_ahead=True
-    ),
+    "scheduled ahead": Engine(_TIGHT, scheduled_ahead=True, few_blocks=True),
 }
 
 
@@ -72,6 +79,8 @@ class Row:
         engine: One of `ENGINES`.
         shows: Facts of both sides that must not be 0, as `matrix.Facts` has them.
         same_hits: The prefix cache must give as much on both sides.
+        first: The first token of a drafter that is the target is always accepted,
+            where `matrix.Result` does not excuse it.
         drafts: Whether the drafter is used at all.
         on_v2: Also for the V2 runner, of which a step takes long on a CPU.
     """
@@ -81,6 +90,7 @@ class Row:
     engine: str = "default"
     shows: tuple[str, ...] = ()
     same_hits: bool = False
+    first: bool = False
     drafts: bool = True
     on_v2: bool = False
 
@@ -109,11 +119,11 @@ _STOP_TOKENS = list(range(5, 512, 16))
 _ONE = {"temperature": 1.0, "top_k": 1}
 
 ROWS = (
-    Row("one request at a time", batches(1)),
-    Row("batches of 4, mixed lengths", batches(4), on_v2=True),
-    Row("batches of 16, mixed lengths", batches(16)),
-    Row("all at once, up to 64", ask("at once")),
-    Row("requests come and go", arrivals, on_v2=True),
+    Row("one request at a time", batches(1), first=True),
+    Row("batches of 4, mixed lengths", batches(4), first=True, on_v2=True),
+    Row("batches of 16, mixed lengths", batches(16), first=True),
+    Row("all at once, up to 64", ask("at once"), first=True),
+    Row("requests come and go", arrivals, first=True, on_v2=True),
     Row(
         "prompts a second time",
         twice("twice"),
@@ -121,29 +131,45 @@ ROWS = (
         same_hits=True,
         on_v2=True,
     ),
+    # After a prefix-cache hit that leaves one token to compute, vLLM pads the step with
+    # drafts that no drafter has made: no prompt here is one longer than whole blocks.
+    Row(
+        "prompts a second time, more left",
+        twice("twice 2", (64, 96, 100, 130, 31, 200)),
+        shows=("prefix_hits",),
+        same_hits=True,
+        first=True,
+    ),
     Row("three turns", turns, shows=("prefix_hits",), same_hits=True),
     Row("prefix cache emptied", reset_in_between),
-    Row("no prefix cache", ask("no prefix cache"), "no prefix cache"),
+    Row("no prefix cache", ask("no prefix cache"), "no prefix cache", first=True),
     Row(
         "prompts in pieces",
-        ask("pieces"),
-        "small budget",
+        ask_lengths("pieces", (150, 30, 151, 97, 200, 10)),
+        "tight",
         ("chunked", "mixed"),
+        first=True,
+        on_v2=True,
+    ),
+    Row("prompts in pieces, twice", twice("pieces 2"), "tight", ("prefix_hits",)),
+    Row(
+        "preemption, some twice",
+        crowd("preempted"),
+        "tight",
+        ("preemptions", "preempted_twice"),
+        first=True,
         on_v2=True,
     ),
     Row(
-        "prompts in pieces, twice", twice("pieces 2"), "small budget", ("prefix_hits",)
+        "one, some, all at max_model_len",
+        near_the_limit,
+        shows=("at_limit",),
+        first=True,
+        on_v2=True,
     ),
-    Row(
-        "preemption, some twice",
-        ask_lengths("preempted", (90, 100, 110, 95, 105, 120), max_tokens=70),
-        "few blocks",
-        ("preemptions", "preempted_twice"),
-    ),
-    Row("one, some, all at max_model_len", near_the_limit),
-    Row("cache blocks of 64", ask("blocks of 64"), "blocks of 64"),
-    Row("fp8 KV cache", ask("fp8"), "fp8 cache"),
-    Row("aborts at every stage", aborts, "small budget", ("chunked",), on_v2=True),
+    Row("cache blocks of 64", twice("blocks of 64"), "blocks of 64", ("prefix_hits",)),
+    Row("fp8 KV cache", ask("fp8"), "fp8 cache", first=True),
+    Row("aborts at every stage", aborts, "tight", ("chunked",), on_v2=True),
     Row(
         "EOS inside a draft", ask("eos", ignore_eos=False), shows=("ended",), on_v2=True
     ),
@@ -179,15 +205,37 @@ ROWS = (
     Row("regular expression", ask("regex", **_structured(regex=r"(\d{2,4}-)*[a-f]+"))),
     Row("grammar", ask("grammar", **_structured(grammar=_GRAMMAR))),
     Row("choice", ask("choice", **_structured(choice=["yes", "no", "perhaps"]))),
-    Row("prompts as embeddings", embedded, "embeddings"),
+    Row("prompts as embeddings", embedded, "blocks of 64"),
     Row("beam search", beams, drafts=False),
     Row("k below the drafter's", ask("fewer tokens"), "fewer tokens"),
     Row("k by batch size", batches(4), "tokens by batch"),
-    Row("scheduled ahead", arrivals, "scheduled ahead"),
+    Row("scheduled ahead", arrivals, "scheduled ahead", first=True, on_v2=True),
+    Row(
+        "scheduled ahead, twice",
+        twice("ahead 2", (64, 96, 100, 130, 31, 200)),
+        "scheduled ahead",
+        ("prefix_hits",),
+    ),
+    Row(
+        "scheduled ahead, in pieces",
+        ask_lengths("ahead, pieces", (150, 30, 151, 97, 200, 10)),
+        "scheduled ahead",
+        ("chunked", "mixed"),
+        first=True,
+    ),
     Row(
         "scheduled ahead, preemption",
-        ask_lengths("ahead", (90, 100, 110, 95, 105, 120), max_tokens=70),
-        "ahead, few blocks",
+        crowd("ahead"),
+        "scheduled ahead",
         ("preemptions",),
+        first=True,
+        on_v2=True,
+    ),
+    Row(
+        "scheduled ahead, at max_model_len",
+        near_the_limit,
+        "scheduled ahead",
+        ("at_limit",),
+        first=True,
     ),
 )

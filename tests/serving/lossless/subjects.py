@@ -3,8 +3,8 @@
 
 import json
 import random
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,22 +35,38 @@ class Subject:
         target: The target's folder.
         spec: The drafter's ``speculative_config``.
         stream: Token ids that prompts are cut from, by the prompt's name.
+        exact: The drafter's first token is the target's, always.
+        least_accepted: Part of its first tokens that is accepted in every row.
+        num_draft_tokens: k of the drafter.
         num_prompts: Prompts per row.
         max_tokens: Tokens per answer, where a row does not say.
         lengths: Tokens per prompt, where a row does not say.
+        crowd_lengths: Tokens per prompt of a crowd that few blocks cannot hold.
+        crowd_tokens: Tokens per answer there.
+        few_blocks: How many cache blocks are few.
+        spares: Facts that no row needs to show with this subject.
         tie_margin: Largest logprob gap of a float tie, in nats; 0 accepts none.
         settings: vLLM settings of every engine.
+        block_sizes: Of the KV-cache groups, ascending, with blocks of 32 tokens.
     """
 
     name: str
     target: Path
     spec: dict[str, Any]
     stream: Callable[[str, int], list[int]]
+    exact: bool = False
+    least_accepted: float = 0.0
+    num_draft_tokens: int = 4
     num_prompts: int = NUM_PROMPTS
     max_tokens: int = MAX_TOKENS
     lengths: Sequence[int] = LENGTHS
+    crowd_lengths: Sequence[int] = (90, 100, 110, 95, 105, 120)
+    crowd_tokens: int = 70
+    few_blocks: int = 21
+    spares: Collection[str] = ()
     tie_margin: float = 0.0
     settings: dict[str, Any] = field(default_factory=dict)
+    block_sizes: tuple[int, ...] = (32,)
 
     def prompts(self, name: str, lengths: Sequence[int] = ()) -> Prompts:
         """`num_prompts` prompts of the given lengths, over and over; the same ones
@@ -82,21 +98,30 @@ def text_stream(texts: Sequence[Sequence[int]]) -> Callable[[str, int], list[int
     return stream
 
 
-def tiny_subject(target: Path, drafter: Path, *, on_v2: bool) -> Subject:
-    """A tiny fp32 target, made by `make_tiny_speaker`, whose drafter is right at the
-    first position and hardly ever later."""
-    spec = {"method": "mtp_placeholder", "model": str(drafter)}
-    if on_v2:  # Triton's interpreter takes about 0.2 s per step
-        return Subject("tiny", target, spec, random_stream, 4, 8, (3, 33, 64, 100))
-    return Subject("tiny", target, spec, random_stream)
+def shorter_for_v2(subject: Subject) -> Subject:
+    """The same with fewer and shorter requests: Triton's interpreter takes about 0.2 s
+    per step."""
+    return replace(
+        subject,
+        num_prompts=4,
+        max_tokens=8,
+        lengths=(3, 33, 64, 100),
+        crowd_lengths=(150,),
+        crowd_tokens=30,
+        spares=(*subject.spares, "preempted_twice"),
+    )
 
 
 def tiny_speaker_subject(folder: Path) -> Subject:
-    """The tiny subject, with target and drafter made in ``folder``."""
-    target = make_tiny_speaker(folder / "target")
+    """A tiny Llama whose drafter is right at the first position and hardly ever later;
+    both are made in ``folder``."""
+    target = make_speaker(make_tiny_llama(folder / "target"))
     options = DrafterOptions(dtype="float32")
-    drafter = new_drafter(target, "shared:all", 4, options)
-    return tiny_subject(target, save_drafter(drafter, folder / "drafter"), on_v2=False)
+    drafter = save_drafter(
+        new_drafter(target, "shared:all", 4, options), folder / "drafter"
+    )
+    spec = {"method": "mtp_placeholder", "model": str(drafter)}
+    return Subject("tiny", target, spec, random_stream, exact=True)
 
 
 def smollm2_subject() -> Subject:
@@ -117,16 +142,23 @@ def smollm2_subject() -> Subject:
         for text in sharegpt_prompts(64)
     ]
     shared = next(folder for folder in reference_folders() if folder.name == "shared")
-    spec = {"method": "mtp_placeholder", "model": str(shared)}
-    # A step takes a hundred times longer than a tiny target's.
-    return Subject("SmolLM2", target, spec, text_stream(texts), 8, 16)
+    return Subject(
+        "SmolLM2",
+        target,
+        {"method": "mtp_placeholder", "model": str(shared)},
+        text_stream(texts),
+        # A step takes a hundred times longer than a tiny target's.
+        num_prompts=8,
+        max_tokens=16,
+        spares=("preempted_twice",),
+        settings={"kv_cache_memory_bytes": 1 << 30},
+    )
 
 
-def make_tiny_speaker(folder: Path) -> Path:
-    """A tiny Llama with a tokenizer of its own, and many tokens that end an answer."""
-    make_tiny_llama(folder)
-    save_tiny_tokenizer(folder)
+def make_speaker(target: Path) -> Path:
+    """Give a tiny target a tokenizer, and many tokens that end an answer."""
+    save_tiny_tokenizer(target)
     # One token in 16, so that answers end at any position of a draft.
     ends = {"eos_token_id": list(range(0, VOCAB_SIZE, 16))}
-    (folder / "generation_config.json").write_text(json.dumps(ends), "utf-8")
-    return folder
+    (target / "generation_config.json").write_text(json.dumps(ends), "utf-8")
+    return target
