@@ -22,8 +22,8 @@ from vllm_mtp.serving.config import MTPPlaceholderSpecConfig
 from vllm_mtp.serving.versions import Installed
 
 
-def test_at_most_four_patches_each_explained() -> None:
-    assert len(ledger.PATCHES) <= 4
+def test_at_most_five_patches_each_explained() -> None:
+    assert len(ledger.PATCHES) <= 5
     assert len({patch.symbol for patch in ledger.PATCHES}) == len(ledger.PATCHES)
     for patch in ledger.PATCHES:
         for text in (patch.what, patch.why, patch.seen, patch.remove_when):
@@ -31,7 +31,7 @@ def test_at_most_four_patches_each_explained() -> None:
 
 
 def test_every_patched_symbol_is_there() -> None:
-    assert [ledger.problem_with(patch) for patch in ledger.PATCHES] == [None] * 4
+    assert [ledger.problem_with(patch) for patch in ledger.PATCHES] == [None] * 5
 
 
 def test_registering_again_changes_nothing() -> None:

@@ -17,7 +17,10 @@ import pytest
 pytestmark = pytest.mark.engine
 
 HERE = Path(__file__).parent
-OTHERS = ("test_parity.py", "test_host_syncs.py", "test_faults.py", "v2_cases.py")
+OTHERS = (
+    *("test_parity.py", "test_host_syncs.py", "test_faults.py"),
+    *("test_requests.py", "test_seeds.py", "v2_cases.py"),
+)
 LOSSLESS = ("test_lossless.py", "test_stateless.py")
 
 

@@ -21,6 +21,7 @@ from vllm_mtp.serving.faults import FILLER_TOKEN, DraftGuard
 from vllm_mtp.serving.finished_requests import all_have_ended
 from vllm_mtp.serving.lazy_drafts import LateDrafts
 from vllm_mtp.serving.loading import load_bound_drafter
+from vllm_mtp.serving.sampling import with_seeds
 from vllm_mtp.serving.v1_blocks import AlikeLayers, BlockRunner, Blocks, split_by_kind
 
 logger = logging.getLogger("vllm.mtp_placeholder")
@@ -184,6 +185,7 @@ class MTPPlaceholderProposer(DraftModelProposer):
             drafts = self.faults.attempt(
                 lambda: self._draft(
                     self._blocks.forward(blocks, self._layer_metadata),
+                    blocks.fitted.positions,
                     sampling_metadata,
                 )
             )
@@ -250,16 +252,20 @@ class MTPPlaceholderProposer(DraftModelProposer):
             self.draft_attn_groups = every_group
 
     def _draft(
-        self, hidden: torch.Tensor, sampling_metadata: SamplingMetadata
+        self,
+        hidden: torch.Tensor,
+        positions: torch.Tensor,
+        sampling_metadata: SamplingMetadata,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The tokens ``[B, k]`` int64, and ``[B, k, 1]`` how likely if asked for."""
         if self._drafts_are_greedy(sampling_metadata):
             pick_best = pick_with_probability if self._min_probability else pick_greedy
             return self._bound.draft(hidden, pick_best)
 
-        def pick(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        def sample(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
             return self._sample_from_logits(logits.float(), sampling_metadata)
 
+        pick = with_seeds(sample, sampling_metadata.generators, positions[:, 0])
         tokens, probs = self._bound.draft(hidden, pick, whole_vocab=True)
         self._last_draft_probs = None if probs is None else probs.contiguous()
         return tokens, None

@@ -96,8 +96,8 @@ class Installed:
         return f"{self.name} {self.version}"
 
 
-_V1_HOOKS = ("config", "v1-proposer", "cpu-sampling")
-_ALL_HOOKS = ("config", "v1-proposer", "v2-speculator", "cpu-sampling")
+_V1_HOOKS = ("config", "requests", "v1-proposer", "cpu-sampling")
+_ALL_HOOKS = ("config", "requests", "v1-proposer", "v2-speculator", "cpu-sampling")
 _WORKS = Runner(Status.TESTED)
 _ONLY_V1 = Runner(
     Status.ABSENT, "V2 of this release takes no draft models, so vLLM takes V1"
