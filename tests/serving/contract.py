@@ -25,7 +25,10 @@ from vllm_mtp.serving import ledger
 from vllm_mtp.serving.versions import Release
 
 PACKAGE = Path(ledger.__file__).parents[1]
-USERS = (*sorted((PACKAGE / "serving").glob("*.py")), PACKAGE / "demo" / "run.py")
+USERS = (
+    *sorted((PACKAGE / "serving").glob("*.py")),
+    PACKAGE / "evaluation" / "demo.py",
+)
 # Modules (v2.py, v2_*.py) that are imported only where a ledger entry applies.
 NEEDED_BY = {"v1": "v1-proposer", "v2": "v2-speculator"}
 
