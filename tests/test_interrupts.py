@@ -58,8 +58,12 @@ def running(body: str, *, ignored: bool = False) -> Iterator[subprocess.Popen[st
         process.communicate()
 
 
-def interrupted(body: str, times: Sequence[float] = (0.0,)) -> tuple[int, str, float]:
-    """Exit code, what was printed, and seconds from the first interrupt to the end."""
+# Python misses a signal that comes between its look for one and a call that sleeps.
+SOON = 0.1
+
+
+def interrupted(body: str, times: Sequence[float] = (SOON,)) -> tuple[int, str, float]:
+    """Exit code, what was printed, and seconds from the first wait to the end."""
     with running(body) as process:
         start = time.monotonic()
         for seconds in times:
@@ -114,12 +118,11 @@ def test_a_deferred_interrupt_waits_for_a_safe_point() -> None:
                     time.sleep(0.1)
                 tell(f"step {step}")
         """,
-        [0.05],
     )
     assert code == 130
     lines = text.strip().splitlines()
-    assert lines[1].startswith("interrupted: ends after the running step")
-    assert lines[2:] == ["step 0", LAST_LINE]
+    assert lines[0].startswith("interrupted: ends after the running step")
+    assert lines[1:] == ["step 0", LAST_LINE]
 
 
 def test_a_deferred_interrupt_ends_the_block_at_last() -> None:
@@ -146,7 +149,7 @@ def test_the_second_interrupt_ends_it_at_once(block: str) -> None:
             finally:
                 time.sleep(50)
         """,
-        [0.0, 0.3],
+        [SOON, 0.3],
     )
     assert code == 130
     assert text.strip().splitlines()[-1] == LAST_LINE
@@ -194,7 +197,6 @@ def test_what_it_started_ends_with_it() -> None:
         tell(f"{child.pid} {server.pid}")
         time.sleep(50)
         """,
-        [0.3],
     )
     pids = [int(pid) for pid in text.split()[:2]]
     deadline = time.monotonic() + 10
@@ -218,7 +220,7 @@ def test_a_command_that_was_done_keeps_its_exit_code() -> None:
         atexit.register(tell, "ready")
         return 3
     """
-    code, text, seconds = interrupted(body, [0.2])
+    code, text, seconds = interrupted(body)
     assert (code, text) == (3, "")
     assert seconds < 10
 
@@ -245,6 +247,7 @@ def test_an_ignored_interrupt_stays_ignored() -> None:
         return 0
     """
     with running(body, ignored=True) as process:
+        time.sleep(SOON)
         process.send_signal(signal.SIGINT)
         text, _ = process.communicate(timeout=60)
         assert (process.returncode, text) == (0, "")
@@ -266,7 +269,6 @@ def test_a_fork_is_interrupted_as_python_is() -> None:
         tell(os.waitstatus_to_exitcode(status))
         time.sleep(50)
         """,
-        [0.3],
     )
     assert code == 130
     assert text.split()[0] == "7"
