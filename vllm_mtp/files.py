@@ -9,11 +9,12 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from vllm_mtp.errors import MTPError, OutputError
+from vllm_mtp.interrupts import deferred
 
 
 @contextmanager
 def writing(path: Path | str, *also: type[Exception]) -> Iterator[None]:
-    """Name the file or folder when it cannot be written.
+    """Name the file or folder when it cannot be written; Ctrl-C waits meanwhile.
 
     Args:
         path: The file or folder.
@@ -24,7 +25,8 @@ def writing(path: Path | str, *also: type[Exception]) -> Iterator[None]:
     """
     failures: tuple[type[Exception], ...] = (OSError, SafetensorError, *also)
     try:
-        yield
+        with deferred():
+            yield
     except failures as error:
         raise OutputError(
             f"{path}: cannot be written ({error}). Make room there, or name a folder "
@@ -41,7 +43,8 @@ def report_folder(folder: Path) -> Iterator[None]:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        yield
+        with deferred():
+            yield
     except OSError as error:
         raise MTPError(
             f"--out {folder}: cannot be written ({error}); name another folder"

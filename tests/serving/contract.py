@@ -71,6 +71,7 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
     # How a request ends, as far as the worker knows.
     "vllm.sampling_params:SamplingParams": (
         *("all_stop_token_ids", "ignore_eos", "max_tokens", "stop_token_ids"),
+        "logprob_token_ids",
     ),
     "vllm.v1.worker.gpu_input_batch:CachedRequestState": (
         *("output_token_ids", "prompt_token_ids", "sampling_params"),
@@ -173,6 +174,12 @@ TEXTS: tuple[tuple[str, str, str], ...] = (
         "vllm.v1.worker.gpu_model_runner:GPUModelRunner.take_draft_token_ids",
         "self._get_draft_token_ids_cpu()",
         "v1-late-drafts",
+    ),
+    # Every request is looked at with the engine's config.
+    (
+        "vllm.sampling_params:SamplingParams.verify",
+        "self._validate_spec_decode(speculative_config)",
+        "requests",
     ),
     # The fault that is repaired: without it, the entry does not apply any more.
     (

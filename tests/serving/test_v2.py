@@ -27,7 +27,12 @@ RUNS: dict[str, tuple[Sequence[str], str]] = {
     "other": (
         (
             *("test_parity.py", "test_host_syncs.py", "test_faults.py"),
-            *("test_draft_files.py", "v2_cases.py"),
+            *(
+                "test_draft_files.py",
+                "test_requests.py",
+                "test_seeds.py",
+                "v2_cases.py",
+            ),
         ),
         EVERY_RUN,
     ),

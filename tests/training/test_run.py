@@ -2,6 +2,7 @@
 """Whole runs on a tiny target."""
 
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -98,7 +99,7 @@ class TestResume:
         "gradient_accumulation_steps": 2,
     }
 
-    def test_a_killed_run_goes_on_as_if_nothing_was(
+    def test_a_stopped_run_goes_on_as_if_nothing_was(
         self, tiny_llama: Path, tiny_answers: Path, tmp_path: Path
     ) -> None:
         settings = tmp_path / "run.yaml"
@@ -117,16 +118,28 @@ class TestResume:
         settings.write_text(yaml.safe_dump(self.DESIGN | more))
         command = [sys.executable, "-m", "vllm_mtp.cli.main", "train", str(settings)]
         broken, whole = tmp_path / "broken", tmp_path / "whole"
-        victim = subprocess.Popen([*command, "--output_dir", str(broken)])
-        try:
-            wait_for(broken / "checkpoint-80" / "trainer_state.json")
-        finally:
-            victim.kill()
-            victim.wait()
-        assert not (broken / "config.json").exists(), "it was killed in the middle"
+        resume = ["--resume_from_checkpoint", "last", "--output_dir", str(broken)]
+        for number, step in ((signal.SIGINT, 40), (signal.SIGKILL, 160)):
+            victim = subprocess.Popen(
+                [*command, *resume],
+                stderr=subprocess.PIPE,
+                text=True,
+                # A shell's background job ignores it.
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+            )
+            try:
+                wait_for(broken / f"checkpoint-{step}" / "trainer_state.json")
+                victim.send_signal(number)
+                _, text = victim.communicate(timeout=60)
+            finally:
+                victim.kill()
+            if number == signal.SIGINT:
+                assert victim.returncode == 130, text
+                assert "train: interrupted; with --resume-from-checkpoint" in text
+                assert "Traceback" not in text
+            assert not (broken / "config.json").exists(), "it was stopped in the middle"
         # A kill may also cut a checkpoint short.
         (broken / "checkpoint-399").mkdir()
-        resume = ["--resume_from_checkpoint", "last", "--output_dir", str(broken)]
         subprocess.run([*command, *resume], check=True)
         subprocess.run([*command, "--output_dir", str(whole)], check=True)
         assert len(losses(whole)) == 400
@@ -135,7 +148,7 @@ class TestResume:
         for name, tensor in load_drafter(whole).state_dict().items():
             assert torch.equal(ours[name], tensor), name
         papers = json.loads((broken / "provenance.json").read_text("utf-8"))
-        assert papers["training"]["resumed_from_step"] >= 80
+        assert papers["training"]["resumed_from_step"] >= 160
 
     def test_a_checkpoint_of_other_settings_is_refused(
         self, arguments: MakeArguments, tiny_llama: Path

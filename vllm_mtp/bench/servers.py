@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_mtp.errors import MTPError
+from vllm_mtp.interrupts import end_too, has_ended
 from vllm_mtp.metrics import AcceptanceCounts
 
 START_SECONDS = 600
@@ -157,6 +158,7 @@ def launch_server(
             env=dict(environment),
             start_new_session=True,  # a process group of its own, to end it whole
         )
+    end_too(process.pid)
     return Server(process, f"http://127.0.0.1:{port}", target, log)
 
 
@@ -217,3 +219,4 @@ def kill_server(server: Server) -> None:
     with suppress(ProcessLookupError):
         os.killpg(server.process.pid, signal.SIGKILL)
     server.process.wait()
+    has_ended(server.process.pid)

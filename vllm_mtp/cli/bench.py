@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 from vllm_mtp.errors import MTPError
 from vllm_mtp.flags import flag
+from vllm_mtp.interrupts import raising
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -98,6 +99,7 @@ class Bench:
             tempfile.TemporaryDirectory() as logs,
             tqdm(total=num_steps(plan, drafters), unit="step") as bar,
             sigterm_unwinds(),
+            raising(),  # so that the servers end
         ):
 
             def progress(text: str) -> None:

@@ -2,7 +2,6 @@
 """``vllm-mtp generate``."""
 
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from vllm_mtp.cli.targets import target_folder
 from vllm_mtp.errors import DataError
 from vllm_mtp.flags import flag
+from vllm_mtp.interrupts import advise, deferred
 
 if TYPE_CHECKING:
     from vllm_mtp.data.render import Renderer, Request
@@ -83,14 +83,8 @@ class Generate:
             print(f"{store.folder} is finished already; nothing to do")
             return 0
         requests, counts = self._requests(settings, renderer)
-        try:
-            provenance = _generate(store, settings, target, requests, counts)
-        except KeyboardInterrupt:
-            print(
-                f"\nstopped; the same command goes on with what is in {store.folder}",
-                file=sys.stderr,
-            )
-            raise
+        advise(f"the same command goes on with what is in {store.folder}")
+        provenance = _generate(store, settings, target, requests, counts)
         print(report(provenance, store.folder))
         return 0
 
@@ -246,6 +240,8 @@ def _answer(
     with (
         answering(target, settings.engine, settings.sampling) as answerer,
         Progress(len(prompts), todo, sum(prompts)) as progress,
+        # An exception inside vLLM's step would be another one when it comes out.
+        deferred(),
     ):
         answer_missing(store, parts, answerer, progress.answered, progress.part_done)
 

@@ -13,6 +13,7 @@ from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 
+from vllm_mtp import interrupts
 from vllm_mtp.errors import MTPError
 
 # command: (module, class, one line of help). Spelled out here, so that the
@@ -44,9 +45,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0 fine, 1 failed, 2 wrong usage, 130 interrupted.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    interrupts.advise("")
+    if argv is None:  # the process is the command's alone
+        interrupts.take_over("".join(arguments[:1]))
     name, rest = _overview().parse_args(arguments[:1]).command, arguments[1:]
+    return interrupts.finish(_run(name, rest))
+
+
+def _run(name: str, rest: Sequence[str]) -> int:
     try:
-        return _load(name, rest).run()
+        with interrupts.one_exception():
+            code: int = _load(name, rest).run()
+        return code
     except MTPError as error:
         print(f"vllm-mtp {name}: {error}", file=sys.stderr)
         return 1
@@ -57,8 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"vllm-mtp {name}: {advice} ({error})", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"vllm-mtp {name}: interrupted", file=sys.stderr)
-        return 130
+        print(interrupts.last_line(name), file=sys.stderr)
+        return interrupts.EXIT_CODE
 
 
 def _overview() -> argparse.ArgumentParser:

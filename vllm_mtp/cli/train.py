@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from vllm_mtp.cli.targets import target_folder
+from vllm_mtp.interrupts import advise
 from vllm_mtp.plugin import METHOD
 from vllm_mtp.training.arguments import DrafterTrainingArguments
 
@@ -24,6 +25,10 @@ class Train(DrafterTrainingArguments):
     def run(self) -> int:
         from vllm_mtp.training.run import train
 
+        advise(
+            "with --resume-from-checkpoint last it goes on from the last checkpoint in "
+            f"{self.output_dir}"
+        )
         metrics = train(self, target_folder(self.target))
         positions = [v for k, v in metrics.items() if "acceptance_position" in k]
         print(

@@ -11,6 +11,7 @@ from vllm_mtp.data.generation import Answer
 from vllm_mtp.data.render import Request
 from vllm_mtp.data.settings import EngineSettings, SamplingSettings
 from vllm_mtp.data.split import prompt_seed
+from vllm_mtp.interrupts import stop_if_asked
 
 
 @contextmanager
@@ -51,12 +52,14 @@ class VLLMAnswerer:
         self._llm.reset_prefix_cache()
         answers: dict[str, Answer] = {}
         for index, request in enumerate(requests):
+            stop_if_asked()
             self._llm.llm_engine.add_request(
                 str(index),
                 {"prompt_token_ids": request.token_ids},
                 sampling_params(self._sampling, request.prompt_id),
             )
         while self._llm.llm_engine.has_unfinished_requests():
+            stop_if_asked()
             for output in self._llm.llm_engine.step():
                 found = output.outputs[0]
                 ids = list(found.token_ids)

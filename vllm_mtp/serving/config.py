@@ -23,7 +23,7 @@ from vllm_mtp.errors import (
 )
 from vllm_mtp.plugin import METHOD
 from vllm_mtp.serving import versions
-from vllm_mtp.serving.ledger import install_for_runner
+from vllm_mtp.serving.ledger import install_for_requests, install_for_runner
 from vllm_mtp.serving.resolve import resolve_drafter
 from vllm_mtp.serving.settings import OWN_KEYS, checked, num_speculative_tokens
 
@@ -168,6 +168,8 @@ def build_config(
     config = MTPPlaceholderSpecConfig(**settings)
     for key, value in ours.items():
         setattr(config, key, value)
+    # Whoever builds the config adds the requests: `LLM`, and each API server.
+    install_for_requests()
     return config
 
 

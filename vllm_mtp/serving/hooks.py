@@ -53,6 +53,22 @@ def _requested(engine_args: Any) -> dict[str, Any]:
     return settings
 
 
+def validate_spec_decode(original: Callable[..., None]) -> Callable[..., None]:
+    """Ledger entry ``requests``."""
+
+    @functools.wraps(original)
+    def wrapper(self: Any, speculative_config: Any) -> None:
+        original(self, speculative_config)
+        from vllm_mtp.serving.config import MTPPlaceholderSpecConfig
+
+        if isinstance(speculative_config, MTPPlaceholderSpecConfig):
+            from vllm_mtp.serving.requests import require_verifiable
+
+            require_verifiable(self)
+
+    return wrapper
+
+
 def new_draft_model_proposer(original: Callable[..., Any]) -> Any:
     """Ledger entry ``v1-proposer``."""
 

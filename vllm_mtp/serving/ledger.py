@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The ledger: every place where vLLM is patched, and nothing else.
 
-Entry A is applied when vLLM loads its plugins. The others are applied in a
-process that runs our method, as late as the module they belong to is loaded and
-as early as the runner asks which drafter to build; nobody else pays for them.
+The first is applied when vLLM loads its plugins. The one about requests is applied
+where our config is built. The others are applied in a process that runs our method,
+as late as the module they belong to is loaded and as early as the runner asks which
+drafter to build; nobody else pays for them.
 """
 
 import importlib
@@ -115,7 +116,26 @@ CPU_SAMPLING = Patch(
     "`apply_top_k_only` takes no rows.",
     cpu_only=True,
 )
-PATCHES = (CONFIG, V1_PROPOSER, V1_LATE_DRAFTS, V2_SPECULATOR, CPU_SAMPLING)
+REQUESTS = Patch(
+    name="requests",
+    symbol="vllm.sampling_params:SamplingParams._validate_spec_decode",
+    parameters=("self", "speculative_config"),
+    wrapper="vllm_mtp.serving.hooks:validate_spec_decode",
+    what="Refuses a request with logprob_token_ids when it is added, where the config "
+    "is ours.",
+    why="vLLM takes such a request, and its rejection samplers do not know the "
+    "parameter: on V1 one request ends the engine for all, on both runners logprobs "
+    "are lost. No plugin is asked about a request.",
+    remove_when="vLLM answers or refuses these requests itself (vllm#42592).",
+)
+PATCHES = (
+    CONFIG,
+    REQUESTS,
+    V1_PROPOSER,
+    V1_LATE_DRAFTS,
+    V2_SPECULATOR,
+    CPU_SAMPLING,
+)
 
 # Names of patches that are applied in this process, or that it does not need.
 _settled: set[str] = set()
@@ -124,6 +144,11 @@ _settled: set[str] = set()
 def install_at_start() -> None:
     """Apply what must be there before vLLM reads its arguments."""
     install(CONFIG)
+
+
+def install_for_requests() -> None:
+    """Apply what must be there before a request is added, in the process that does."""
+    install(REQUESTS)
 
 
 def install_for_runner() -> None:

@@ -21,7 +21,12 @@ from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.spec_decode.draft_model import DraftModelProposer
 from vllm.v1.worker.utils import AttentionGroup
 
-from vllm_mtp.drafter.heads import pick_greedy, pick_with_probability, sure_lengths
+from vllm_mtp.drafter.heads import (
+    Pick,
+    pick_greedy,
+    pick_with_probability,
+    sure_lengths,
+)
 from vllm_mtp.drafter.layout import (
     CacheTable,
     DraftInputs,
@@ -35,6 +40,7 @@ from vllm_mtp.drafter.scopes import DRAFT
 from vllm_mtp.plugin import METHOD
 from vllm_mtp.serving.faults import FILLER_TOKEN, DraftGuard
 from vllm_mtp.serving.loading import load_bound_drafter
+from vllm_mtp.serving.sampling import with_seeds
 
 logger = logging.getLogger("vllm.mtp_placeholder")
 
@@ -309,12 +315,13 @@ class MTPPlaceholderProposer(DraftModelProposer):
             hidden = self._bound.forward(
                 batch.anchor_ids, layout.positions, batch.boundary
             )
-            return self._choose(hidden, batch.sampling)
+            return self._choose(hidden, batch)
 
     def _choose(
-        self, hidden: torch.Tensor, sampling: SamplingMetadata
+        self, hidden: torch.Tensor, batch: _Batch
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """As `_draft`, from the last hidden states ``[B, k, hidden_size]``."""
+        sampling = batch.sampling
         if self._drafts_are_greedy(sampling):
             pick_best = pick_with_probability if self._min_probability else pick_greedy
             return self._bound.draft(hidden, pick_best)
@@ -322,7 +329,11 @@ class MTPPlaceholderProposer(DraftModelProposer):
         def pick(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
             return self._sample_from_logits(logits.float(), sampling)
 
-        tokens, probs = self._bound.draft(hidden, pick, whole_vocab=True)
+        draw: Pick = pick
+        if sampling.generators:
+            starts = batch.layout.positions[:, 0]
+            draw = with_seeds(pick, sampling.generators, starts)
+        tokens, probs = self._bound.draft(hidden, draw, whole_vocab=True)
         self._last_draft_probs = None if probs is None else probs.contiguous()
         return tokens, None
 

@@ -23,6 +23,7 @@ from vllm_mtp.drafter.target_facts import TargetFacts
 from vllm_mtp.drafter.vocabulary import frequent_tokens
 from vllm_mtp.errors import MTPError
 from vllm_mtp.files import writing
+from vllm_mtp.interrupts import deferred
 from vllm_mtp.torch_host.hf_target import HFTarget, load_frozen
 from vllm_mtp.training.arguments import DrafterTrainingArguments
 from vllm_mtp.training.bridges import bridged_layers, fit_bridges
@@ -227,11 +228,12 @@ def fit(run: TrainingRun, args: DrafterTrainingArguments) -> Fitted:
     )
     if args.bridge_texts and not (args.warm_start or checkpoint):
         _fit_bridges(trainer, args)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    metrics = trainer.evaluate()
-    trainer.log(_costs(drafter))
-    with writing(str(args.output_dir)):
-        trainer.save_state()
+    with deferred():  # until a step of training or evaluation is done
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        metrics = trainer.evaluate()
+        trainer.log(_costs(drafter))
+        with writing(str(args.output_dir)):
+            trainer.save_state()
     return Fitted(trainer, metrics, checkpoint)
 
 

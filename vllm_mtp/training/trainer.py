@@ -16,6 +16,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from vllm_mtp.drafter.heads import pick_greedy
 from vllm_mtp.drafter.layout import possible_anchors, span_ends
 from vllm_mtp.files import writing
+from vllm_mtp.interrupts import stop_if_asked
 from vllm_mtp.metrics import AcceptanceCounts, count_accepted
 from vllm_mtp.torch_host.texts import TextBlocks, forward_texts
 from vllm_mtp.training.arguments import DrafterTrainingArguments
@@ -135,7 +136,9 @@ class DrafterTrainer(Trainer):
 
         Raises:
             TrainingInputError: The loss is not finite.
+            KeyboardInterrupt: Ctrl-C was pressed since the last step.
         """
+        stop_if_asked()
         outputs = model(inputs["texts"], step=self.state.global_step)
         loss = outputs["loss"]
         if not math.isfinite(loss.item()):
@@ -193,6 +196,7 @@ class DrafterTrainer(Trainer):
         counts = AcceptanceCounts(0, 0, (0,) * num_draft_tokens)
         self.loss_module.eval()
         for texts in batches:
+            stop_if_asked()
             with self.accelerator.autocast():
                 counts += self._draft([self._spread_blocks(text) for text in texts])
         flat = torch.tensor(
