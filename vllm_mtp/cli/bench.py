@@ -5,7 +5,7 @@ import os
 import shlex
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -14,16 +14,16 @@ from vllm_mtp.cli import flag
 from vllm_mtp.errors import MTPError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from vllm_mtp.bench.plan import Load, Plan, Side
     from vllm_mtp.bench.report import Report
     from vllm_mtp.bench.run import Drafters
+    from vllm_mtp.data.unseen import TrainingPrompts
 
-# Behind every prompt that the shipped drafters were trained on or chosen by.
-FIRST_UNSEEN_PROMPT = 12000
 _PROFILED_STEPS = 20
 _TEXTS_BEFORE = 40  # prompts that make up the text of a long context
+_MAX_CHARS = 1000  # of a prompt, so that short loads stay short
 _ROOM_AROUND = 128  # tokens of the chat template, and of text that encodes to more
 
 
@@ -48,7 +48,11 @@ class Bench:
         "stock methods to compare with: ngram, draft_model", ["ngram"]
     )
     concurrency: list[int] = flag("requests at once", [1, 4, 8])
-    prompts: str = flag("JSONL file of prompts, or sharegpt", "sharegpt")
+    prompts: str = flag(
+        "JSONL file of prompts, or sharegpt: those of its prompts that none of the "
+        "drafters was trained on, by their provenance.json",
+        "sharegpt",
+    )
     contexts: list[int] = flag(
         "also one request at a time behind so many tokens of text", []
     )
@@ -162,7 +166,7 @@ class Bench:
         from vllm_mtp.data.demo_target import ensure_demo_target
 
         given = target_folder(self.target) if self.target else ensure_demo_target()
-        target = Path(given)
+        target, known = Path(given), _trained_on(drafters)
         longest = max(self.contexts, default=0) + self.max_tokens + _ROOM_AROUND
         return Plan(
             target=str(target),
@@ -170,13 +174,14 @@ class Bench:
             max_model_len=max(self.max_model_len, longest if self.contexts else 0),
             rounds=self.rounds,
             sides=self._sides(str(target), drafters),
-            loads=self._loads(target),
+            loads=self._loads(target, known),
             enforce_eager=self.enforce_eager,
             chat_template=tokenizer_of(target).chat_template is not None,
             profiled_steps=_PROFILED_STEPS if self.profile else 0,
             fresh_servers=self.fresh_servers,
             environment=fastest_environment(os.environ),
             min_draft_probability=self.min_draft_probability,
+            prompts=self._choice_in_words(known),
         )
 
     def _sides(self, target: str, drafters: "Drafters") -> "tuple[Side, ...]":
@@ -206,12 +211,15 @@ class Bench:
             ]
         return tuple(sides)
 
-    def _loads(self, target: Path) -> "tuple[Load, ...]":
+    def _loads(
+        self, target: Path, known: "Sequence[TrainingPrompts]"
+    ) -> "tuple[Load, ...]":
         from vllm_mtp.bench import loads
         from vllm_mtp.bench.run import tokenizer_of
 
         most = loads.num_prompts(max(self.concurrency), self.num_prompts)
-        prompts = self._prompts(most + _TEXTS_BEFORE if self.contexts else most)
+        wanted_prompts = most + _TEXTS_BEFORE if self.contexts else most
+        prompts = self._prompts(wanted_prompts, known)
         wanted = loads.concurrency_loads(
             prompts, self.concurrency, self.num_prompts, self.max_tokens, self.prompts
         )
@@ -225,19 +233,39 @@ class Bench:
             )
         return tuple(wanted)
 
-    def _prompts(self, num: int) -> tuple[str, ...]:
-        from vllm_mtp.data.sharegpt import sharegpt_prompts
+    def _prompts(self, num: int, known: "Sequence[TrainingPrompts]") -> tuple[str, ...]:
+        from vllm_mtp.bench.plan import require_enough
+        from vllm_mtp.data.unseen import SHAREGPT, unseen_prompts
 
-        if self.prompts == "sharegpt":
-            found = sharegpt_prompts(num, skip=FIRST_UNSEEN_PROMPT, max_chars=1000)
-            return tuple(found)
-        return tuple(text for _, text in _read(self.prompts, num))
+        if self.prompts != SHAREGPT:
+            return tuple(text for _, text in _read(self.prompts, num))
+        found = unseen_prompts(num, known, max_chars=_MAX_CHARS)
+        trained = ", ".join(one.drafter for one in known)
+        require_enough(found, num, f"{SHAREGPT} (not trained on: {trained})")
+        return tuple(found)
+
+    def _choice_in_words(self, known: "Sequence[TrainingPrompts]") -> str:
+        from vllm_mtp.data.unseen import SHAREGPT, choice_in_words
+
+        if self.prompts == SHAREGPT:
+            return choice_in_words(known)
+        return f"of {Path(self.prompts).name}, whatever the drafters were trained on"
 
     def _by_category(self) -> dict[str, list[str]]:
         found: dict[str, list[str]] = {}
         for category, text in _read(str(self.categories)):
             found.setdefault(category, []).append(text)
         return found
+
+
+def _trained_on(drafters: "Drafters") -> "list[TrainingPrompts]":
+    """What is known of each drafter's training, under the name that the report has."""
+    from vllm_mtp.sharing.provenance import training_prompts
+
+    return [
+        replace(training_prompts(folder), drafter=name)
+        for name, folder in drafters.folders.items()
+    ]
 
 
 def _read(file: str, limit: int | None = None) -> list[tuple[str, str]]:

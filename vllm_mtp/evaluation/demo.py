@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from vllm_mtp.evaluation.equality import BF16_TIE_MARGIN, Comparison, compare_greedy
+from vllm_mtp.evaluation.kv_cache import WORKER_EXTENSION, KVCache, read_kv_cache
 from vllm_mtp.metrics import AcceptanceCounts, read_vllm_counters
 
 if TYPE_CHECKING:
@@ -22,7 +23,9 @@ class DemoPlan:
     Attributes:
         target: The target's folder.
         speculative_config: As a user gives it to vLLM.
+        drafter: The drafter's name, and how it was found.
         prompts: User messages; the target's chat template is applied.
+        choice: How the prompts were chosen, in words.
         max_tokens: Longest answer, in tokens.
         rounds: How often each side answers all prompts.
         concurrency: Requests decoded at once.
@@ -30,7 +33,9 @@ class DemoPlan:
 
     target: str
     speculative_config: dict[str, Any]
+    drafter: str
     prompts: list[str]
+    choice: str
     max_tokens: int
     rounds: int
     concurrency: int
@@ -38,22 +43,23 @@ class DemoPlan:
 
 @dataclass
 class Side:
-    """One engine and what was measured on it."""
+    """What was measured on one engine.
 
-    llm: "LLM"
+    Attributes:
+        kv_cache: As the engine configured it.
+        kv_blocks: Blocks in the KV pool.
+        kv_block_tokens: Tokens per block.
+        tokens_per_s: Of each round.
+        outputs: Of the last round, one for each prompt.
+        counts: Acceptance, all rounds together.
+    """
+
+    kv_cache: KVCache
+    kv_blocks: int
+    kv_block_tokens: int
     tokens_per_s: list[float] = field(default_factory=list)
     outputs: list[Any] = field(default_factory=list)
     counts: AcceptanceCounts = AcceptanceCounts(0, 0, ())
-
-    @property
-    def kv_blocks(self) -> int:
-        """Blocks in the KV pool."""
-        return self.llm.llm_engine.vllm_config.cache_config.num_gpu_blocks or 0
-
-    @property
-    def kv_block_tokens(self) -> int:
-        """Tokens per block."""
-        return self.llm.llm_engine.vllm_config.cache_config.block_size
 
 
 @dataclass(frozen=True)
@@ -73,6 +79,13 @@ class DemoResult:
         pairs = zip(self.drafted.tokens_per_s, self.plain.tokens_per_s, strict=True)
         return statistics.median(drafted / plain for drafted, plain in pairs)
 
+    @property
+    def drafter_kv_bytes(self) -> float:
+        """Bytes of KV cache per token that the engine has with the drafter only."""
+        return (
+            self.drafted.kv_cache.bytes_per_token - self.plain.kv_cache.bytes_per_token
+        )
+
 
 def run_demo(plan: DemoPlan, progress: Callable[[str], None]) -> DemoResult:
     """Start both engines and let them answer in turns.
@@ -82,17 +95,18 @@ def run_demo(plan: DemoPlan, progress: Callable[[str], None]) -> DemoResult:
         progress: Called with a few words before each of the `num_steps` steps.
     """
     progress("starting the target")
-    plain = Side(_start(plan, None))
+    plain_llm = _start(plan, None)
     progress("starting the target with the drafter")
-    drafted = Side(_start(plan, plan.speculative_config))
+    drafted_llm = _start(plan, plan.speculative_config)
+    plain, drafted = _side_of(plain_llm), _side_of(drafted_llm)
     progress("warming up")
-    for side in (plain, drafted):
-        _answer(side, plan, warm_up=True)
+    for llm in (plain_llm, drafted_llm):
+        _warm_up(llm, plan)
     for number in range(plan.rounds):
         progress(f"round {number + 1}: target alone")
-        _answer(plain, plan)
+        _answer(plain_llm, plain, plan)
         progress(f"round {number + 1}: with the drafter")
-        _answer(drafted, plan)
+        _answer(drafted_llm, drafted, plan)
     comparisons = [
         compare_greedy(
             reference.token_ids,
@@ -127,25 +141,38 @@ def _start(plan: DemoPlan, speculative_config: dict[str, Any] | None) -> "LLM":
         disable_log_stats=False,
         use_tqdm_on_load=False,
         speculative_config=speculative_config,
+        worker_extension_cls=WORKER_EXTENSION,
     )
 
 
-def _answer(side: Side, plan: DemoPlan, *, warm_up: bool = False) -> None:
+def _side_of(llm: "LLM") -> Side:
+    cache = llm.llm_engine.vllm_config.cache_config
+    return Side(read_kv_cache(llm), cache.num_gpu_blocks or 0, cache.block_size)
+
+
+def _warm_up(llm: "LLM", plan: DemoPlan) -> None:
+    llm.chat(_chats(plan)[:1], _sampling(plan), use_tqdm=False)
+
+
+def _chats(plan: DemoPlan) -> list[Any]:
+    return [[{"role": "user", "content": text}] for text in plan.prompts]
+
+
+def _sampling(plan: DemoPlan) -> Any:
     from vllm import SamplingParams
 
-    chats: list[Any] = [[{"role": "user", "content": text}] for text in plan.prompts]
     # Logprobs tell a float tie from a difference; both sides compute them.
-    params = SamplingParams(temperature=0, max_tokens=plan.max_tokens, logprobs=5)
-    if warm_up:
-        side.llm.chat(chats[:1], params, use_tqdm=False)
-        return
+    return SamplingParams(temperature=0, max_tokens=plan.max_tokens, logprobs=5)
+
+
+def _answer(llm: "LLM", side: Side, plan: DemoPlan) -> None:
     # A cached prompt would make the second round another measurement.
-    side.llm.reset_prefix_cache()
-    before = read_vllm_counters(side.llm.get_metrics())
+    llm.reset_prefix_cache()
+    before = read_vllm_counters(llm.get_metrics())
     start = time.perf_counter()
-    answers = side.llm.chat(chats, params, use_tqdm=False)
+    answers = llm.chat(_chats(plan), _sampling(plan), use_tqdm=False)
     seconds = time.perf_counter() - start
     side.outputs = [answer.outputs[0] for answer in answers]
     tokens = sum(len(output.token_ids) for output in side.outputs)
     side.tokens_per_s.append(tokens / seconds)
-    side.counts += read_vllm_counters(side.llm.get_metrics()) - before
+    side.counts += read_vllm_counters(llm.get_metrics()) - before

@@ -4,6 +4,7 @@
 import hashlib
 import json
 import os
+import sys
 from datetime import datetime
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -19,6 +20,7 @@ from pydantic import (
 
 from vllm_mtp.data.settings import Provenance as Generation
 from vllm_mtp.data.store import read_provenance as read_generation
+from vllm_mtp.data.unseen import SHAREGPT, TrainingPrompts
 from vllm_mtp.drafter.config import DrafterConfig
 from vllm_mtp.drafter.target_facts import TargetFacts, weights_sample_sha256
 from vllm_mtp.errors import CheckpointError
@@ -184,6 +186,27 @@ def read_provenance(folder: Path | str) -> DrafterProvenance | None:
             f"{path}: not a provenance that this version of vllm-mtp wrote ({error}); "
             "update vllm-mtp, or remove the file"
         ) from None
+
+
+def training_prompts(folder: Path | str) -> TrainingPrompts:
+    """What a drafter's provenance tells of the prompts that it was trained on.
+
+    Raises:
+        CheckpointError: The provenance is something else.
+    """
+    name, provenance = _folder_name(folder), read_provenance(folder)
+    if provenance is None:
+        return TrainingPrompts(name, held_out=None)
+    earlier_runs = provenance.parent is not None
+    if provenance.data is None:
+        # Without data of its own: as untrained as what it came from.
+        return TrainingPrompts(name, held_out=None if earlier_runs else 1.0)
+    settings = provenance.data.generation.settings
+    source, read = settings.source, None
+    if source.prompts == SHAREGPT and not earlier_runs:
+        stop = sys.maxsize if source.limit is None else source.skip + source.limit
+        read = range(source.skip, stop)
+    return TrainingPrompts(name, settings.held_out, read, earlier_runs)
 
 
 def without_paths(record: _M) -> _M:
