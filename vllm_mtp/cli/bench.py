@@ -112,18 +112,20 @@ class Bench:
             report = run(plan, drafters, command, Path(logs), progress)
         print(markdown(report))
         if self.into_card and drafters.calibrate is not None:
-            self._tell(report, drafters.folders[drafters.calibrate])
+            name = drafters.calibrate
+            self._tell(report, name, drafters.folders[name])
         print("written: " + ", ".join(map(str, write(report, Path(self.out)))))
         return 0
 
     @staticmethod
-    def _tell(report: "Report", folder: str) -> None:
-        from vllm_mtp.bench.summary import speed_record
+    def _tell(report: "Report", name: str, folder: str) -> None:
+        from vllm_mtp.bench.summary import speed_record, step_rows
         from vllm_mtp.sharing.folder import write_speed
 
         stage = report.stages[-1]
         (schedule,) = report.schedules.values()
-        speed = speed_record(report.machine, stage.plan, stage.lines, schedule)
+        steps = step_rows(report.stages[0].plan.sides, name, report.profiles)
+        speed = speed_record(report.machine, stage.plan, stage.lines, schedule, steps)
         write_speed(folder, speed)
         print(f"written: {folder}/speed.json, and its README.md")
 
