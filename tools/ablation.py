@@ -129,16 +129,18 @@ def measured(out: Path) -> dict[str, Any]:
 
 
 def write_report(results: dict[str, Any]) -> None:
-    """The tables and the plot, between the text that is kept by hand."""
-    tables = [table_of(question, results) for question in questions()]
+    """The tables and the plot."""
     text = REPORT.read_text("utf-8") if REPORT.exists() else "# Ablation\n"
+    REPORT.write_text(renewed(text, results), "utf-8")
+    plot(results)
+
+
+def renewed(text: str, results: dict[str, Any]) -> str:
+    """The page with its tables made anew, between the text that is kept by hand."""
     head = text.partition("<!-- tables -->")[0]
     tail = text.partition("<!-- end of tables -->")[2]
-    body = "\n\n".join(tables)
-    REPORT.write_text(
-        f"{head}<!-- tables -->\n\n{body}\n\n<!-- end of tables -->{tail}", "utf-8"
-    )
-    plot(results)
+    body = "\n\n".join(table_of(question, results) for question in questions())
+    return f"{head}<!-- tables -->\n\n{body}\n\n<!-- end of tables -->{tail}"
 
 
 def table_of(question: dict[str, Any], results: dict[str, Any]) -> str:

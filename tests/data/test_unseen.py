@@ -12,6 +12,8 @@ from vllm_mtp.data.prompts import read_prompts
 from vllm_mtp.data.settings import SourceSettings
 from vllm_mtp.data.split import is_held_out, prompt_id
 from vllm_mtp.data.unseen import TrainingPrompts, choice_in_words, unseen_prompts
+from vllm_mtp.references import reference_folders
+from vllm_mtp.sharing.provenance import read_provenance
 
 PROMPTS = [f"Question number {number}, {'so ' * (number % 7)}?" for number in range(60)]
 # Too short for `generate`, and too long for the shortest loads: both shift no number.
@@ -83,16 +85,33 @@ def test_what_is_not_known_is_said() -> None:
     assert "`mine`: not known (no provenance.json)" in choice_in_words([unknown])
 
 
-def test_the_prompts_of_other_kinds_are_not_in_sharegpt(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.undo()  # the real file
-    lines = Path("examples/prompts/unseen.jsonl").read_text("utf-8").splitlines()
-    unseen = {json.loads(line)["prompt"].strip() for line in lines}
+@pytest.fixture
+def real_file(monkeypatch: pytest.MonkeyPatch, sharegpt_file: None) -> list[str]:
+    """All real prompts, as `generate` numbers them."""
+    monkeypatch.undo()
     try:
-        everything = set(numbered())
+        return numbered()
     except DemoPackageError as error:
         pytest.skip(str(error))
-    assert len(everything) > 10_000
+
+
+def test_the_prompts_of_the_published_benchmark_were_unseen(
+    real_file: list[str],
+) -> None:
+    """docs/benchmark.md says so: they were chosen otherwise then."""
+    first, *_ = sharegpt.sharegpt_prompts(1, skip=12_000, max_chars=1000)
+    last_run = read_provenance(reference_folders()[0])
+    assert last_run is not None
+    assert last_run.data is not None
+    source = last_run.data.generation.settings.source
+    assert source.limit is not None
+    assert source.skip + source.limit == 12_684
+    assert real_file.index(first) == 12_840
+
+
+def test_the_prompts_of_other_kinds_are_not_in_sharegpt(real_file: list[str]) -> None:
+    lines = Path("examples/prompts/unseen.jsonl").read_text("utf-8").splitlines()
+    unseen = {json.loads(line)["prompt"].strip() for line in lines}
+    assert len(real_file) > 10_000
     assert len(unseen) == 40
-    assert not unseen & everything
+    assert not unseen & set(real_file)

@@ -176,7 +176,8 @@ def _introduction(
 
 def _use(config: DrafterConfig, target: str, model: str) -> str:
     k = config.num_speculative_tokens
-    settings = json.dumps(_settings(model, k), indent=4)
+    # As formatters of Python want it, so that formatting a card changes nothing.
+    settings = json.dumps(_settings(model, k), indent=4).replace("\n}", ",\n}")
     python = (
         f"from vllm import LLM\n\nspeculative_config = {settings}\n"
         f"llm = LLM({json.dumps(target)}, speculative_config=speculative_config)"
