@@ -39,7 +39,7 @@ def numbered() -> list[str]:
 
 
 def test_by_hash_alone_where_other_runs_came_before() -> None:
-    known = TrainingPrompts("d", 0.3, read=None, earlier_runs=True)
+    known = TrainingPrompts("d", 0.3, read=None, assumed=True)
     found = unseen_prompts(99, [known])
     assert found == [text for text in numbered() if held_out(text)]
     assert 5 < len(found) < 35
@@ -76,7 +76,7 @@ def test_by_none_of_several() -> None:
 
 
 def test_nothing_is_certain_without_a_split() -> None:
-    assert unseen_prompts(99, [TrainingPrompts("d", 0.0, earlier_runs=True)]) == []
+    assert unseen_prompts(99, [TrainingPrompts("d", 0.0, assumed=True)]) == []
 
 
 def test_what_is_not_known_is_said() -> None:

@@ -19,6 +19,7 @@ from vllm_mtp.errors import CheckpointError
 from vllm_mtp.sharing.made_with import device_name, git_state, versions
 from vllm_mtp.sharing.provenance import (
     DrafterProvenance,
+    ParentRecord,
     parent_record,
     read_provenance,
     target_record,
@@ -107,6 +108,12 @@ def test_broken_file_is_named(tmp_path: Path) -> None:
         read_provenance(tmp_path)
 
 
+def parent_told(folder: Path) -> float | None:
+    """What a run that goes on from it will say of it."""
+    (folder / "config.json").write_text("{}")
+    return parent_record(folder, folder.name).held_out
+
+
 class TestTrainingPrompts:
     """What a folder tells of the prompts behind it."""
 
@@ -134,7 +141,17 @@ class TestTrainingPrompts:
         self, folder: Path, provenance: DrafterProvenance
     ) -> None:
         found = self.told(folder, provenance)
-        assert found == TrainingPrompts(folder.name, 0.1, None, earlier_runs=True)
+        assert found == TrainingPrompts(folder.name, 0.1, None, assumed=True)
+        assert parent_told(folder) is None, "nobody knows what the first run held out"
+
+    @pytest.mark.parametrize(("before", "least"), [(0.04, 0.04), (0.5, 0.1), (1, 0.1)])
+    def test_the_least_of_a_chain_that_is_told(
+        self, before: float, least: float, folder: Path, provenance: DrafterProvenance
+    ) -> None:
+        parent = ParentRecord(name="p", config_sha256="f" * 64, held_out=before)
+        found = self.told(folder, provenance.model_copy(update={"parent": parent}))
+        assert found == TrainingPrompts(folder.name, least)
+        assert parent_told(folder) == least
 
     def test_untrained(self, folder: Path, provenance: DrafterProvenance) -> None:
         bare = provenance.model_copy(update={"data": None, "parent": None})

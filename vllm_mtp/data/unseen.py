@@ -4,8 +4,8 @@
 Two things tell such a prompt. Its hash decides its side of the split, in every data set
 (`split.is_held_out`), and the held-out side is never trained on. And a drafter that
 started from no other has seen only the part of ShareGPT that its data were made from.
-A drafter's provenance names its last run alone; of a drafter that went on from another,
-only the split by hash can tell anything.
+A drafter's provenance has the data of its last run alone; of one that went on from
+another, only the split by hash can tell anything.
 """
 
 from collections.abc import Sequence
@@ -28,13 +28,14 @@ class TrainingPrompts:
             for an untrained drafter, None where nothing is known.
         read: Numbers of the ShareGPT prompts that all of its training read; None where
             they are not known, or another source was read too.
-        earlier_runs: Whether it went on from another drafter.
+        assumed: Whether runs before the last, of which nothing is known, are taken to
+            have held out the same.
     """
 
     drafter: str
     held_out: float | None
     read: range | None = None
-    earlier_runs: bool = False
+    assumed: bool = False
 
     def may_hold(self, number: int, identifier: str) -> bool:
         """Whether a ShareGPT prompt may have been trained on.
@@ -57,7 +58,7 @@ class TrainingPrompts:
         text = f"{name}: the {self.held_out:.2g} held out by hash"
         if self.read is not None:
             text += ", and what its data were not made from"
-        if self.earlier_runs:
+        if self.assumed:
             text += " (taken to hold for the runs before its last one too)"
         return text
 

@@ -72,6 +72,13 @@ class ParentRecord(Record):
     weights_sample_sha256: str | None = Field(
         default=None, description="See `target.weights_sample_sha256`."
     )
+    held_out: float | None = Field(
+        default=None,
+        ge=0,
+        le=1,
+        description="Part of all prompts that none of its training saw, by the split by "
+        "hash; 1: untrained; null: not known.",
+    )
 
 
 class TrainingRecord(Record):
@@ -160,8 +167,10 @@ def parent_record(folder: Path, named: str) -> ParentRecord:
         folder: The drafter's.
         named: As the user named it: a folder or a hub name.
     """
+    known = training_prompts(folder)
     return ParentRecord(
         name=_name_of(named, folder),
+        held_out=None if known.assumed else known.held_out,
         config_sha256=hashlib.sha256((folder / "config.json").read_bytes()).hexdigest(),
         weights_sample_sha256=weights_sample_sha256(folder),
     )
@@ -197,16 +206,18 @@ def training_prompts(folder: Path | str) -> TrainingPrompts:
     name, provenance = _folder_name(folder), read_provenance(folder)
     if provenance is None:
         return TrainingPrompts(name, held_out=None)
-    earlier_runs = provenance.parent is not None
+    parent = provenance.parent
+    before = 1.0 if parent is None else parent.held_out
     if provenance.data is None:
-        # Without data of its own: as untrained as what it came from.
-        return TrainingPrompts(name, held_out=None if earlier_runs else 1.0)
+        return TrainingPrompts(name, before)  # as untrained as what it came from
     settings = provenance.data.generation.settings
     source, read = settings.source, None
-    if source.prompts == SHAREGPT and not earlier_runs:
+    if source.prompts == SHAREGPT and parent is None:
         stop = sys.maxsize if source.limit is None else source.skip + source.limit
         read = range(source.skip, stop)
-    return TrainingPrompts(name, settings.held_out, read, earlier_runs)
+    if before is None:
+        return TrainingPrompts(name, settings.held_out, read, assumed=True)
+    return TrainingPrompts(name, min(settings.held_out, before), read)
 
 
 def without_paths(record: _M) -> _M:
