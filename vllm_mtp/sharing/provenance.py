@@ -76,8 +76,8 @@ class ParentRecord(Record):
         default=None,
         ge=0,
         le=1,
-        description="Part of all prompts that none of its training saw, by the split by "
-        "hash; 1: untrained; null: not known.",
+        description="Part of all prompts, by the split by hash, that none of its "
+        "training saw; 1: untrained; null: not known.",
     )
 
 
