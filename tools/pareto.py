@@ -28,7 +28,7 @@ from vllm_mtp.sharing.folder import read_evaluation
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "docs" / "ablation.json"
 PLOT = ROOT / "docs" / "pareto.png"
-_APART = 0.04
+_APART = 0.05
 
 
 @dataclass(frozen=True)
