@@ -47,7 +47,7 @@ def test_data_block_and_numbers_come_back(
     for text in [
         # By hand: 1 + (130 + 50) / 200 and 1 + (300 + 100) / 400.
         "length 1.900 in simulated greedy decoding; teacher-forced length 2.000.",
-        "| chat     |         4 |    400 |    100 |   0.800 |   0.400 |",
+        "| chat     |         4 |    400 |    100 |      0.800 |      0.400 |",
         "over 8 answers (split `held_out`) of 800 tokens",
         "bonus token",
         "the target's own answers to `prompts.jsonl`",

@@ -250,7 +250,7 @@ def test_the_milliseconds_on_the_page() -> None:
         model.draft_seconds(qwen, H100, model.longspark(qwen, 7), where)
         for where in (Point(8, 32 * K), Point(32, 2 * K))
     ]
-    assert published == pytest.approx([2.3e-3, 3.8e-3], abs=0.06e-3)
+    assert published == pytest.approx([2.3e-3, 3.9e-3], abs=0.06e-3)
 
 
 @each_variant

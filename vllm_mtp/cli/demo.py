@@ -32,7 +32,7 @@ class Demo:
     max_tokens: int = flag("longest answer, in tokens", 64)
     rounds: int = flag("how often each side answers all prompts", 2)
     concurrency: int = flag("requests decoded at once", 4)
-    min_acceptance_length: float = flag("limit for exit code 0", 1.9)
+    min_acceptance_length: float = flag("limit for exit code 0", 1.7)
 
     def run(self) -> int:
         from tqdm import tqdm
@@ -139,7 +139,7 @@ def report(plan: "DemoPlan", result: "DemoResult") -> str:
         ),
         ("speed ratio", f"{result.speed_ratio:.2f} (median of the rounds)"),
     ]
-    table = "\n".join(f"  {name:<19} {value}" for name, value in rows)
+    table = "\n".join(f"  {name:<20} {value}" for name, value in rows)
     notes = [*([_TIE_NOTE] if ties else []), _SPEED_NOTE]
     return "\n\n".join([f"\n{table}", *notes])
 

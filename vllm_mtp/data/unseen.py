@@ -59,7 +59,7 @@ class TrainingPrompts:
         if self.read is not None:
             text += ", and what its data were not made from"
         if self.assumed:
-            text += " (taken to hold for the runs before its last one too)"
+            text += ", taken to hold for the runs before its last one too"
         return text
 
 
