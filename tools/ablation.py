@@ -125,40 +125,42 @@ def measured(out: Path) -> dict[str, Any]:
     """What a finished run has logged."""
     state = json.loads((out / "trainer_state.json").read_text("utf-8"))
     logged = {k: v for line in state["log_history"] for k, v in line.items()}
-    wanted = ("eval_acceptance", "trained_parameters", "draft_cost")
+    wanted = ("eval_teacher_forced", "trained_parameters", "draft_weights")
     return {k: v for k, v in logged.items() if k.startswith(wanted)}
 
 
 def write_report(results: dict[str, Any]) -> None:
-    """The tables and the plot, between the text that is kept by hand."""
-    tables = [table_of(question, results) for question in questions()]
+    """The tables and the plot."""
     text = REPORT.read_text("utf-8") if REPORT.exists() else "# Ablation\n"
-    head = text.partition("<!-- tables -->")[0]
-    tail = text.partition("<!-- end of tables -->")[2]
-    body = "\n\n".join(tables)
-    REPORT.write_text(
-        f"{head}<!-- tables -->\n\n{body}\n\n<!-- end of tables -->{tail}", "utf-8"
-    )
+    REPORT.write_text(renewed(text, results), "utf-8")
     plot(results)
 
 
+def renewed(text: str, results: dict[str, Any]) -> str:
+    """The page with its tables made anew, between the text that is kept by hand."""
+    head = text.partition("<!-- tables -->")[0]
+    tail = text.partition("<!-- end of tables -->")[2]
+    body = "\n\n".join(table_of(question, results) for question in questions())
+    return f"{head}<!-- tables -->\n\n{body}\n\n<!-- end of tables -->{tail}"
+
+
 def table_of(question: dict[str, Any], results: dict[str, Any]) -> str:
-    head = ("", "AL", "position 1", "2", "3", "4")
-    head += ("trained weights", "cost of a draft", "flags")
+    head = ("", "TFL", "position 1", "2", "3", "4")
+    head += ("trained weights", "weights read", "flags")
     rows = []
     for row in question["rows"]:
         found = results.get(key_of(row["set"]))
         if found is None:
             continue
-        positions = [found[f"eval_acceptance_position_{i}"] for i in range(1, 5)]
-        numbers = [found["eval_acceptance_length"], *positions]
+        positions = [found[f"eval_teacher_forced_position_{i}"] for i in range(1, 5)]
+        numbers = [found["eval_teacher_forced_length"], *positions]
         flags = " ".join(flags_of(row["set"]))
         rows.append(
             [
                 row["name"],
                 *(f"{n:.3f}" for n in numbers),
                 f"{found['trained_parameters'] / 1e6:.2f} M",
-                f"{found['draft_cost']:.2f}",
+                f"{found['draft_weights']:.2f}",
                 f"`{flags}`" if flags else "the base",
             ]
         )
@@ -177,7 +179,7 @@ def plot(results: dict[str, Any]) -> None:
         rows = [r for r in question["rows"] if key_of(r["set"]) in results]
         names = [row["name"] for row in rows][::-1]
         lengths = [
-            results[key_of(row["set"])]["eval_acceptance_length"] for row in rows
+            results[key_of(row["set"])]["eval_teacher_forced_length"] for row in rows
         ][::-1]
         axis.barh(names, [length - 1 for length in lengths], left=1, color="#4c72b0")
         axis.set_title(question["question"], loc="left", fontsize=9)
@@ -185,7 +187,7 @@ def plot(results: dict[str, Any]) -> None:
         for position, length in enumerate(lengths):
             axis.text(length, position, f" {length:.2f}", va="center", fontsize=8)
         axis.set_xlim(1, max([1.5, *lengths]) * 1.1)
-    figure.supxlabel("acceptance length (bonus token included)", fontsize=9)
+    figure.supxlabel("teacher-forced length (bonus token included)", fontsize=9)
     figure.tight_layout()
     figure.savefig(PLOT, dpi=110)
 

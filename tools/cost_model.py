@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from vllm_mtp.drafter.cost import MarkovWeights, markov_weights
 from vllm_mtp.drafter.layer_spec import parse_layers
 
 
@@ -62,6 +63,10 @@ class Target:
         """Bytes of all weights in memory, embeddings included."""
         tables = self.head_weights * (1 if self.tied else 2)
         return (self.layers * self.layer_weights + tables) * self.weight_bytes
+
+    def markov(self, rank: int, head_rows: int) -> MarkovWeights:
+        """Weights of a Markov correction of drafts from ``head_rows`` tokens."""
+        return markov_weights(rank, self.hidden, self.vocab, head_rows)
 
 
 @dataclass(frozen=True)
@@ -185,7 +190,13 @@ class Drafter:
 
 
 def ours(
-    target: Target, layers: str, k: int, head_rows: int, *, bridges: bool = True
+    target: Target,
+    layers: str,
+    k: int,
+    head_rows: int,
+    *,
+    bridges: bool = True,
+    markov_rank: int = 32,
 ) -> Drafter:
     """A drafter of this package: one forward of k rows, no cache of its own.
 
@@ -196,8 +207,10 @@ def ours(
         head_rows: Output vocabulary.
         bridges: A bridge and a projection of the boundary hidden state, [hidden,
             hidden] each, in front of every own layer, as `cheap` has.
+        markov_rank: Of the Markov correction; as `cheap` has.
     """
     bound = parse_layers(layers, target.layers)
+    markov = target.markov(markov_rank, head_rows)
     own = sum(layer.kind == "own" for layer in bound)
     return Drafter(
         "ours",
@@ -207,8 +220,8 @@ def ours(
         head_rows=head_rows,
         kv_layers=len(bound),
         first_rows=k,
-        extra_weights=2 * own * target.hidden**2 if bridges else 0,
-        stored_weights=32 * (target.vocab + head_rows),
+        extra_weights=markov.read + (2 * own * target.hidden**2 if bridges else 0),
+        stored_weights=markov.looked_up,
     )
 
 
@@ -255,10 +268,15 @@ def dflash(target: Target, k: int, layers: int = 5) -> Drafter:
 
 
 def dspark(target: Target, k: int) -> Drafter:
-    """DSpark: DFlash and a Markov bias of rank 256. Its confidence head is free here,
-    and so is the verification that it saves."""
-    tables = 2 * 256 * target.vocab
-    return replace(dflash(target, k), name="DSpark", stored_weights=tables)
+    """DSpark: DFlash and a Markov bias of rank 256, counted as ours. Its confidence
+    head is free here, and so is the verification that it saves."""
+    markov = target.markov(256, target.vocab)
+    return replace(
+        dflash(target, k),
+        name="DSpark",
+        extra_weights=markov.read,
+        stored_weights=markov.looked_up,
+    )
 
 
 def longspark(target: Target, k: int, layers: int = 5) -> Drafter:
@@ -268,6 +286,7 @@ def longspark(target: Target, k: int, layers: int = 5) -> Drafter:
     1.19 G weights that its authors give. Keeping the summary up to date is free here.
     """
     tokens = 256 + 16
+    markov = target.markov(256, target.vocab)
     return Drafter(
         "LongSpark",
         k,
@@ -276,8 +295,8 @@ def longspark(target: Target, k: int, layers: int = 5) -> Drafter:
         head_rows=target.vocab,
         kv_layers=layers,
         first_rows=k,
-        extra_weights=9 * target.hidden**2,
-        stored_weights=2 * 256 * target.vocab,
+        extra_weights=9 * target.hidden**2 + markov.read,
+        stored_weights=markov.looked_up,
         window=tokens,
         state_bytes=tokens * layers * target.kv_layer_bytes,
     )

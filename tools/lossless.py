@@ -14,6 +14,7 @@ import json
 import sys
 import tempfile
 from pathlib import Path
+from textwrap import fill
 from typing import TYPE_CHECKING
 
 from vllm_mtp.markdown import table
@@ -23,6 +24,12 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parents[1]
 PAGE, DATA = ROOT / "docs" / "lossless.md", ROOT / "docs" / "lossless.json"
+FEW = " †"
+"""Behind the drafts of a row that has hardly any."""
+FEW_NOTE = (
+    "† Fewer than 20 drafts: such a row shows that these requests are answered as the "
+    "target alone answers them, and says little of drafting."
+)
 START, END = "<!-- generated: lossless -->\n", "<!-- end: lossless -->"
 HEAD = (
     *("Row", "Answers", "Equal", "Float ties", "Different", "Drafts"),
@@ -86,7 +93,7 @@ def line_of(result: "Result") -> list[str]:
         result.row.name,
         str(len(result.comparisons)),
         *(str(result.num(verdict)) for verdict in ("equal", "tie", "different")),
-        str(facts.counts.drafts),
+        f"{facts.counts.drafts}{FEW if result.has_few_drafts else ''}",
         str(facts.counts.accepted_tokens),
         ", ".join(seen).replace("_", " "),
     ]
@@ -104,6 +111,8 @@ def renewed(page: str, tables: dict[str, list[list[str]]]) -> str:
         )
         if name in tables
     ]
+    if any(FEW in cell for lines in tables.values() for line in lines for cell in line):
+        parts.append(f"{fill(FEW_NOTE, 88)}\n")
     return before + START + "\n" + "\n".join(parts) + "\n" + END + after
 
 

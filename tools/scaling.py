@@ -240,7 +240,6 @@ def _costs(size: Size) -> str:
             ),
         )
         for drafter in drafters(size)
-        if drafter.name != "DSpark"
     ]
     return f"{_title(size)}\n\n{table(head, rows)}"
 
@@ -418,7 +417,7 @@ def plot() -> None:
     size = SIZES[1]
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.6))
     contexts = [K * 2**i for i in range(8)]
-    for drafter in (d for d in drafters(size) if d.name != "DSpark"):
+    for drafter in (d for d in drafters(size) if d.name != "DSpark"):  # as DFlash
         if drafter.layers < size.target.layers:
             cost = [draft_cost(size, drafter, Point(2, c)) for c in contexts]
             left.plot(contexts, cost, STYLES[len(left.lines)], label=name_of(drafter))
@@ -451,9 +450,7 @@ def _title(size: Size) -> str:
 
 
 def name_of(drafter: Drafter) -> str:
-    """As the tables of times have it, where DSpark costs what DFlash costs."""
-    if drafter.name == "DFlash":
-        return "DFlash, DSpark"
+    """As the tables of times have it."""
     if drafter.name != "ours":
         return drafter.name
     whole = "" if drafter.own_layers else " `shared:all`"

@@ -2,12 +2,16 @@
 """Acceptance, defined once, as vLLM defines it.
 
 * acceptance rate: accepted draft tokens / draft tokens
-* acceptance length: 1 + accepted draft tokens / drafts. The 1 is the token that
-  the target itself gives in every step (the bonus token).
+* acceptance length: 1 + accepted draft tokens / drafts, in decoding. The 1 is the
+  token that the target itself gives in every step (the bonus token).
 * acceptance of position i: drafts whose first i tokens were all accepted / drafts.
   It is unconditional, so it never grows from one position to the next.
 
 A "draft" is one drafting step of one request.
+
+Teacher-forced, there is a draft behind every token of a known text. The same sum over
+such drafts is another number, the teacher-forced length: decoding makes more of its
+drafts where they fail, since it moves on by one token only there.
 """
 
 from collections.abc import Iterable
@@ -35,7 +39,7 @@ class AcceptanceCounts:
     @property
     def acceptance_length(self) -> float:
         """Tokens emitted per target forward, bonus token included."""
-        return 1 + self.accepted_tokens / self.drafts if self.drafts else 1.0
+        return mean_length(self)
 
     @property
     def acceptance_rate(self) -> float:
@@ -63,6 +67,11 @@ class AcceptanceCounts:
             self.draft_tokens + sign * other.draft_tokens,
             tuple(a + sign * b for a, b in zip(mine, theirs, strict=True)),
         )
+
+
+def mean_length(counts: AcceptanceCounts) -> float:
+    """1 + accepted draft tokens / drafts, whatever the drafts are; 1 without any."""
+    return 1 + counts.accepted_tokens / counts.drafts if counts.drafts else 1.0
 
 
 def count_accepted(drafted: torch.Tensor, truth: torch.Tensor) -> AcceptanceCounts:

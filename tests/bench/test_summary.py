@@ -22,7 +22,8 @@ from vllm_mtp.bench.plan import (
     self_draft_side,
 )
 from vllm_mtp.bench.report import Report, Stage, markdown, write
-from vllm_mtp.bench.summary import best_schedule, lines_of, speed_record
+from vllm_mtp.bench.step_profile import StepProfile, table
+from vllm_mtp.bench.summary import best_schedule, lines_of, speed_record, step_rows
 from vllm_mtp.errors import MTPError
 from vllm_mtp.metrics import AcceptanceCounts
 from vllm_mtp.serving.settings import checked
@@ -161,6 +162,26 @@ def test_stock_sides_are_as_vllm_takes_them() -> None:
 def test_too_few_prompts() -> None:
     with pytest.raises(MTPError, match="--prompts x: got 1 prompts, expected 3"):
         require_enough(["one"], 3, "x")
+
+
+def test_a_draft_and_a_step_beside_one_without() -> None:
+    """By hand: 2 + 1 of 10 ms under the profiler, and 12 over 8 ms without it."""
+    profiles = [
+        StepProfile("none", 1, 5, 10.0, 8.0, {"target: layers": 9.0}),
+        StepProfile("none", 4, 5, 12.0, 9.0, {"target: layers": 9.0}),
+        StepProfile(
+            *("ours k=2", 1, 5, 16.0, 12.0),
+            {"target: layers": 9.0, "draft: layers": 2.0, "draft: choice": 1.0},
+        ),
+        StepProfile("ours k=2", 8, 5, 16.0, 12.0, {"draft: layers": 2.0}),
+    ]
+    (row,) = step_rows(PLAN.sides, "ours", profiles)
+    assert (row.requests, row.tokens) == (1, 2)
+    assert (row.draft, row.step) == pytest.approx((0.3, 1.5))
+    shown = table(profiles)
+    assert "| the draft, of a step of `none` |  |  | 0.30 |  |" in shown
+    assert "| the step, of one of `none` |  |  | 1.50 |  |" in shown
+    assert "the draft, of" not in table(profiles[:2])
 
 
 def test_a_card_gets_the_loads_at_once(records: list[Record]) -> None:

@@ -8,6 +8,7 @@ import pytest
 from vllm_mtp.cli.main import COMMANDS, main
 from vllm_mtp.drafter.checkpoint import load_drafter, read_config
 from vllm_mtp.drafter.config import OwnLayerConfig, SharedLayerConfig
+from vllm_mtp.references import reference_folders
 
 
 def init(target: Path, out: Path, *flags: str) -> int:
@@ -115,11 +116,25 @@ def test_inspect_says_what_a_drafter_is(
     assert capsys.readouterr().out == out
     for text in ["shared, reads target layer 0", "own, reads target layer 2"]:
         assert text in out
-    assert "0 bytes per token of its own" in out
+    assert "none of its own: each of its 2 layers reads a target layer's" in out
+    assert "of the weights that a target step reads" in out
+    assert "measured         not here" in out
     config = read_config(tmp_path / "d")
     # Two layers of 2 KV heads of 32, keys and values, 16 bits.
-    assert f"reads {2 * 2 * 2 * 32 * 2:,} bytes per token" in out
+    assert f"target layer's, {2 * 2 * 2 * 32 * 2:,} bytes per token" in out
     assert config.target.num_key_value_heads == 2
+
+
+def test_inspect_shows_a_measured_draft_beside_its_weights(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    cheap, shared = reference_folders()
+    assert main(["inspect", str(cheap)]) == 0
+    out = capsys.readouterr().out
+    assert "0.32 of the weights that a target step reads" in out
+    assert "4 tokens, 1 at once: the draft 0.46, the whole step 1.71 of a step" in out
+    assert main(["inspect", str(shared)]) == 0
+    assert "measured         not here" in capsys.readouterr().out
 
 
 def test_inspect_of_nothing_fails(capsys: pytest.CaptureFixture[str]) -> None:

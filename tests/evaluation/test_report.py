@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The report on an offline evaluation."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,7 @@ def test_table_has_every_number() -> None:
         ["| code", "1", "90", "100", "0.500", "0.250", "1.100", "1.750 |"],
         ["| **all**", "3", "1,590", "500", "0.700", "0.250", "1.814", "1.950 |"],
     ]
+    assert teacher_forced[0][5:] == ["position 2", "TFL k=1", "TFL k=2 |"]
     assert teacher_forced[2] == (
         ["| chat", "2", "1,500", "1,000", "0.800", "0.400", "1.800", "2.200 |"]
     )
@@ -67,6 +69,10 @@ def test_rows_are_aligned_and_names_cannot_break_them() -> None:
 
 def test_json_says_what_its_numbers_are() -> None:
     text = RESULT.to_json()
+    derived = json.loads(text)["total"]["derived"]
+    assert "acceptance_length_by_k" in derived["simulated"]
+    assert "teacher_forced_length_by_k" in derived["teacher_forced"]
+    assert "acceptance_length_by_k" not in derived["teacher_forced"]
     assert '"data": "somewhere"' in text
     assert "bonus token" in text
     assert "denominator" in text

@@ -46,12 +46,12 @@ def test_data_block_and_numbers_come_back(
     cost = draft_cost(config)
     for text in [
         # By hand: 1 + (130 + 50) / 200 and 1 + (300 + 100) / 400.
-        "acceptance length 1.900 in simulated greedy decoding, 2.000 teacher-forced",
+        "length 1.900 in simulated greedy decoding; teacher-forced length 2.000.",
         "| chat     |         4 |    400 |    100 |      0.800 |      0.400 |",
         "over 8 answers (split `held_out`) of 800 tokens",
         "bonus token",
         "the target's own answers to `prompts.jsonl`",
-        f"{cost.draft_parameters:,}, {cost.relative_cost:.2f} of a target step's",
+        f"{cost.draft_parameters:,}, {cost.relative_weights:.2f} of a target step's",
         "0.5 x cross-entropy",
         "train: 1,234 answers, 77,777 tokens of answers",
         "| Started | 2030-01-31 10:00 UTC |",

@@ -11,6 +11,7 @@ import pytest
 
 from tests.sharing.conftest import HOME
 from tests.tiny_answers import MakeArguments
+from vllm_mtp.data.unseen import TrainingPrompts
 from vllm_mtp.drafter.checkpoint import save_drafter
 from vllm_mtp.drafter.init import new_drafter
 from vllm_mtp.drafter.target_facts import TargetFacts
@@ -18,9 +19,11 @@ from vllm_mtp.errors import CheckpointError
 from vllm_mtp.sharing.made_with import device_name, git_state, versions
 from vllm_mtp.sharing.provenance import (
     DrafterProvenance,
+    ParentRecord,
     parent_record,
     read_provenance,
     target_record,
+    training_prompts,
     untrained,
     without_paths,
 )
@@ -114,6 +117,59 @@ def test_broken_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "provenance.json").write_text('{"format": 2}')
     with pytest.raises(CheckpointError, match=r"provenance\.json: not a provenance"):
         read_provenance(tmp_path)
+
+
+def parent_told(folder: Path) -> float | None:
+    """What a run that goes on from it will say of it."""
+    (folder / "config.json").write_text("{}")
+    return parent_record(folder, folder.name).held_out
+
+
+class TestTrainingPrompts:
+    """What a folder tells of the prompts behind it."""
+
+    def told(self, folder: Path, record: DrafterProvenance) -> TrainingPrompts:
+        folder.mkdir()
+        (folder / "provenance.json").write_text(record.to_json())
+        return training_prompts(folder)
+
+    def test_sharegpt_in_one_run(
+        self, folder: Path, provenance: DrafterProvenance
+    ) -> None:
+        record = json.loads(provenance.to_json()) | {"parent": None}
+        source = {"prompts": "sharegpt", "skip": 100, "limit": 50}
+        record["data"]["generation"]["settings"]["source"] |= source
+        found = self.told(folder, DrafterProvenance.model_validate(record))
+        assert found == TrainingPrompts(folder.name, 0.1, range(100, 150))
+
+    def test_another_source_has_no_numbers(
+        self, folder: Path, provenance: DrafterProvenance
+    ) -> None:
+        alone = provenance.model_copy(update={"parent": None})
+        assert self.told(folder, alone) == TrainingPrompts(folder.name, 0.1)
+
+    def test_of_a_chain_only_the_split_is_known(
+        self, folder: Path, provenance: DrafterProvenance
+    ) -> None:
+        found = self.told(folder, provenance)
+        assert found == TrainingPrompts(folder.name, 0.1, None, assumed=True)
+        assert parent_told(folder) is None, "nobody knows what the first run held out"
+
+    @pytest.mark.parametrize(("before", "least"), [(0.04, 0.04), (0.5, 0.1), (1, 0.1)])
+    def test_the_least_of_a_chain_that_is_told(
+        self, before: float, least: float, folder: Path, provenance: DrafterProvenance
+    ) -> None:
+        parent = ParentRecord(name="p", config_sha256="f" * 64, held_out=before)
+        found = self.told(folder, provenance.model_copy(update={"parent": parent}))
+        assert found == TrainingPrompts(folder.name, least)
+        assert parent_told(folder) == least
+
+    def test_untrained(self, folder: Path, provenance: DrafterProvenance) -> None:
+        bare = provenance.model_copy(update={"data": None, "parent": None})
+        assert self.told(folder, bare) == TrainingPrompts(folder.name, 1.0)
+
+    def test_no_papers(self, folder: Path) -> None:
+        assert training_prompts(folder) == TrainingPrompts(folder.name, None)
 
 
 def test_versions_and_device_name_nobody() -> None:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a benchmark found, in a drafter's folder and on its card."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,13 @@ import pytest
 from vllm_mtp.drafter.model import Drafter
 from vllm_mtp.errors import DataError
 from vllm_mtp.sharing.folder import write_folder, write_speed
-from vllm_mtp.sharing.speed import SPEED_FILE, SpeedRecord, SpeedRow, read_speed
+from vllm_mtp.sharing.speed import (
+    SPEED_FILE,
+    SpeedRecord,
+    SpeedRow,
+    StepRow,
+    read_speed,
+)
 
 SPEED = SpeedRecord(
     device="CPU, 2 cores",
@@ -19,6 +26,7 @@ SPEED = SpeedRecord(
     rounds=3,
     schedule=[(1, 4, 2), (5, 8, 0)],
     rows=[SpeedRow(requests=1, ratio=1.25, low=1.2, high=1.3, acceptance_length=1.9)],
+    steps=[StepRow(requests=1, tokens=2, draft=0.4, step=1.6)],
 )
 
 
@@ -34,9 +42,20 @@ def test_the_card_tells_it_and_new_weights_forget_it(
     assert "| 1 | 1.25 (1.20 to 1.30) | 1.90 |" in card
     assert "`[[1, 4, 2], [5, 8, 0]]`" in card
     assert "| Type | float32, compiled |" in card
+    measured = "2 tokens, 1 at once: the draft 0.40, the whole step 1.60"
+    assert f"| Time of a draft, measured | {measured} of a step without |" in card
     write_folder(drafter, folder)
     assert not (folder / SPEED_FILE).exists()
     assert "## Speed" not in (folder / "README.md").read_text()
+
+
+def test_a_record_from_before_steps_were_kept_is_read(tmp_path: Path) -> None:
+    record = json.loads(SPEED.to_json())
+    del record["steps"]
+    (tmp_path / SPEED_FILE).write_text(json.dumps(record))
+    found = read_speed(tmp_path)
+    assert found is not None
+    assert found.steps == []
 
 
 @pytest.mark.parametrize(

@@ -14,13 +14,13 @@ def test_the_frontier_holds_what_nothing_beats() -> None:
         Candidate("equal", 0.2, 1.3, False),
     )
     assert frontier([dear, beaten, equal, cheap]) == [cheap, dear]
-    assert cheap.speed_up == 1.25
+    assert cheap.at_best == 1.25
 
 
 def test_every_row_of_the_ablation_and_both_shipped_are_there(tmp_path: Path) -> None:
     found = candidates()
     assert {one.name for one in found if one.shipped} == {"cheap", "shared"}
     assert len(found) > 20
-    assert all(one.length > 1 and 0 < one.cost < 2 for one in found)
+    assert all(one.length > 1 and 0 < one.weights < 2 for one in found)
     plot(found, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 10_000

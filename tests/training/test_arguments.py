@@ -137,14 +137,14 @@ class TestTheBest:
     )
     def test_is_the_longest_acceptance(self, flags: list[str]) -> None:
         args = load(*flags, "--eval_strategy", "steps", "--eval_steps", "500")
-        assert args.metric_for_best_model == "eval_acceptance_length"
+        assert args.metric_for_best_model == "eval_teacher_forced_length"
         assert args.greater_is_better is True
 
     def test_is_not_asked_for_by_itself(self) -> None:
         assert load().metric_for_best_model is None
 
     def test_another_metric_is_kept(self, arguments: MakeArguments) -> None:
-        name = "eval_acceptance_position_1"
+        name = "eval_teacher_forced_position_1"
         args = arguments(
             save_strategy="best", eval_strategy="epoch", metric_for_best_model=name
         )
@@ -154,9 +154,26 @@ class TestTheBest:
 
     @pytest.mark.parametrize("name", ["loss", "eval_loss"])
     def test_no_loss_is_measured(self, name: str) -> None:
-        reason = f"got '{name}'.*eval_acceptance_length, eval_acceptance_position_1"
+        reason = (
+            f"got '{name}'.*eval_teacher_forced_length, eval_teacher_forced_position_1"
+        )
         with pytest.raises(MTPError, match=reason):
             load("--metric_for_best_model", name)
+
+    @pytest.mark.parametrize(
+        ("former", "now"),
+        [
+            ("eval_acceptance_length", "eval_teacher_forced_length"),
+            ("acceptance_length", "eval_teacher_forced_length"),
+            ("eval_acceptance_place_2", "eval_teacher_forced_position_2"),
+            ("eval_acceptance_position_1", "eval_teacher_forced_position_1"),
+        ],
+    )
+    def test_former_names_are_told_what_they_are_now(
+        self, former: str, now: str
+    ) -> None:
+        with pytest.raises(MTPError, match=f"got '{former}', which is named {now} now"):
+            load("--metric_for_best_model", former)
 
     def test_needs_evaluations(self) -> None:
         with pytest.raises(MTPError, match="eval_strategy is 'no'"):

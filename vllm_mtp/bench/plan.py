@@ -64,6 +64,7 @@ class Plan:
         min_draft_probability: What our drafters get.
         fresh_servers: Whether every round has servers of its own.
         environment: Variables that all servers get beside those of this process.
+        prompts: Where the prompts come from and how they were chosen, in words.
     """
 
     target: str
@@ -78,6 +79,7 @@ class Plan:
     min_draft_probability: float = 0.0
     fresh_servers: bool = False
     environment: Mapping[str, str] = field(default_factory=dict)
+    prompts: str = ""
 
     def loads_of(self, kind: str) -> tuple[Load, ...]:
         """Those of one table, see `Load.varies`."""
@@ -149,6 +151,11 @@ def calibrated_side(
 
 def require_enough(prompts: Sequence[str], wanted: int, source: str) -> None:
     """Raise unless there are so many prompts.
+
+    Args:
+        prompts: What the source gave.
+        wanted: How many are needed.
+        source: For the message: its name, and what was left out of it.
 
     Raises:
         MTPError: Names the source.

@@ -33,7 +33,9 @@ _NOTE = (
 _PROFILE_NOTE = (
     "Milliseconds of decoding steps, V1 runner in one process, under torch's profiler, "
     "which makes them longer (last row). Every moment counts for the innermost scope; "
-    "`scheduling, engine loop` is what the engine's step spends outside the runner."
+    "`scheduling, engine loop` is what the engine's step spends outside the runner. "
+    "The draft is held against the other step under the profiler, the whole step "
+    "without it: nothing is won below an acceptance length of that."
 )
 
 

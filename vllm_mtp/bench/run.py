@@ -160,6 +160,7 @@ def machine(plan: Plan) -> dict[str, str]:
         "versions": ", ".join(filter(None, map(_version, _PACKAGES)))
         + f", Python {platform.python_version()}",
         "environment": shown(plan.environment) or "as it was",
+        "prompts": plan.prompts,
     }
 
 

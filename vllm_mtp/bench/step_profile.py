@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from vllm_mtp import markdown
+from vllm_mtp.bench.plan import PLAIN
 from vllm_mtp.drafter import scopes as of_draft
 
 # A scope belongs to the first part with a beginning of its name. All but the drafter's
@@ -59,6 +60,41 @@ class StepProfile:
         """How much of the step the parts add up to, at most 1."""
         return sum(self.parts.values()) / self.ms
 
+    @property
+    def draft_ms(self) -> float:
+        """Of a step, spent on drafting."""
+        return sum(ms for part, ms in self.parts.items() if part.startswith("draft: "))
+
+
+class Beside(NamedTuple):
+    """A step with a draft beside one without.
+
+    Attributes:
+        draft: The draft's time over that of the step without, both under the profiler.
+        step: The whole step's time over that of the step without, both undisturbed:
+            the acceptance length at which nothing is won or lost.
+    """
+
+    draft: float
+    step: float
+
+
+def beside_plain(
+    profile: StepProfile, profiles: Iterable[StepProfile]
+) -> Beside | None:
+    """Hold a side's step against that of `plan.PLAIN` with as many requests.
+
+    Returns:
+        None where the side drafts nothing, or the other step is not there.
+    """
+    for plain in profiles:
+        if (plain.side, plain.batch) == (PLAIN, profile.batch) and profile.draft_ms:
+            return Beside(
+                profile.draft_ms / plain.ms,
+                profile.undisturbed_ms / plain.undisturbed_ms,
+            )
+    return None
+
 
 def part_of(name: str) -> str | None:
     """The part that a scope belongs to; None for other things that a profiler saw."""
@@ -108,7 +144,17 @@ def table(profiles: Sequence[StepProfile]) -> str:
         ["explained by the parts", *(f"{p.explained:.1%}" for p in profiles)],
         ["the step without the profiler", *(_ms(p.undisturbed_ms) for p in profiles)],
     ]
+    found = [beside_plain(profile, profiles) for profile in profiles]
+    if any(found):
+        rows += [
+            [f"the draft, of a step of `{PLAIN}`", *(_ratio(b, 0) for b in found)],
+            [f"the step, of one of `{PLAIN}`", *(_ratio(b, 1) for b in found)],
+        ]
     return markdown.table(head, rows, numbers=True)
+
+
+def _ratio(beside: Beside | None, index: int) -> str:
+    return "" if beside is None else f"{beside[index]:.2f}"
 
 
 def _ms(value: float | None) -> str:

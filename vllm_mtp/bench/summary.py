@@ -10,8 +10,9 @@ from vllm_mtp.bench.client import LoadResult
 from vllm_mtp.bench.loads import CONCURRENCY
 from vllm_mtp.bench.measure import Record
 from vllm_mtp.bench.plan import PLAIN, Plan, Side
+from vllm_mtp.bench.step_profile import StepProfile, beside_plain
 from vllm_mtp.metrics import AcceptanceCounts
-from vllm_mtp.sharing.speed import SpeedRecord, SpeedRow
+from vllm_mtp.sharing.speed import SpeedRecord, SpeedRow, StepRow
 
 
 @dataclass(frozen=True)
@@ -136,6 +137,7 @@ def speed_record(
     plan: Plan,
     lines: Sequence[Line],
     schedule: Sequence[tuple[int, int, int]],
+    steps: Sequence[StepRow] = (),
 ) -> SpeedRecord:
     """What a drafter's card says of a calibrated side.
 
@@ -144,6 +146,7 @@ def speed_record(
         plan: What was measured: no speculation, and the calibrated drafter.
         lines: What came of it.
         schedule: The calibration.
+        steps: What `step_rows` gave.
     """
     batches = {load.name: load.concurrency for load in plan.loads_of(CONCURRENCY)}
     return SpeedRecord(
@@ -165,4 +168,28 @@ def speed_record(
             for line in lines
             if line.side != PLAIN and line.load in batches
         ],
+        steps=list(steps),
     )
+
+
+def step_rows(
+    sides: Iterable[Side], name: str, profiles: Sequence[StepProfile]
+) -> list[StepRow]:
+    """What a drafter's draft and step took beside a step without.
+
+    Args:
+        sides: Those that were measured.
+        name: The drafter's.
+        profiles: Of some of these sides.
+    """
+    tokens = {s.name: s.num_speculative_tokens for s in sides if s.family == name}
+    return [
+        StepRow(
+            requests=profile.batch,
+            tokens=tokens[profile.side] or 1,
+            draft=found.draft,
+            step=found.step,
+        )
+        for profile in profiles
+        if profile.side in tokens and (found := beside_plain(profile, profiles))
+    ]

@@ -5,7 +5,7 @@ import os
 import shlex
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -15,16 +15,16 @@ from vllm_mtp.flags import flag
 from vllm_mtp.interrupts import raising
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from vllm_mtp.bench.plan import Load, Plan, Side
     from vllm_mtp.bench.report import Report
     from vllm_mtp.bench.run import Drafters
+    from vllm_mtp.data.unseen import TrainingPrompts
 
-# Behind every prompt that the shipped drafters were trained on or chosen by.
-FIRST_UNSEEN_PROMPT = 12000
 _PROFILED_STEPS = 20
 _TEXTS_BEFORE = 40  # prompts that make up the text of a long context
+_MAX_CHARS = 1000  # of a prompt, so that short loads stay short
 _ROOM_AROUND = 128  # tokens of the chat template, and of text that encodes to more
 
 
@@ -49,7 +49,11 @@ class Bench:
         "stock methods to compare with: ngram, draft_model", ["ngram"]
     )
     concurrency: list[int] = flag("requests at once", [1, 4, 8])
-    prompts: str = flag("JSONL file of prompts, or sharegpt", "sharegpt")
+    prompts: str = flag(
+        "JSONL file of prompts, or sharegpt: those of its prompts that none of the "
+        "drafters was trained on, by their provenance.json",
+        "sharegpt",
+    )
     contexts: list[int] = flag(
         "also one request at a time behind so many tokens of text", []
     )
@@ -110,18 +114,20 @@ class Bench:
             report = run(plan, drafters, command, Path(logs), progress)
         print(markdown(report))
         if self.into_card and drafters.calibrate is not None:
-            self._tell(report, drafters.folders[drafters.calibrate])
+            name = drafters.calibrate
+            self._tell(report, name, drafters.folders[name])
         print("written: " + ", ".join(map(str, write(report, Path(self.out)))))
         return 0
 
     @staticmethod
-    def _tell(report: "Report", folder: str) -> None:
-        from vllm_mtp.bench.summary import speed_record
+    def _tell(report: "Report", name: str, folder: str) -> None:
+        from vllm_mtp.bench.summary import speed_record, step_rows
         from vllm_mtp.sharing.folder import write_speed
 
         stage = report.stages[-1]
         (schedule,) = report.schedules.values()
-        speed = speed_record(report.machine, stage.plan, stage.lines, schedule)
+        steps = step_rows(report.stages[0].plan.sides, name, report.profiles)
+        speed = speed_record(report.machine, stage.plan, stage.lines, schedule, steps)
         write_speed(folder, speed)
         print(f"written: {folder}/speed.json, and its README.md")
 
@@ -164,7 +170,7 @@ class Bench:
         from vllm_mtp.data.demo_target import ensure_demo_target
 
         given = target_folder(self.target) if self.target else ensure_demo_target()
-        target = Path(given)
+        target, known = Path(given), _trained_on(drafters)
         longest = max(self.contexts, default=0) + self.max_tokens + _ROOM_AROUND
         return Plan(
             target=str(target),
@@ -172,13 +178,14 @@ class Bench:
             max_model_len=max(self.max_model_len, longest if self.contexts else 0),
             rounds=self.rounds,
             sides=self._sides(str(target), drafters),
-            loads=self._loads(target),
+            loads=self._loads(target, known),
             enforce_eager=self.enforce_eager,
             chat_template=tokenizer_of(target).chat_template is not None,
             profiled_steps=_PROFILED_STEPS if self.profile else 0,
             fresh_servers=self.fresh_servers,
             environment=fastest_environment(os.environ),
             min_draft_probability=self.min_draft_probability,
+            prompts=self._choice_in_words(known),
         )
 
     def _sides(self, target: str, drafters: "Drafters") -> "tuple[Side, ...]":
@@ -208,12 +215,15 @@ class Bench:
             ]
         return tuple(sides)
 
-    def _loads(self, target: Path) -> "tuple[Load, ...]":
+    def _loads(
+        self, target: Path, known: "Sequence[TrainingPrompts]"
+    ) -> "tuple[Load, ...]":
         from vllm_mtp.bench import loads
         from vllm_mtp.bench.run import tokenizer_of
 
         most = loads.num_prompts(max(self.concurrency), self.num_prompts)
-        prompts = self._prompts(most + _TEXTS_BEFORE if self.contexts else most)
+        wanted_prompts = most + _TEXTS_BEFORE if self.contexts else most
+        prompts = self._prompts(wanted_prompts, known)
         wanted = loads.concurrency_loads(
             prompts, self.concurrency, self.num_prompts, self.max_tokens, self.prompts
         )
@@ -227,19 +237,39 @@ class Bench:
             )
         return tuple(wanted)
 
-    def _prompts(self, num: int) -> tuple[str, ...]:
-        from vllm_mtp.data.sharegpt import sharegpt_prompts
+    def _prompts(self, num: int, known: "Sequence[TrainingPrompts]") -> tuple[str, ...]:
+        from vllm_mtp.bench.plan import require_enough
+        from vllm_mtp.data.unseen import SHAREGPT, unseen_prompts
 
-        if self.prompts == "sharegpt":
-            found = sharegpt_prompts(num, skip=FIRST_UNSEEN_PROMPT, max_chars=1000)
-            return tuple(found)
-        return tuple(text for _, text in _read(self.prompts, num))
+        if self.prompts != SHAREGPT:
+            return tuple(text for _, text in _read(self.prompts, num))
+        found = unseen_prompts(num, known, max_chars=_MAX_CHARS)
+        trained = ", ".join(one.drafter for one in known)
+        require_enough(found, num, f"{SHAREGPT} (not trained on: {trained})")
+        return tuple(found)
+
+    def _choice_in_words(self, known: "Sequence[TrainingPrompts]") -> str:
+        from vllm_mtp.data.unseen import SHAREGPT, choice_in_words
+
+        if self.prompts == SHAREGPT:
+            return choice_in_words(known)
+        return f"of {Path(self.prompts).name}, whatever the drafters were trained on"
 
     def _by_category(self) -> dict[str, list[str]]:
         found: dict[str, list[str]] = {}
         for category, text in _read(str(self.categories)):
             found.setdefault(category, []).append(text)
         return found
+
+
+def _trained_on(drafters: "Drafters") -> "list[TrainingPrompts]":
+    """What is known of each drafter's training, under the name that the report has."""
+    from vllm_mtp.sharing.provenance import training_prompts
+
+    return [
+        replace(training_prompts(folder), drafter=name)
+        for name, folder in drafters.folders.items()
+    ]
 
 
 def _read(file: str, limit: int | None = None) -> list[tuple[str, str]]:

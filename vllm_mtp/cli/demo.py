@@ -2,13 +2,18 @@
 """``vllm-mtp demo``."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vllm_mtp.flags import flag
 
 if TYPE_CHECKING:
     from vllm_mtp.evaluation.demo import DemoPlan, DemoResult
+    from vllm_mtp.evaluation.kv_cache import KVCache
 
+_TIE_NOTE = """\
+A float tie: in bfloat16 the two tokens' logits are at most two rounding steps apart, so
+either is the target's. Behind it the texts go on apart, and are not compared."""
 _SPEED_NOTE = """\
 The ratio is this machine's. Verifying several tokens at once is nearly free where
 decoding waits for memory (a GPU at small batches); on a few CPU cores it costs almost
@@ -27,7 +32,7 @@ class Demo:
     max_tokens: int = flag("longest answer, in tokens", 64)
     rounds: int = flag("how often each side answers all prompts", 2)
     concurrency: int = flag("requests decoded at once", 4)
-    min_acceptance_length: float = flag("limit for exit code 0", 1.9)
+    min_acceptance_length: float = flag("limit for exit code 0", 1.7)
 
     def run(self) -> int:
         from tqdm import tqdm
@@ -55,16 +60,25 @@ class Demo:
 
     def _plan(self) -> "DemoPlan":
         from vllm_mtp.data.demo_target import ensure_demo_target
-        from vllm_mtp.data.sharegpt import sharegpt_prompts
+        from vllm_mtp.data.unseen import choice_in_words, unseen_prompts
+        from vllm_mtp.drafter.target_facts import TargetFacts
         from vllm_mtp.evaluation.demo import DemoPlan
+        from vllm_mtp.serving.resolve import resolve_drafter
+        from vllm_mtp.sharing.provenance import training_prompts
 
+        target = self.target or str(ensure_demo_target())
+        facts = TargetFacts.from_folder(Path(target))
+        folder = resolve_drafter(self.drafter, target, facts)
+        known = [training_prompts(folder)]
         spec: dict[str, object] = {"method": "mtp_placeholder"}
         if self.drafter:
             spec["model"] = self.drafter
         return DemoPlan(
-            target=self.target or str(ensure_demo_target()),
+            target=target,
             speculative_config=spec,
-            prompts=sharegpt_prompts(self.num_prompts),
+            drafter=folder.name if self.drafter else f"{folder.name}, found by target",
+            prompts=unseen_prompts(self.num_prompts, known),
+            choice=choice_in_words(known),
             max_tokens=self.max_tokens,
             rounds=self.rounds,
             concurrency=self.concurrency,
@@ -73,24 +87,25 @@ class Demo:
 
 def report(plan: "DemoPlan", result: "DemoResult") -> str:
     """The table that the demo ends with."""
-    counts = result.drafted.counts
+    plain, drafted, counts = result.plain, result.drafted, result.drafted.counts
+    equal, ties = result.count("equal"), result.count("tie")
     positions = " ".join(f"{rate:.3f}" for rate in counts.acceptance_per_position)
     rows = [
         ("target", plan.target),
-        ("drafter", plan.speculative_config.get("model", "found by the target")),
+        ("drafter", plan.drafter),
+        ("prompts", f"{len(plan.prompts)} {plan.choice}"),
         (
-            "prompts",
+            "answers",
             (
-                f"{len(plan.prompts)} real ones (ShareGPT), up to {plan.max_tokens} "
-                f"tokens each, {plan.concurrency} at once, {plan.rounds} rounds"
+                f"up to {plan.max_tokens} tokens each, {plan.concurrency} at once, "
+                f"{plan.rounds} rounds"
             ),
         ),
         (
-            "outputs equal",
+            "the target's text",
             (
-                f"{result.count('equal')} of {len(plan.prompts)}, and "
-                f"{result.count('tie')} part at a float tie; "
-                f"{result.count('different')} different"
+                f"{equal + ties} of {len(plan.prompts)} answers: {equal} to the end, "
+                f"{ties} up to a float tie; {result.count('different')} differ"
             ),
         ),
         (
@@ -101,26 +116,36 @@ def report(plan: "DemoPlan", result: "DemoResult") -> str:
             ),
         ),
         ("accepted by position", positions),
-        ("drafter's KV cache", "0 bytes per token"),
+        (
+            "drafter's KV cache",
+            (
+                f"{result.drafter_kv_bytes:,.0f} bytes per token: "
+                f"{_cache(plain.kv_cache)} without, {_cache(drafted.kv_cache)} with"
+            ),
+        ),
         (
             "KV pool",
             (
-                f"{result.plain.kv_blocks} blocks without, "
-                f"{result.drafted.kv_blocks} with "
-                f"(of {result.plain.kv_block_tokens} tokens)"
+                f"{plain.kv_blocks} blocks without, {drafted.kv_blocks} with "
+                f"(of {plain.kv_block_tokens} tokens)"
             ),
         ),
         (
             "tokens/s",
             (
-                f"{_spread(result.plain.tokens_per_s)} without, "
-                f"{_spread(result.drafted.tokens_per_s)} with"
+                f"{_spread(plain.tokens_per_s)} without, "
+                f"{_spread(drafted.tokens_per_s)} with"
             ),
         ),
         ("speed ratio", f"{result.speed_ratio:.2f} (median of the rounds)"),
     ]
-    table = "\n".join(f"  {name:<19} {value}" for name, value in rows)
-    return f"\n{table}\n\n{_SPEED_NOTE}"
+    table = "\n".join(f"  {name:<20} {value}" for name, value in rows)
+    notes = [*([_TIE_NOTE] if ties else []), _SPEED_NOTE]
+    return "\n\n".join([f"\n{table}", *notes])
+
+
+def _cache(cache: "KVCache") -> str:
+    return f"{cache.bytes_per_token:,.0f} in {cache.layers} layers"
 
 
 def _spread(values: list[float]) -> str:

@@ -2,10 +2,13 @@
 """``vllm-mtp inspect``."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from vllm_mtp.drafter.config import DrafterConfig, SharedLayerConfig
 from vllm_mtp.flags import flag
+
+if TYPE_CHECKING:
+    from vllm_mtp.sharing.speed import SpeedRecord
 
 
 @dataclass
@@ -19,13 +22,20 @@ class Inspect:
 
     def run(self) -> int:
         from vllm_mtp.drafter.checkpoint import load_drafter
+        from vllm_mtp.sharing.speed import read_speed
 
-        print(describe(load_drafter(self.drafter).config))
+        config = load_drafter(self.drafter).config
+        print(describe(config, read_speed(self.drafter)))
         return 0
 
 
-def describe(config: DrafterConfig) -> str:
-    """A drafter in a few lines of text."""
+def describe(config: DrafterConfig, speed: "SpeedRecord | None" = None) -> str:
+    """A drafter in a few lines of text.
+
+    Args:
+        config: The drafter's.
+        speed: What a benchmark found, if there was one.
+    """
     from vllm_mtp.sharing.card import prefix_text
 
     facts = config.target
@@ -50,6 +60,7 @@ def describe(config: DrafterConfig) -> str:
             f"vocabulary       {f'{vocab} tokens' if vocab else 'the whole one'}",
             f"weights          {config.dtype}",
             *_cost_lines(config),
+            f"measured         {_measured(speed)}",
         ]
     )
 
@@ -79,13 +90,26 @@ def _cost_lines(config: DrafterConfig) -> list[str]:
     return [
         f"parameters       {cost.drafter_parameters:,} of its own",
         (
-            f"a draft touches  {cost.draft_parameters:,} parameters "
+            f"a draft reads    {cost.draft_parameters:,} parameters "
             f"({cost.shared_parameters:,} of shared layers, {cost.head_parameters:,} "
-            f"of the LM head): {cost.relative_cost:.2f} of a target step"
+            f"of the LM head): {cost.relative_weights:.2f} of the weights that a "
+            "target step reads"
         ),
         (
-            f"KV cache         {cost.own_kv_bytes_per_token} bytes per token of its "
-            f"own; a draft reads {cost.kv_bytes_read_per_token:,} bytes per token of "
-            f"prefix that is read (the target keeps {cost.target_kv_bytes_per_token:,})"
+            f"KV cache         none of its own: each of its {len(config.layers)} "
+            f"layers reads a target layer's, {cost.kv_bytes_read_per_token:,} bytes "
+            "per token of prefix that is read (the target keeps "
+            f"{cost.target_kv_bytes_per_token:,})"
         ),
     ]
+
+
+def _measured(speed: "SpeedRecord | None") -> str:
+    from vllm_mtp.sharing.speed import steps_text
+
+    text = steps_text(speed) if speed else ""
+    if speed is None or not text:
+        return (
+            "not here; `vllm-mtp bench --profile --into-card` measures a draft's time"
+        )
+    return f"{text} ({speed.device})"

@@ -30,15 +30,18 @@ class Train(DrafterTrainingArguments):
             f"{self.output_dir}"
         )
         metrics = train(self, target_folder(self.target))
-        positions = [v for k, v in metrics.items() if "acceptance_position" in k]
+        positions = [v for k, v in metrics.items() if "teacher_forced_position" in k]
         print(
-            f"acceptance length on held-out text: "
-            f"{metrics['eval_acceptance_length']:.3f} (bonus token included); "
-            "by position " + " ".join(f"{rate:.3f}" for rate in positions)
+            f"teacher-forced length on held-out text: "
+            f"{metrics['eval_teacher_forced_length']:.3f} (bonus token included; not "
+            "the acceptance length of decoding); by position "
+            + " ".join(f"{rate:.3f}" for rate in positions)
         )
         print(
             f"drafter written to {self.output_dir}\n"
             f"check it:  vllm-mtp check {self.output_dir} --target {self.target}\n"
+            f"measure its acceptance length:  vllm-mtp eval {self.output_dir} "
+            f"--target {self.target} --data {self.data} --in-vllm\n"
             f"serve it:  vllm serve {self.target} --speculative-config "
             f'\'{{"method":"{METHOD}","model":"{self.output_dir}"}}\''
         )

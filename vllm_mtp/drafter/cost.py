@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a draft costs, read off its config: parameters and bytes, no timing."""
+"""What a draft reads, off its config: weights and bytes of cache. Nothing is timed."""
 
 from dataclasses import dataclass
-from typing import get_args
+from typing import NamedTuple, get_args
 
 import torch
 
@@ -12,57 +12,93 @@ from vllm_mtp.drafter.model import Drafter
 from vllm_mtp.drafter.target_facts import TargetFacts
 
 
+class MarkovWeights(NamedTuple):
+    """Weights of a Markov correction (`drafter.heads.MarkovCorrection`).
+
+    Attributes:
+        looked_up: Of the table ``[vocab_size, rank]``: a draft takes a row of it for
+            each token.
+        read: Of the gate and of the matrix that makes biases of ``out_size`` tokens:
+            a draft multiplies with all of them.
+    """
+
+    looked_up: int
+    read: int
+
+
+def markov_weights(
+    rank: int, hidden_size: int, vocab_size: int, out_size: int
+) -> MarkovWeights:
+    """Count a Markov correction.
+
+    Args:
+        rank: Its rank.
+        hidden_size: The target's.
+        vocab_size: The target's vocabulary.
+        out_size: The tokens that can be drafted.
+    """
+    return MarkovWeights(vocab_size * rank, (hidden_size + 1) * rank + rank * out_size)
+
+
 @dataclass(frozen=True)
 class DraftCost:
-    """Cost of drafting, beside the same figures of one target step.
+    """What a draft reads, beside the same figures of one target step.
 
     Attributes:
         drafter_parameters: Weights that the drafter brings (its checkpoint).
+        looked_up_parameters: Those of them that are a table, of which a draft takes a
+            few rows.
         shared_parameters: Weights of target layers that a draft runs through.
         head_parameters: LM-head weights that a draft multiplies with.
         target_parameters: Weights of one target forward, LM head included.
-        own_kv_bytes_per_token: KV cache that the drafter keeps. Always 0.
         kv_bytes_read_per_token: Cache read by one draft, per token of prefix
             (16-bit cache).
         target_kv_bytes_per_token: Cache that the target keeps, per token.
     """
 
     drafter_parameters: int
+    looked_up_parameters: int
     shared_parameters: int
     head_parameters: int
     target_parameters: int
-    own_kv_bytes_per_token: int
     kv_bytes_read_per_token: int
     target_kv_bytes_per_token: int
 
     @property
     def draft_parameters(self) -> int:
-        """Weights that one draft of k tokens touches."""
-        return self.drafter_parameters + self.shared_parameters + self.head_parameters
+        """Weights that one draft of k tokens reads."""
+        own = self.drafter_parameters - self.looked_up_parameters
+        return own + self.shared_parameters + self.head_parameters
 
     @property
-    def relative_cost(self) -> float:
-        """Weights touched by a draft over those of a target step. At batch 1
-        decoding is bound by reading weights, so this estimates the time ratio."""
+    def relative_weights(self) -> float:
+        """Weights that a draft reads over those that a target step reads.
+
+        No time: what a draft takes beside a target step is more where choosing tokens,
+        launching kernels or reading the cache takes time. `vllm-mtp bench --profile`
+        measures it.
+        """
         return self.draft_parameters / self.target_parameters
 
 
 def draft_cost(config: DrafterConfig) -> DraftCost:
-    """Estimate the cost of a draft."""
+    """Count what a draft reads."""
     facts = config.target
     layer = _layer_parameters(facts)
     kv_layer = 2 * facts.num_key_value_heads * facts.head_dim * 2
     shared = sum(isinstance(item, SharedLayerConfig) for item in config.layers)
     head = facts.vocab_size * facts.hidden_size
+    out_size = config.draft_vocab_size or facts.vocab_size
     with torch.device("meta"):
         own = sum(p.numel() for p in Drafter(config).parameters())
+    rank = config.markov.rank if config.markov else 0
+    markov = markov_weights(rank, facts.hidden_size, facts.vocab_size, out_size)
     return DraftCost(
         drafter_parameters=own,
+        looked_up_parameters=markov.looked_up,
         shared_parameters=shared * layer,
-        head_parameters=(config.draft_vocab_size or facts.vocab_size)
-        * facts.hidden_size,
+        head_parameters=out_size * facts.hidden_size,
         target_parameters=facts.num_hidden_layers * layer + head,
-        own_kv_bytes_per_token=0,
         kv_bytes_read_per_token=len(config.layers) * kv_layer,
         target_kv_bytes_per_token=facts.num_hidden_layers * kv_layer,
     )

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_mtp import engine
 from vllm_mtp.evaluation.equality import BF16_TIE_MARGIN, Comparison, compare_greedy
+from vllm_mtp.evaluation.kv_cache import WORKER_EXTENSION, KVCache, read_kv_cache
 from vllm_mtp.metrics import AcceptanceCounts, read_vllm_counters
 
 if TYPE_CHECKING:
@@ -23,7 +24,9 @@ class DemoPlan:
     Attributes:
         target: The target's folder.
         speculative_config: As a user gives it to vLLM.
+        drafter: The drafter's name, and how it was found.
         prompts: User messages; the target's chat template is applied.
+        choice: How the prompts were chosen, in words.
         max_tokens: Longest answer, in tokens.
         rounds: How often each side answers all prompts.
         concurrency: Requests decoded at once.
@@ -31,7 +34,9 @@ class DemoPlan:
 
     target: str
     speculative_config: dict[str, Any]
+    drafter: str
     prompts: list[str]
+    choice: str
     max_tokens: int
     rounds: int
     concurrency: int
@@ -39,22 +44,23 @@ class DemoPlan:
 
 @dataclass
 class Side:
-    """One engine and what was measured on it."""
+    """What was measured on one engine.
 
-    llm: "LLM"
+    Attributes:
+        kv_cache: As the engine configured it.
+        kv_blocks: Blocks in the KV pool.
+        kv_block_tokens: Tokens per block.
+        tokens_per_s: Of each round.
+        outputs: Of the last round, one for each prompt.
+        counts: Acceptance, all rounds together.
+    """
+
+    kv_cache: KVCache
+    kv_blocks: int
+    kv_block_tokens: int
     tokens_per_s: list[float] = field(default_factory=list)
     outputs: list[Any] = field(default_factory=list)
     counts: AcceptanceCounts = AcceptanceCounts(0, 0, ())
-
-    @property
-    def kv_blocks(self) -> int:
-        """Blocks in the KV pool."""
-        return self.llm.llm_engine.vllm_config.cache_config.num_gpu_blocks or 0
-
-    @property
-    def kv_block_tokens(self) -> int:
-        """Tokens per block."""
-        return self.llm.llm_engine.vllm_config.cache_config.block_size
 
 
 @dataclass(frozen=True)
@@ -74,6 +80,13 @@ class DemoResult:
         pairs = zip(self.drafted.tokens_per_s, self.plain.tokens_per_s, strict=True)
         return statistics.median(drafted / plain for drafted, plain in pairs)
 
+    @property
+    def drafter_kv_bytes(self) -> float:
+        """Bytes of KV cache per token that the engine has with the drafter only."""
+        return (
+            self.drafted.kv_cache.bytes_per_token - self.plain.kv_cache.bytes_per_token
+        )
+
 
 def run_demo(plan: DemoPlan, progress: Callable[[str], None]) -> DemoResult:
     """Start both engines and let them answer in turns.
@@ -84,17 +97,18 @@ def run_demo(plan: DemoPlan, progress: Callable[[str], None]) -> DemoResult:
     """
     with ExitStack() as engines:
         progress("starting the target")
-        plain = Side(engines.enter_context(_engine(plan, None)))
+        plain_llm = engines.enter_context(_engine(plan, None))
         progress("starting the target with the drafter")
-        drafted = Side(engines.enter_context(_engine(plan, plan.speculative_config)))
+        drafted_llm = engines.enter_context(_engine(plan, plan.speculative_config))
+        plain, drafted = _side_of(plain_llm), _side_of(drafted_llm)
         progress("warming up")
-        for side in (plain, drafted):
-            _answer(side, plan, warm_up=True)
+        for llm in (plain_llm, drafted_llm):
+            llm.chat(_chats(plan)[:1], _sampling(plan), use_tqdm=False)
         for number in range(plan.rounds):
             progress(f"round {number + 1}: target alone")
-            _answer(plain, plan)
+            _answer(plain_llm, plain, plan)
             progress(f"round {number + 1}: with the drafter")
-            _answer(drafted, plan)
+            _answer(drafted_llm, drafted, plan)
     comparisons = [
         compare_greedy(
             reference.token_ids,
@@ -125,23 +139,32 @@ def _engine(
         enforce_eager=True,
         disable_log_stats=False,
         speculative_config=speculative_config,
+        worker_extension_cls=WORKER_EXTENSION,
     )
 
 
-def _answer(side: Side, plan: DemoPlan, *, warm_up: bool = False) -> None:
-    chats: list[Any] = [[{"role": "user", "content": text}] for text in plan.prompts]
+def _side_of(llm: "LLM") -> Side:
+    cache = llm.llm_engine.vllm_config.cache_config
+    return Side(read_kv_cache(llm), cache.num_gpu_blocks or 0, cache.block_size)
+
+
+def _chats(plan: DemoPlan) -> list[Any]:
+    return [[{"role": "user", "content": text}] for text in plan.prompts]
+
+
+def _sampling(plan: DemoPlan) -> Any:
     # Logprobs tell a float tie from a difference; both sides compute them.
-    params = engine.sampling(max_tokens=plan.max_tokens, logprobs=5)
-    if warm_up:
-        side.llm.chat(chats[:1], params, use_tqdm=False)
-        return
+    return engine.sampling(max_tokens=plan.max_tokens, logprobs=5)
+
+
+def _answer(llm: "LLM", side: Side, plan: DemoPlan) -> None:
     # A cached prompt would make the second round another measurement.
-    side.llm.reset_prefix_cache()
-    before = read_vllm_counters(side.llm.get_metrics())
+    llm.reset_prefix_cache()
+    before = read_vllm_counters(llm.get_metrics())
     start = time.perf_counter()
-    answers = side.llm.chat(chats, params, use_tqdm=False)
+    answers = llm.chat(_chats(plan), _sampling(plan), use_tqdm=False)
     seconds = time.perf_counter() - start
     side.outputs = [answer.outputs[0] for answer in answers]
     tokens = sum(len(output.token_ids) for output in side.outputs)
     side.tokens_per_s.append(tokens / seconds)
-    side.counts += read_vllm_counters(side.llm.get_metrics()) - before
+    side.counts += read_vllm_counters(llm.get_metrics()) - before

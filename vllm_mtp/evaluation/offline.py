@@ -42,7 +42,7 @@ from vllm_mtp.drafter.heads import pick_greedy
 from vllm_mtp.drafter.layout import anchors_of, block_labels
 from vllm_mtp.drafter.model import BoundDrafter
 from vllm_mtp.errors import DataError, MTPError
-from vllm_mtp.metrics import AcceptanceCounts, count_accepted
+from vllm_mtp.metrics import AcceptanceCounts, count_accepted, mean_length
 from vllm_mtp.torch_host.hf_target import HFTarget, TargetStates
 from vllm_mtp.torch_host.texts import TextBlocks, forward_texts
 
@@ -55,10 +55,13 @@ DEFINITIONS = {
     "accepted_per_position": "drafts whose first i tokens were accepted, i = 1 .. k",
     "acceptance_per_position": "accepted_per_position / drafts (unconditional)",
     "acceptance_length_by_k": (
-        "1 + accepted tokens / drafts with k' = 1 .. k drafted tokens; the 1 is the "
-        "bonus token, which the target gives in every step"
+        "1 + accepted tokens / drafts in decoding with k' = 1 .. k drafted tokens; the "
+        "1 is the bonus token, which the target gives in every step"
     ),
     "teacher_forced": "a draft behind every token of the answers but the last",
+    "teacher_forced_length_by_k": (
+        "the same behind every token: no decoding, so no acceptance length"
+    ),
     "simulated_by_k": (
         "a draft per step of greedy decoding with k' = 1 .. k drafted tokens, the last "
         "step counted whole, as vLLM does"
@@ -93,6 +96,12 @@ class CategoryResult:
     def simulated(self) -> AcceptanceCounts:
         """Decoding with all k drafted tokens."""
         return self.simulated_by_k[-1]
+
+    @property
+    def teacher_forced_length(self) -> float:
+        """1 + accepted tokens / drafts behind every token. Not the acceptance length,
+        which is of decoding: there, more drafts stand where few are accepted."""
+        return mean_length(self.teacher_forced)
 
     @property
     def teacher_forced_by_k(self) -> tuple[AcceptanceCounts, ...]:
@@ -174,17 +183,17 @@ def _as_json(result: CategoryResult) -> dict[str, Any]:
     teacher_forced, simulated = result.teacher_forced_by_k, result.simulated_by_k
     return asdict(result) | {
         "derived": {
-            "teacher_forced": _derived(teacher_forced),
-            "simulated": _derived(simulated),
+            "teacher_forced": _derived(teacher_forced, "teacher_forced_length_by_k"),
+            "simulated": _derived(simulated, "acceptance_length_by_k"),
         }
     }
 
 
-def _derived(by_k: Sequence[AcceptanceCounts]) -> dict[str, Any]:
+def _derived(by_k: Sequence[AcceptanceCounts], length: str) -> dict[str, Any]:
     return {
         "acceptance_per_position": by_k[-1].acceptance_per_position,
         "acceptance_rate": by_k[-1].acceptance_rate,
-        "acceptance_length_by_k": [counts.acceptance_length for counts in by_k],
+        length: [mean_length(counts) for counts in by_k],
     }
 
 

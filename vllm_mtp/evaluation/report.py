@@ -9,7 +9,7 @@ from vllm_mtp.errors import MTPError
 from vllm_mtp.evaluation.offline import CategoryResult, OfflineResult
 from vllm_mtp.files import report_folder
 from vllm_mtp.markdown import aligned, plain, table
-from vllm_mtp.metrics import AcceptanceCounts
+from vllm_mtp.metrics import AcceptanceCounts, mean_length
 
 JSON_FILE = "evaluation.json"
 TABLE_FILE = "evaluation.md"
@@ -19,7 +19,9 @@ PLOT_FILE = "acceptance.png"
 _MOST_LINES = 9
 _NOTE = (
     "Position i: part of the drafts whose first i tokens were all accepted. AL k: "
-    "acceptance length with k drafted tokens per step, bonus token included."
+    "acceptance length with k drafted tokens per step, bonus token included. TFL k: "
+    "teacher-forced length, the same sum over a draft behind every token, which is no "
+    "decoding."
 )
 
 
@@ -61,10 +63,14 @@ def markdown(result: OfflineResult) -> str:
     return "\n\n".join(
         [
             f"### Simulated greedy decoding, {result.k} drafted tokens per step",
-            _table(result.k, [(name, row, row.simulated_by_k) for name, row in rows]),
+            _table(
+                result.k, "AL", [(name, row, row.simulated_by_k) for name, row in rows]
+            ),
             "### Teacher-forced: a draft behind every token",
             _table(
-                result.k, [(name, row, row.teacher_forced_by_k) for name, row in rows]
+                result.k,
+                "TFL",
+                [(name, row, row.teacher_forced_by_k) for name, row in rows],
             ),
             _NOTE,
         ]
@@ -107,11 +113,13 @@ def compare_served(
 
 
 def _table(
-    k: int, rows: Sequence[tuple[str, CategoryResult, Sequence[AcceptanceCounts]]]
+    k: int,
+    length: str,
+    rows: Sequence[tuple[str, CategoryResult, Sequence[AcceptanceCounts]]],
 ) -> str:
     numbers = range(1, k + 1)
     header = ["category", "sequences", "tokens", "drafts"]
-    header += [f"position {i}" for i in numbers] + [f"AL k={i}" for i in numbers]
+    header += [f"position {i}" for i in numbers] + [f"{length} k={i}" for i in numbers]
     return aligned(header, [_cells(name, row, by_k) for name, row, by_k in rows])
 
 
@@ -125,7 +133,7 @@ def _cells(
         f"{row.tokens:,}",
         f"{whole.drafts:,}",
         *(f"{part:.3f}" for part in whole.acceptance_per_position),
-        *(f"{counts.acceptance_length:.3f}" for counts in by_k),
+        *(f"{mean_length(counts):.3f}" for counts in by_k),
     ]
 
 

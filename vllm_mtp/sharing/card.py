@@ -22,7 +22,7 @@ from vllm_mtp.sharing.provenance import (
     utc,
     without_paths,
 )
-from vllm_mtp.sharing.speed import SpeedRecord
+from vllm_mtp.sharing.speed import SpeedRecord, steps_text
 
 CARD_FILE = "README.md"
 
@@ -39,15 +39,16 @@ _TERMS = {
 }
 _MEASURES = """\
 Offline, on the target's own answers (`evaluation.json`). In simulated decoding there is
-one draft per decoding step, as in serving; teacher-forced, there is one behind every
-token. A draft is accepted up to the first token that is not the target's own.
-Acceptance lengths count the bonus token that the target gives in every step, so 1 means
-that nothing was accepted."""
+one draft per decoding step, as in serving, and its acceptance length (AL) is what vLLM
+counts. Teacher-forced, there is a draft behind every token; the teacher-forced length
+(TFL) is another number, mostly a higher one. A draft is accepted up to the first token
+that is not the target's own. Both lengths count the bonus token that the target gives
+in every step, so 1 means that nothing was accepted."""
 _LIMITS = """\
 - It drafts for this target only. One of other shapes is refused; a fine-tune of it has
   the same shapes and is taken, but gets fewer drafts accepted.
 - Texts unlike those above may get other acceptance. Acceptance alone is no speed-up:
-  that depends also on the draft's cost, the batch size and the machine.
+  that depends also on the draft's time, the batch size and the machine.
 - Drafts never decide about the text: the target verifies each of them.
 - What the method does not serve (such as several GPUs per engine or MLA targets) is
   listed in vllm-mtp's README; `vllm-mtp doctor` checks your vLLM."""
@@ -93,7 +94,7 @@ def make_card(
         _use(config, target, model),
         _acceptance(evaluation),
         _speed(speed),
-        _design(config, target, provenance),
+        _design(config, target, provenance, speed),
         _training(provenance),
         _check(target, model),
         f"## Limits\n\n{_LIMITS}",
@@ -176,7 +177,8 @@ def _introduction(
 
 def _use(config: DrafterConfig, target: str, model: str) -> str:
     k = config.num_speculative_tokens
-    settings = json.dumps(_settings(model, k), indent=4)
+    # As formatters of Python want it, so that formatting a card changes nothing.
+    settings = json.dumps(_settings(model, k), indent=4).replace("\n}", ",\n}")
     python = (
         f"from vllm import LLM\n\nspeculative_config = {settings}\n"
         f"llm = LLM({json.dumps(target)}, speculative_config=speculative_config)"
@@ -200,8 +202,8 @@ def _acceptance(evaluation: OfflineResult | None) -> str:
     headline = (
         f"With {evaluation.k} drafted tokens per step, over {total.sequences:,} "
         f"answers{of_split} of {total.tokens:,} tokens: acceptance length "
-        f"{total.simulated.acceptance_length:.3f} in simulated greedy decoding, "
-        f"{total.teacher_forced.acceptance_length:.3f} teacher-forced."
+        f"{total.simulated.acceptance_length:.3f} in simulated greedy decoding; "
+        f"teacher-forced length {total.teacher_forced_length:.3f}."
     )
     parts = ["## Acceptance", headline, _MEASURES]
     if temperature := evaluation.settings.get("answers_temperature"):
@@ -242,9 +244,13 @@ def _speed(speed: SpeedRecord | None) -> str:
 
 
 def _design(
-    config: DrafterConfig, target: str, provenance: DrafterProvenance | None
+    config: DrafterConfig,
+    target: str,
+    provenance: DrafterProvenance | None,
+    speed: SpeedRecord | None,
 ) -> str:
     cost = draft_cost(config)
+    relative = cost.relative_weights
     revision = provenance.target.revision if provenance else None
     fingerprint = config.target.weights_fingerprint
     vocab = config.draft_vocab_size
@@ -263,10 +269,14 @@ def _design(
         ("Weights of its own", f"{cost.drafter_parameters:,} ({config.dtype})"),
         (
             "Weights read per draft",
-            f"{cost.draft_parameters:,}, {cost.relative_cost:.2f} of a target step's",
+            f"{cost.draft_parameters:,}, {relative:.2f} of a target step's",
         ),
+        ("Time of a draft, measured", steps_text(speed) if speed else ""),
         ("Reads of the prefix", prefix_text(config)),
-        ("KV cache of its own", f"{cost.own_kv_bytes_per_token} bytes per token"),
+        (
+            "KV cache of its own",
+            f"none: each of its {len(config.layers)} layers reads a target layer's",
+        ),
         (
             "Cache read per draft",
             f"{cost.kv_bytes_read_per_token:,} bytes per token of prefix that is read",

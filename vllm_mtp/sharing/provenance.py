@@ -4,6 +4,7 @@
 import hashlib
 import json
 import os
+import sys
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -20,6 +21,7 @@ from pydantic import (
 
 from vllm_mtp.data.settings import Provenance as Generation
 from vllm_mtp.data.store import read_provenance as read_generation
+from vllm_mtp.data.unseen import SHAREGPT, TrainingPrompts
 from vllm_mtp.drafter.config import DrafterConfig
 from vllm_mtp.drafter.target_facts import TargetFacts, weights_sample_sha256
 from vllm_mtp.errors import CheckpointError
@@ -70,6 +72,13 @@ class ParentRecord(Record):
     config_sha256: str = Field(description="Of its `config.json`.")
     weights_sample_sha256: str | None = Field(
         default=None, description="See `target.weights_sample_sha256`."
+    )
+    held_out: float | None = Field(
+        default=None,
+        ge=0,
+        le=1,
+        description="Part of all prompts, by the split by hash, that none of its "
+        "training saw; 1: untrained; null: not known.",
     )
 
 
@@ -164,8 +173,10 @@ def parent_record(folder: Path, named: str) -> ParentRecord:
         folder: The drafter's.
         named: As the user named it: a folder or a hub name.
     """
+    known = training_prompts(folder)
     return ParentRecord(
         name=_name_of(named, folder),
+        held_out=None if known.assumed else known.held_out,
         config_sha256=hashlib.sha256((folder / "config.json").read_bytes()).hexdigest(),
         weights_sample_sha256=weights_sample_sha256(folder),
     )
@@ -190,6 +201,29 @@ def read_provenance(folder: Path | str) -> DrafterProvenance | None:
             f"{path}: not a provenance that this version of vllm-mtp wrote ({error}); "
             "update vllm-mtp, or remove the file"
         ) from None
+
+
+def training_prompts(folder: Path | str) -> TrainingPrompts:
+    """What a drafter's provenance tells of the prompts that it was trained on.
+
+    Raises:
+        CheckpointError: The provenance is something else.
+    """
+    name, provenance = _folder_name(folder), read_provenance(folder)
+    if provenance is None:
+        return TrainingPrompts(name, held_out=None)
+    parent = provenance.parent
+    before = 1.0 if parent is None else parent.held_out
+    if provenance.data is None:
+        return TrainingPrompts(name, before)  # as untrained as what it came from
+    settings = provenance.data.generation.settings
+    source, read = settings.source, None
+    if source.prompts == SHAREGPT and parent is None:
+        stop = sys.maxsize if source.limit is None else source.skip + source.limit
+        read = range(source.skip, stop)
+    if before is None:
+        return TrainingPrompts(name, settings.held_out, read, assumed=True)
+    return TrainingPrompts(name, min(settings.held_out, before), read)
 
 
 def without_paths(record: _M) -> _M:

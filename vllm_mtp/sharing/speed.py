@@ -21,6 +21,15 @@ class SpeedRow(Record):
     acceptance_length: float = Field(ge=1, description="Bonus token included.")
 
 
+class StepRow(Record):
+    """A decoding step with a draft over one without (`vllm-mtp bench --profile`)."""
+
+    requests: int = Field(ge=1, description="At once.")
+    tokens: int = Field(ge=1, description="Of a draft.")
+    draft: float = Field(gt=0, description="The draft's time, under the profiler.")
+    step: float = Field(gt=0, description="The whole step's time, without it.")
+
+
 class SpeedRecord(Record):
     """One benchmark's calibration, and what it gave."""
 
@@ -34,9 +43,19 @@ class SpeedRecord(Record):
         description="vLLM's `num_speculative_tokens_per_batch_size`."
     )
     rows: list[SpeedRow]
+    steps: list[StepRow] = Field(default=[], description="Empty: not profiled.")
 
     def to_json(self) -> str:
         return self.model_dump_json(indent=2) + "\n"
+
+
+def steps_text(speed: SpeedRecord) -> str:
+    """What a draft was measured to take, in words; empty where it was not."""
+    return "; ".join(
+        f"{row.tokens} tokens, {row.requests} at once: the draft {row.draft:.2f}, the "
+        f"whole step {row.step:.2f} of a step without"
+        for row in speed.steps
+    )
 
 
 def read_speed(folder: Path | str) -> SpeedRecord | None:

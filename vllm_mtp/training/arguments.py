@@ -2,6 +2,7 @@
 """Every setting of a training run, in one dataclass: flags and YAML keys alike."""
 
 import logging
+import re
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -154,7 +155,9 @@ class DrafterTrainingArguments(DrafterOptions, TrainingArguments):
 
 
 # Metrics of our evaluation, the one to go by first.
-_METRICS = ("eval_acceptance_length", "eval_acceptance_position_1")
+_METRICS = ("eval_teacher_forced_length", "eval_teacher_forced_position_1")
+# As 0.1 called them: teacher-forced measures, named like those of decoding.
+_FORMER_METRIC = re.compile(r"(eval_)?acceptance_(?P<rest>length|(place|position)_\d+)")
 
 # Names, what holds for their values, and how to say that. NaN fails them all.
 _RANGES: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
@@ -264,6 +267,13 @@ def _require_best(args: DrafterTrainingArguments) -> None:
         raise MTPError(
             f"metric_for_best_model: got {args.metric_for_best_model!r}, but "
             f"evaluations measure no loss; expected one of {', '.join(_METRICS)}"
+        )
+    former = _FORMER_METRIC.fullmatch(args.metric_for_best_model or "")
+    if former:
+        now = "eval_teacher_forced_" + former["rest"].replace("place", "position")
+        raise MTPError(
+            f"metric_for_best_model: got {args.metric_for_best_model!r}, which is "
+            f"named {now} now; write that"
         )
     if args.save_strategy == "best" and args.eval_strategy == "no":
         raise MTPError(

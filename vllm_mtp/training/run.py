@@ -256,11 +256,11 @@ def require_trainable(loss_module: LossModule) -> None:
 
 
 def _costs(drafter: Drafter) -> dict[str, float]:
-    """What was trained, and what a draft costs beside a target step."""
+    """What was trained, and what a draft reads of a target step's weights."""
     trained = [p.numel() for p in drafter.parameters() if p.requires_grad]
     return {
         "trained_parameters": sum(trained),
-        "draft_cost": draft_cost(drafter.config).relative_cost,
+        "draft_weights": draft_cost(drafter.config).relative_weights,
     }
 
 

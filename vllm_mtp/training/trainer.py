@@ -17,7 +17,7 @@ from vllm_mtp.drafter.heads import pick_greedy
 from vllm_mtp.drafter.layout import possible_anchors, span_ends
 from vllm_mtp.files import writing
 from vllm_mtp.interrupts import stop_if_asked
-from vllm_mtp.metrics import AcceptanceCounts, count_accepted
+from vllm_mtp.metrics import AcceptanceCounts, count_accepted, mean_length
 from vllm_mtp.torch_host.texts import TextBlocks, forward_texts
 from vllm_mtp.training.arguments import DrafterTrainingArguments
 from vllm_mtp.training.loss_module import LossModule
@@ -177,7 +177,7 @@ class DrafterTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """Acceptance on held-out text, as vLLM counts it (teacher-forced)."""
+        """How many drafts behind held-out text are right (teacher-forced)."""
         batches = (self._prepare_inputs(batch)["texts"] for batch in dataloader)
         counts = self._count(batches)  # type: ignore[arg-type]
         metrics = {f"{metric_key_prefix}_{k}": v for k, v in metrics_of(counts).items()}
@@ -228,9 +228,9 @@ class DrafterTrainer(Trainer):
 
 
 def metrics_of(counts: AcceptanceCounts) -> dict[str, float]:
-    """The serving metrics by name."""
+    """The teacher-forced measures by name."""
     positions = {
-        f"acceptance_position_{number}": rate
+        f"teacher_forced_position_{number}": rate
         for number, rate in enumerate(counts.acceptance_per_position, 1)
     }
-    return {"acceptance_length": counts.acceptance_length, **positions}
+    return {"teacher_forced_length": mean_length(counts), **positions}

@@ -29,6 +29,10 @@ LOGPROB_MARGIN = 1e-3
 rows at once takes other kernel shapes than decoding one."""
 
 
+LEAST_DRAFTS = 20
+"""With fewer, a row says little of drafting, however well its answers agree."""
+
+
 @dataclass(frozen=True)
 class Facts:
     """What one side of a row did besides answering."""
@@ -66,6 +70,11 @@ class Result:
     def num(self, verdict: str) -> int:
         """How many answers are ``equal``, a ``tie`` or ``different``."""
         return sum(c.verdict == verdict for c in self.comparisons)
+
+    @property
+    def has_few_drafts(self) -> bool:
+        """Whether the row shows answers, but hardly any drafting."""
+        return self.drafted.facts.counts.drafts < LEAST_DRAFTS
 
     @property
     def problems(self) -> list[str]:
