@@ -66,6 +66,13 @@ NAMES = ["shared-1", "shared-4", "own-1", "own-some", "mixed", *WINDOWED]
 PAIRS = [(family, name) for family in ("llama", "qwen3") for name in NAMES]
 # Sliding windows, shorter than the longest prompt, alone and beside full attention.
 PAIRS += [("mistral", "shared-4"), ("gemma3", "shared-4"), ("gemma3", "windowed")]
+# Targets whose layers take and give the stream, rotate and attend in other ways.
+PAIRS += [
+    (family, name)
+    for family in ("exaone4", "cohere2", "gpt_oss")
+    for name in ("own-shared", "shared-own")
+]
+PAIRS.append(("phi3_longrope", "own-shared"))
 SLOW_PAIRS = [("mistral", "mixed"), ("phi3", "shared-4"), ("qwen3_moe", "shared-4")]
 if ON_V2:
     PAIRS, SLOW_PAIRS = [("llama", name) for name in NAMES], []

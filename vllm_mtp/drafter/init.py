@@ -24,6 +24,7 @@ from vllm_mtp.drafter.model import Drafter
 from vllm_mtp.drafter.target_facts import (
     MAX_SIZE,
     TargetFacts,
+    layers_with_attention,
     safetensors_files,
     sliding_windows,
 )
@@ -76,17 +77,17 @@ def new_drafter(
         TargetMismatchError: ``prefix_window`` is shorter than the target's own.
     """
     target = Path(target)
-    hf_config = AutoConfig.from_pretrained(target).get_text_config()
-    _require_valid(num_speculative_tokens, options, hf_config.vocab_size)
     facts = TargetFacts.from_folder(target)
+    _require_valid(num_speculative_tokens, options, facts.vocab_size)
+    hf_config = AutoConfig.from_pretrained(target).get_text_config()
+    bound_layers = parse_layers(layers, facts.num_hidden_layers)
+    _require_caches(bound_layers, hf_config)
     weights = TargetWeights(target)
     config = DrafterConfig(
         model_type="mtp_placeholder",
         format_version=1,
         num_speculative_tokens=num_speculative_tokens,
-        layers=_layer_configs(
-            parse_layers(layers, facts.num_hidden_layers), options, weights, hf_config
-        ),
+        layers=_layer_configs(bound_layers, options, weights, hf_config),
         markov=MarkovConfig(rank=options.markov_rank) if options.markov_rank else None,
         draft_vocab_size=len(options.draft_token_ids or ()) or None,
         prefix_window=options.prefix_window,
@@ -120,6 +121,16 @@ def _require_valid(num_tokens: int, options: DrafterOptions, vocab_size: int) ->
             f"draft_token_ids: expected different token ids from 0 to "
             f"{vocab_size - 1}, got {len(ids)} of which {len(set(ids))} differ and "
             f"{len(wrong)} are out of range"
+        )
+
+
+def _require_caches(layers: list[BoundLayer], hf_config: object) -> None:
+    """Refuse layers without keys and values per head, as hybrid targets have."""
+    readable = layers_with_attention(hf_config)
+    if odd := sorted({layer.target_layer for layer in layers} - set(readable)):
+        raise UnsupportedTargetError(
+            f"layers: target layers {odd} have no keys and values per token (linear "
+            f"attention or mamba?), so there is no KV cache to read; bind to {readable}"
         )
 
 
@@ -214,9 +225,16 @@ def _own_layer_config(
     copy = options.own_init == "copy"
     if copy:
         _require_copyable(hf_config)
+    intermediate_size = getattr(hf_config, "intermediate_size", None)
+    if not intermediate_size:
+        raise UnsupportedTargetError(
+            f"layers: own layers take the width of their MLP from the target's dense "
+            f"one (intermediate_size), and {getattr(hf_config, 'model_type', '?')!r} "
+            "has none. Use shared layers."
+        )
     return OwnLayerConfig(
         target_layer=bound.target_layer,
-        intermediate_size=getattr(hf_config, "intermediate_size"),  # noqa: B009
+        intermediate_size=intermediate_size,
         rms_norm_eps=getattr(hf_config, "rms_norm_eps", 1e-6),
         qkv_bias=copy and "self_attn.q_proj.bias" in layer,
         qk_norm=copy and "self_attn.q_norm.weight" in layer,

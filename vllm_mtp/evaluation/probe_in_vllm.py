@@ -12,6 +12,7 @@ from vllm_mtp.drafter.checkpoint import read_config
 from vllm_mtp.drafter.model import BoundDrafter
 from vllm_mtp.errors import MTPError
 from vllm_mtp.evaluation.blocks import Block, Outcome, ProbeTexts, recording
+from vllm_mtp.evaluation.model_len import model_len_as_served
 from vllm_mtp.plugin import METHOD
 
 
@@ -58,7 +59,7 @@ def _engine(
         str(target),
         dtype=dtype,  # type: ignore[arg-type]
         enforce_eager=True,
-        max_model_len=longest,
+        max_model_len=model_len_as_served(target, longest),
         max_num_seqs=len(blocks),
         # All prompts in one step and in one piece: a piece of a prompt would be
         # drafted behind, too, with the prompt's next token as the anchor.

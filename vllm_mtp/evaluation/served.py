@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vllm_mtp.evaluation.model_len import model_len_as_served
 from vllm_mtp.metrics import AcceptanceCounts, read_vllm_counters
 from vllm_mtp.plugin import METHOD
 
@@ -82,7 +83,7 @@ def _start(
         str(target),
         dtype=dtype,  # type: ignore[arg-type]
         # Room for the last drafts, so that every step drafts k tokens.
-        max_model_len=max_model_len + k,
+        max_model_len=model_len_as_served(target, max_model_len + k),
         enforce_eager=current_platform.is_cpu(),
         disable_log_stats=False,
         use_tqdm_on_load=False,
