@@ -203,7 +203,7 @@ class TestRefused:
 
         def scaled(input_ids: torch.Tensor, **settings: Any) -> Any:
             embedded = model.get_input_embeddings()(input_ids)
-            return forward(inputs_embeds=embedded * 30.0, **settings)
+            return forward(**settings | {"inputs_embeds": embedded * 30.0})
 
         HFTarget(model)  # good before
         model.get_decoder().forward = scaled

@@ -120,7 +120,6 @@ def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 class _Result(NamedTuple):
-    hidden: torch.Tensor  # [rows, hidden_size]
     stream: torch.Tensor  # [rows, hidden_size], with the residual
     keys: torch.Tensor  # [rows, kv_heads * head_dim]
 
@@ -158,9 +157,9 @@ class _Run:
                 "states, residual) from one attention; this architecture is not "
                 "supported"
             )
-        own, behind = result
-        stream = own if behind is None else own.float() + behind.float()
-        return _Result(own, stream, self._keys[0])
+        hidden, residual = result
+        stream = hidden if residual is None else hidden.float() + residual.float()
+        return _Result(stream, self._keys[0])
 
 
 class _OwnValue(nn.Module):

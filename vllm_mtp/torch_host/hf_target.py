@@ -287,7 +287,7 @@ class HFTarget(OneRank):
                 return _rows(value.repeat_interleave(len(query) // len(value), dim=0))
 
             embedding: Any = self.model.get_input_embeddings().weight
-            row = Stream(torch.ones_like(embedding[:1]).cumsum(-1).sin())
+            row = Stream(torch.linspace(-1, 1, embedding.shape[1]).to(embedding)[None])
             attend = _InLayer(look, self._windows[index])
             with self._attention_is_ours():
                 for position in (0, 100):
