@@ -190,16 +190,14 @@ def _gemma4() -> Gemma4TextConfig:
     )
 
 
-class _Broken(LlamaConfig):
-    model_type = "broken"
-
+class _Broken(PlainConfig):
     @property
     def num_attention_heads(self) -> int:
         raise RuntimeError("a fault\nof the model's own code")
 
-    @num_attention_heads.setter
-    def num_attention_heads(self, _: int) -> None:
-        pass
+
+def _broken() -> _Broken:
+    return _Broken(model_type="broken")
 
 
 @pytest.mark.parametrize(
@@ -209,7 +207,7 @@ class _Broken(LlamaConfig):
             _gemma4,
             r"'gemma4_text': .*AmbiguousGlobalPerLayerAttributeError: .*head_dim",
         ),
-        (_Broken, r"'broken': .*RuntimeError: a fault of the model's own code\)\. Use"),
+        (_broken, r"'broken': .*RuntimeError: a fault of the model's own code\)\. Use"),
     ],
 )
 def test_what_a_config_raises_is_one_line(make: Callable[[], Any], reason: str) -> None:

@@ -96,9 +96,14 @@ def fix_rope(decoder: Any) -> None:
         decoder: The target's; its RoPE is changed.
 
     Raises:
-        UnsupportedTargetError: The two scale it differently.
+        UnsupportedTargetError: The two scale it differently, or there is none.
     """
     rotary: Any = getattr(decoder, "rotary_emb", None)
+    if rotary is None:
+        raise UnsupportedTargetError(
+            f"{type(decoder).__name__} has no `rotary_emb`; only targets with one for "
+            "all layers are supported by the torch drafter"
+        )
     kinds: Any = getattr(rotary, "rope_type", "default")
     of_layers = isinstance(kinds, dict)
     odd = [

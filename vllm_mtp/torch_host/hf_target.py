@@ -315,12 +315,7 @@ class HFTarget(OneRank):
         return _SmallHead(rows, self._soft_cap, self._logit_scale)
 
     def _cos_sin(self, index: int, like: torch.Tensor, positions: torch.Tensor) -> Any:
-        rotary = getattr(self.decoder, "rotary_emb", None)
-        if rotary is None:
-            raise UnsupportedTargetError(
-                f"{type(self.decoder).__name__} has no `rotary_emb`; only targets "
-                "with one for all layers are supported by the torch drafter"
-            )
+        rotary: Any = self.decoder.rotary_emb
         if "layer_type" in inspect.signature(type(rotary).forward).parameters:
             kind = self.decoder.config.layer_types[index]
             return rotary(like, positions[None], kind)
