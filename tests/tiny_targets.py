@@ -9,11 +9,15 @@ from typing import Any, NamedTuple
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
+    Cohere2Config,
+    Exaone4Config,
     Gemma2Config,
     Gemma3TextConfig,
+    GptOssConfig,
     LlamaConfig,
     MistralConfig,
     Phi3Config,
+    PhimoeConfig,
     PreTrainedConfig,
     Qwen2Config,
     Qwen3Config,
@@ -56,19 +60,28 @@ class _Family(NamedTuple):
     changes: Mapping[str, Any] = {}
 
 
+# Several layers of the one kind to a layer of the other, as in the real ones.
+_LAYER_TYPES = [
+    "sliding_attention",
+    "full_attention",
+    "sliding_attention",
+    "sliding_attention",
+]
 _GEMMA = {
     "sliding_window": WINDOW,
     "query_pre_attn_scalar": 24,
     "final_logit_softcapping": 20.0,
     "tie_word_embeddings": True,  # vLLM knows no other Gemma 2
-    # Several layers of the one kind to a layer of the other, as in the real ones.
-    "layer_types": [
-        "sliding_attention",
-        "full_attention",
-        "sliding_attention",
-        "sliding_attention",
-    ],
+    "layer_types": _LAYER_TYPES,
 }
+LONG_ROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "original_max_position_embeddings": 32,
+    "short_factor": [1.0 + 0.1 * i for i in range(16)],
+    "long_factor": [4.0 + 0.5 * i for i in range(16)],
+}
+"""Of a tiny Phi-3, which is made for 512 tokens."""
 FAMILIES = {
     "llama": _Family(LlamaConfig),
     "qwen2": _Family(Qwen2Config, _QUOTIENT),
@@ -86,6 +99,51 @@ FAMILIES = {
         },
     ),
     "phi3": _Family(Phi3Config, _QUOTIENT),
+    "phi3_longrope": _Family(
+        Phi3Config,
+        _QUOTIENT
+        | {"rope_parameters": LONG_ROPE, "original_max_position_embeddings": 32},
+    ),
+    # The full layer has no RoPE, and no norm stands before a layer's parts.
+    "exaone4": _Family(
+        Exaone4Config, {"sliding_window": WINDOW, "layer_types": _LAYER_TYPES}
+    ),
+    # The full layer has no RoPE, attention and MLP stand side by side. vLLM's windows
+    # are one token longer than transformers', so no text of the parity tests is as
+    # long.
+    "cohere2": _Family(
+        Cohere2Config,
+        _QUOTIENT
+        | {
+            "sliding_window": 100,
+            "layer_types": _LAYER_TYPES,
+            "tie_word_embeddings": True,  # vLLM knows no other
+            "logit_scale": 0.0625,
+        },
+    ),
+    "gpt_oss": _Family(
+        GptOssConfig,
+        {
+            "sliding_window": WINDOW,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 1e4,
+                "factor": 8.0,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "truncate": False,
+                "original_max_position_embeddings": 64,
+            },
+        },
+    ),
+    # LayerNorms, of which vLLM takes plain ones.
+    "phimoe": _Family(
+        PhimoeConfig,
+        _QUOTIENT | {"num_local_experts": 4, "num_experts_per_tok": 2},
+    ),
     "qwen3_moe": _Family(
         Qwen3MoeConfig,
         {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64},
@@ -106,6 +164,9 @@ def make_tiny(family: str, folder: Path, **overrides: Any) -> Path:
     config = make(**{k: v for k, v in values.items() if (k, v) != ("head_dim", None)})
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     fill_weights(model, _STD)
+    for name, weight in model.named_parameters():
+        if name.endswith("sinks"):
+            weight.data += 2.0  # as large as the scores
     model.save_pretrained(folder)
     return folder
 

@@ -8,7 +8,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import PreTrainedModel
+from transformers import (
+    Gemma4TextConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen3_5MoeTextConfig,
+    Qwen3NextConfig,
+)
 from transformers.models.auto import AutoModelForCausalLM
 
 from checkpoints_spec.goldens import run_blocks
@@ -231,3 +237,35 @@ def test_target_weights_are_found_in_all_shards(
         assert all(layer[name].equal(parts.layer(index)[name]) for name in layer)
     assert whole.layer(NUM_LAYERS) == {}
     assert whole.get("no.such.tensor") is None
+
+
+class TestRefusedTargets:
+    """Each in one line, before any weight is read."""
+
+    def _refusal(
+        self, config: PreTrainedConfig, folder: Path, layers: str, **options: Any
+    ) -> str:
+        config.save_pretrained(folder)
+        with pytest.raises(UnsupportedTargetError) as error:
+            make(folder, layers, **options)
+        assert "\n" not in str(error.value)
+        return str(error.value)
+
+    def test_layers_without_a_cache(self, tmp_path: Path) -> None:
+        """Of a hybrid; those with attention are named."""
+        config = Qwen3NextConfig(num_hidden_layers=8)
+        text = self._refusal(config, tmp_path, "shared:all")
+        assert "layers [0, 1, 2, 4, 5, 6] have no keys and values" in text
+        assert "bind to [3, 7]" in text
+
+    def test_own_layers_where_no_mlp_gives_their_width(self, tmp_path: Path) -> None:
+        config = Qwen3_5MoeTextConfig(num_hidden_layers=4)
+        text = self._refusal(config, tmp_path, "own:3", own_init="random")
+        assert "intermediate_size" in text
+        assert "Use shared layers" in text
+
+    def test_sizes_that_differ_from_layer_to_layer(self, tmp_path: Path) -> None:
+        config = Gemma4TextConfig(num_hidden_layers=6, hidden_size_per_layer_input=0)
+        text = self._refusal(config, tmp_path, "shared:all")
+        assert "'gemma4_text'" in text
+        assert "head_dim" in text

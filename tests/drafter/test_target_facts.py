@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Facts of targets: read, compared, refused; and the weights' fingerprint."""
 
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import (
     DeepseekV3Config,
+    Gemma4TextConfig,
     LlamaConfig,
     LlavaConfig,
     MambaConfig,
@@ -22,6 +24,7 @@ from tests.tiny_targets import make_tiny_llama
 from vllm_mtp.drafter.target_facts import (
     TargetFacts,
     fingerprint_of_shapes,
+    layers_with_attention,
     sliding_windows,
     weights_fingerprint,
 )
@@ -175,6 +178,53 @@ def test_targets_without_keys_per_head_are_refused(config: Any, reason: str) -> 
         TargetFacts.from_hf_config(config)
     assert repr(config.model_type) in str(caught.value)
     assert "Use a target with" in str(caught.value)
+
+
+def _gemma4() -> Gemma4TextConfig:
+    """Its head size and KV heads differ from layer to layer."""
+    return Gemma4TextConfig(
+        num_hidden_layers=6,
+        head_dim=32,
+        global_head_dim=64,
+        hidden_size_per_layer_input=0,
+    )
+
+
+class _Broken(PlainConfig):
+    @property
+    def num_attention_heads(self) -> int:
+        raise RuntimeError("a fault\nof the model's own code")
+
+
+def _broken() -> _Broken:
+    return _Broken(model_type="broken")
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (
+            _gemma4,
+            r"'gemma4_text': .*AmbiguousGlobalPerLayerAttributeError: .*head_dim",
+        ),
+        (_broken, r"'broken': .*RuntimeError: a fault of the model's own code\)\. Use"),
+    ],
+)
+def test_what_a_config_raises_is_one_line(make: Callable[[], Any], reason: str) -> None:
+    with pytest.raises(UnsupportedTargetError, match=reason) as caught:
+        TargetFacts.from_hf_config(make())
+    assert "\n" not in str(caught.value)
+
+
+def test_windows_that_a_config_does_not_tell() -> None:
+    with pytest.raises(UnsupportedTargetError, match="'odd'.*num_hidden_layers"):
+        sliding_windows(PlainConfig(model_type="odd"))
+
+
+def test_layers_with_attention() -> None:
+    kinds = ["linear_attention", "full_attention", "conv", "sliding_attention"]
+    assert layers_with_attention(_plain(layer_types=kinds)) == [1, 3]
+    assert layers_with_attention(_plain()) == [0, 1]
 
 
 @pytest.mark.parametrize("kind", ["full_attention", "sliding_attention"])

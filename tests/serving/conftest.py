@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from checkpoints_spec.goldens import fill_weights
 from tests.tiny_targets import make_tiny, make_tiny_w8a8
 from vllm_mtp.drafter.checkpoint import save_drafter
 from vllm_mtp.drafter.init import DrafterOptions, new_drafter
@@ -36,6 +37,9 @@ DRAFTERS: dict[str, tuple[str, int, DrafterOptions]] = {
     "windowed": ("shared:all", 4, replace(PLAIN, prefix_window=50)),
     "mixed-windowed": ("shared:0-1,own:2,3", 4, replace(ALL_OPTIONS, prefix_window=50)),
     "overflows": ("own:0,shared:1,own:3", 4, PLAIN),
+    # Each kind of layer behind each, and at both ends.
+    "own-shared": ("own:0,shared:1,2,own:3", 3, replace(PLAIN, own_init="random")),
+    "shared-own": ("shared:0,own:1,2,shared:3", 3, replace(PLAIN, own_init="random")),
 }
 
 
@@ -75,6 +79,8 @@ def tiny_drafter(
             drafter = new_drafter(tiny_targets[family], layers, k, options, tokens)
             if options.lora_rank:
                 stir(drafter)
+            if name in ("own-shared", "shared-own"):
+                fill_weights(drafter, 0.2)  # the start values of own layers do nothing
             if name == "overflows":
                 blow_up(drafter)
             save_drafter(drafter, folder)

@@ -70,6 +70,13 @@ SLOW_PAIRS = [("qwen3", name) for name in NAMES if ("qwen3", name) not in PAIRS]
 # Sliding windows, shorter than the longest prompt, alone and beside full attention.
 PAIRS += [("mistral", "shared-4"), ("gemma3", "shared-4"), ("gemma3", "windowed")]
 SLOW_PAIRS += [("mistral", "mixed"), ("phi3", "shared-4"), ("qwen3_moe", "shared-4")]
+# Targets whose layers take and give the stream, rotate and attend in other ways.
+PAIRS += [
+    (family, name)
+    for family in ("exaone4", "cohere2", "gpt_oss")
+    for name in ("own-shared", "shared-own")
+]
+PAIRS.append(("phi3_longrope", "own-shared"))
 if ON_V2:  # Triton's interpreter takes about 0.2 s per step
     PAIRS = [("llama", name) for name in ("own-some", "mixed", "mixed-windowed")]
     SLOW_PAIRS = [("llama", name) for name in NAMES if ("llama", name) not in PAIRS]

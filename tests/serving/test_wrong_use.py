@@ -17,10 +17,12 @@ from safetensors.torch import load_file, save_file
 
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
+from vllm.config import KVTransferConfig
 from vllm.engine.arg_utils import EngineArgs
 
 from tests.tiny_targets import WINDOW, make_tiny_llama
 from vllm_mtp.errors import MTPError
+from vllm_mtp.serving.loading import load_bound_drafter
 from vllm_mtp.serving.settings import ALLOWED_KEYS
 
 Drafter = Callable[[str, str], Path]
@@ -234,6 +236,11 @@ WRONG_USE: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
         },
         ["kv_transfer_config", "scratch", "Leave it out"],
     ),
+    "KV offloading, of which vLLM makes a connector": (
+        {},
+        {"kv_offloading_size": 1.0},
+        ["kv_offloading_size is set", "makes a KV connector", "Leave it out"],
+    ),
     "ranks that do not divide the heads": (
         {},
         {"tensor_parallel_size": 3},
@@ -252,6 +259,24 @@ def test_wrong_use_is_refused(
         start(tiny_targets["llama"], good | spec, **settings)
     for text in expected:
         assert text in str(error.value)
+
+
+@pytest.mark.parametrize("connector", ["OffloadingConnector", None])
+def test_a_connector_that_was_made_later_is_refused(
+    connector: str | None, tiny_targets: dict[str, Path], tiny_drafter: Drafter
+) -> None:
+    """By the config that a worker has, before the drafter is read."""
+    config = start(
+        tiny_targets["llama"], {"model": str(tiny_drafter("llama", "shared-4"))}
+    )
+    config.kv_transfer_config = KVTransferConfig(
+        kv_connector=connector, kv_role=connector and "kv_both"
+    )
+    nothing = torch.nn.Module()
+    with pytest.raises((MTPError, AssertionError)) as error:
+        load_bound_drafter(nothing, config, torch.device("cpu"))
+    refused = "vLLM uses the KV connector 'OffloadingConnector'" in str(error.value)
+    assert refused == (connector is not None)
 
 
 def test_replicas_of_a_mixture_of_experts_are_refused(

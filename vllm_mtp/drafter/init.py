@@ -22,6 +22,7 @@ from vllm_mtp.drafter.model import Drafter
 from vllm_mtp.drafter.options import DrafterOptions
 from vllm_mtp.drafter.target_facts import (
     TargetFacts,
+    layers_with_attention,
     safetensors_files,
     sliding_windows,
 )
@@ -64,20 +65,20 @@ def new_drafter(
     target = Path(target)
     options = options or DrafterOptions()
     options.require_valid(num_speculative_tokens)
-    hf_config = AutoConfig.from_pretrained(target).get_text_config()
     knobs = options.knobs()
-    _require_token_ids(draft_token_ids, knobs["draft_vocab_size"], hf_config.vocab_size)
+    facts = TargetFacts.from_folder(target)
+    _require_token_ids(draft_token_ids, knobs["draft_vocab_size"], facts.vocab_size)
     if draft_token_ids is not None:
         knobs["draft_vocab_size"] = len(draft_token_ids)
-    facts = TargetFacts.from_folder(target)
+    hf_config = AutoConfig.from_pretrained(target).get_text_config()
+    bound_layers = parse_layers(layers, facts.num_hidden_layers)
+    _require_caches(bound_layers, hf_config)
     weights = TargetWeights(target)
     config = DrafterConfig(
         model_type="mtp_placeholder",
         format_version=1,
         num_speculative_tokens=num_speculative_tokens,
-        layers=_layer_configs(
-            parse_layers(layers, facts.num_hidden_layers), options, weights, hf_config
-        ),
+        layers=_layer_configs(bound_layers, options, weights, hf_config),
         markov=options.markov_config(),
         target=facts,
         **knobs,
@@ -106,6 +107,16 @@ def _require_token_ids(
             f"draft_token_ids: expected different token ids from 0 to "
             f"{vocab_size - 1}, got {len(ids)} of which {len(set(ids))} differ and "
             f"{len(wrong)} are out of range"
+        )
+
+
+def _require_caches(layers: list[BoundLayer], hf_config: object) -> None:
+    """Refuse layers without keys and values per head, as hybrid targets have."""
+    readable = layers_with_attention(hf_config)
+    if odd := sorted({layer.target_layer for layer in layers} - set(readable)):
+        raise UnsupportedTargetError(
+            f"layers: target layers {odd} have no keys and values per token (linear "
+            f"attention or mamba?), so there is no KV cache to read; bind to {readable}"
         )
 
 
@@ -201,9 +212,16 @@ def _own_layer_config(
     copy = options.own_init == "copy"
     if copy:
         _require_copyable(hf_config)
+    intermediate_size = getattr(hf_config, "intermediate_size", None)
+    if not intermediate_size:
+        raise UnsupportedTargetError(
+            f"layers: own layers take the width of their MLP from the target's dense "
+            f"one (intermediate_size), and {getattr(hf_config, 'model_type', '?')!r} "
+            "has none. Use shared layers."
+        )
     return OwnLayerConfig(
         target_layer=bound.target_layer,
-        intermediate_size=getattr(hf_config, "intermediate_size"),  # noqa: B009
+        intermediate_size=intermediate_size,
         rms_norm_eps=getattr(hf_config, "rms_norm_eps", 1e-6),
         qkv_bias=copy and "self_attn.q_proj.bias" in layer,
         qk_norm=copy and "self_attn.q_norm.weight" in layer,

@@ -4,13 +4,14 @@
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
-from vllm_mtp.errors import TargetMismatchError, UnsupportedTargetError
+from vllm_mtp.errors import MTPError, TargetMismatchError, UnsupportedTargetError
 
 # Far above any model; below it, no product of sizes leaves 64 bits.
 MAX_SIZE = 1 << 24
@@ -71,15 +72,10 @@ class TargetFacts(BaseModel):
         Raises:
             UnsupportedTargetError: The target cannot be read by our drafters.
         """
-        text = hf_config.get_text_config()
-        _refuse_unsupported(text)
-        try:
+        with _named_config_errors(hf_config):
+            text = hf_config.get_text_config()
+            _refuse_unsupported(text)
             return cls(name=name, **_facts(text))
-        except (AttributeError, TypeError, ValidationError) as error:
-            raise UnsupportedTargetError(
-                f"target {getattr(text, 'model_type', name)!r}: its config does not "
-                f"give what drafters need ({error}). Use another target."
-            ) from None
 
     @classmethod
     def from_folder(cls, folder: Path) -> "TargetFacts":
@@ -121,7 +117,76 @@ def sliding_windows(text_config: Any) -> list[int | None]:
 
     Args:
         text_config: A ``PretrainedConfig``, of the text part.
+
+    Raises:
+        UnsupportedTargetError: The config does not say.
     """
+    with _named_config_errors(text_config):
+        return _sliding_windows(text_config)
+
+
+def layers_with_attention(text_config: Any) -> list[int]:
+    """The layers that have keys and values per head.
+
+    Args:
+        text_config: A ``PretrainedConfig``, of the text part.
+
+    Raises:
+        UnsupportedTargetError: The config does not say.
+    """
+    with _named_config_errors(text_config):
+        kinds = getattr(text_config, "layer_types", None)
+        if kinds is None:
+            return list(range(text_config.num_hidden_layers))
+        return [index for index, kind in enumerate(kinds) if _is_attention(kind)]
+
+
+def long_rope_from(text_config: Any) -> int | None:
+    """The least ``max_model_len`` with longrope's long factors; None for no longrope.
+
+    vLLM rotates all positions by the long factors, or all by the short ones.
+
+    Args:
+        text_config: A ``PretrainedConfig``, of the text part.
+    """
+    with _named_config_errors(text_config):
+        rope = _rope_parameters(text_config)
+        if rope.get("rope_type") != "longrope":
+            return None
+        original = rope.get("original_max_position_embeddings") or getattr(
+            text_config, "original_max_position_embeddings", None
+        )
+        if not isinstance(original, int):
+            return None
+        longest = text_config.max_position_embeddings
+        return original + 1 if longest > original else None
+
+
+def _is_attention(kind: str) -> bool:
+    return "attention" in kind and "linear" not in kind
+
+
+@contextmanager
+def _named_config_errors(config: Any) -> Iterator[None]:
+    """Make whatever a config raises one line that names the target.
+
+    Config classes run code of their own when they are asked for a value.
+    """
+    try:
+        yield
+    except MTPError:
+        raise
+    except Exception as error:
+        fields = vars(type(config)) | vars(config)
+        name = fields.get("model_type", type(config).__name__)
+        reason = " ".join(str(error).split())[:300]
+        raise UnsupportedTargetError(
+            f"target {name!r}: its config does not give what drafters need "
+            f"({type(error).__name__}: {reason}). Use another target."
+        ) from None
+
+
+def _sliding_windows(text_config: Any) -> list[int | None]:
     longest = getattr(text_config, "max_position_embeddings", None) or math.inf
     window = getattr(text_config, "sliding_window", None)
     if window is not None and window >= longest:
@@ -157,7 +222,7 @@ def _refuse_unsupported(text: Any) -> None:
             "which our drafters read. Use a target with ordinary attention."
         )
     kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
-    if not any("attention" in kind and "linear" not in kind for kind in kinds):
+    if not any(map(_is_attention, kinds)):
         raise UnsupportedTargetError(
             f"target {name!r} has no attention layer (layer_types: "
             f"{sorted(kinds)}); there is no KV cache to read. Use a target with "

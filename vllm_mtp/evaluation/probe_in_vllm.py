@@ -8,6 +8,7 @@ from typing import Any
 from vllm_mtp import engine
 from vllm_mtp.drafter.checkpoint import read_config
 from vllm_mtp.evaluation.blocks import Block, Outcome, ProbeTexts, recording
+from vllm_mtp.evaluation.model_len import model_len_as_served
 from vllm_mtp.plugin import METHOD
 
 
@@ -32,7 +33,7 @@ def run_in_vllm(
         target,
         enforce_eager=True,
         dtype=dtype,
-        max_model_len=longest,
+        max_model_len=model_len_as_served(target, longest),
         max_num_seqs=len(blocks),
         # All prompts in one step and in one piece: a piece of a prompt would be
         # drafted behind, too, with the prompt's next token as the anchor.

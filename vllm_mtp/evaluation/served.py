@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_mtp import engine
+from vllm_mtp.evaluation.model_len import model_len_as_served
 from vllm_mtp.metrics import AcceptanceCounts, read_vllm_counters
 from vllm_mtp.plugin import METHOD
 
@@ -58,7 +59,7 @@ def measure_served(
         cache_gib=2,
         dtype=dtype,
         # Room for the last drafts, so that every step drafts k tokens.
-        max_model_len=longest + 1 + k,
+        max_model_len=model_len_as_served(target, longest + 1 + k),
         disable_log_stats=False,
         skip_tokenizer_init=not Path(target, "tokenizer.json").exists(),
         speculative_config={

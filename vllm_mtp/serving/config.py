@@ -14,7 +14,11 @@ from vllm_mtp.drafter.checkpoint import load_drafter
 from vllm_mtp.drafter.config import DrafterConfig, require_window
 from vllm_mtp.drafter.layout import require_whole_blocks
 from vllm_mtp.drafter.sharding import require_divisible
-from vllm_mtp.drafter.target_facts import TargetFacts, sliding_windows
+from vllm_mtp.drafter.target_facts import (
+    TargetFacts,
+    long_rope_from,
+    sliding_windows,
+)
 from vllm_mtp.errors import (
     MethodConfigError,
     MTPError,
@@ -34,9 +38,10 @@ _PARALLEL_SIZES = (
     "decode_context_parallel_size",
     "prefill_context_parallel_size",
 )
+_CONNECTOR = "a KV connector would see the drafter's scratch writes as the target's"
 _REFUSED_SETTINGS = {
-    "kv_transfer_config": "a KV connector would see the drafter's scratch writes as "
-    "the target's",
+    "kv_transfer_config": _CONNECTOR,
+    "kv_offloading_size": f"it makes a KV connector, and {_CONNECTOR}",
     "enable_lora": "vLLM's LoRA kernels know only the rows of the target's own batch",
     "watermark_config": "drafts are sampled without the watermark",
 }
@@ -157,6 +162,7 @@ def build_config(
     except MTPError as error:
         raise type(error)(f"{folder}: {error}") from None
     _log_start(folder, drafter_config, num_tokens)
+    _warn_of_short_rope(target_model_config)
     settings |= {
         "method": "ngram",
         "model": str(folder),
@@ -240,6 +246,40 @@ def _require_supported(engine_args: Any, model: Any, parallel: Any) -> None:
         raise UnsupportedTargetError(
             f"method {METHOD!r}: the target uses M-RoPE (several position axes), "
             "which is not supported. Serve it without this method."
+        )
+
+
+def _warn_of_short_rope(model: Any) -> None:
+    least = long_rope_from(model.hf_config.get_text_config())
+    if least is not None and model.max_model_len < least:
+        logger.warning(
+            "%s: with max_model_len=%d vLLM uses longrope's short factors; drafters "
+            "are trained with the long ones, and fewer drafts are accepted. Set %d or "
+            "more.",
+            METHOD,
+            model.max_model_len,
+            least,
+        )
+
+
+def require_no_connector(vllm_config: Any) -> None:
+    """Refuse a KV connector, whatever made it.
+
+    vLLM makes some of them from other settings, after it has built our config.
+
+    Args:
+        vllm_config: vLLM's whole ``VllmConfig``.
+
+    Raises:
+        UnsupportedTargetError: There is one.
+    """
+    transfer = getattr(vllm_config, "kv_transfer_config", None)
+    connector = getattr(transfer, "kv_connector", None)
+    if connector is not None:
+        raise UnsupportedTargetError(
+            f"method {METHOD!r}: vLLM uses the KV connector {connector!r}: "
+            f"{_CONNECTOR}. Leave out what makes it (kv_transfer_config, "
+            "kv_offloading_size), or serve without this method."
         )
 
 

@@ -10,6 +10,7 @@ from vllm_mtp.drafter.checkpoint import load_drafter
 from vllm_mtp.drafter.model import BoundDrafter
 from vllm_mtp.drafter.sharding import part_of
 from vllm_mtp.serving.compiled import compile_layers
+from vllm_mtp.serving.config import require_no_connector
 from vllm_mtp.serving.kernels import use_vllm_kernels
 from vllm_mtp.serving.vllm_target import VllmTarget, this_rank
 
@@ -25,8 +26,10 @@ def load_bound_drafter(
         device: Where the target is.
 
     Raises:
-        MTPError: The drafter cannot be read or does not fit the target.
+        MTPError: The drafter cannot be read or does not fit the target, or a KV
+            connector is in use.
     """
+    require_no_connector(vllm_config)
     spec_config = vllm_config.speculative_config
     assert spec_config is not None
     assert spec_config.model is not None

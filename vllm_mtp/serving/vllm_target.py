@@ -34,6 +34,12 @@ from vllm_mtp.drafter.sharding import Rank
 from vllm_mtp.drafter.target_facts import TargetFacts
 from vllm_mtp.errors import UnsupportedTargetError
 from vllm_mtp.serving.kernels import product_with
+from vllm_mtp.serving.layer_ways import (
+    LayerWays,
+    first_of,
+    layer_ways,
+    norm_adds_residual,
+)
 
 _LAYER_PARAMETERS = ("positions", "hidden_states", "residual")
 
@@ -67,14 +73,21 @@ class VllmTarget:
         bound_layers: Iterable[int],
     ) -> None:
         self._model = _language_model(model)
-        self._dtype = vllm_config.model_config.dtype
+        dtype = vllm_config.model_config.dtype
+        assert isinstance(dtype, torch.dtype), "vLLM resolved it before"
+        self._dtype = dtype
+        self._vllm_config = vllm_config
         self._max_model_len = vllm_config.model_config.max_model_len
         self._decoder = self._model.model
         attention = _attention_by_layer(vllm_config)
         self._attention: dict[int, Attention] = {}
         self._rotary: dict[int, nn.Module] = {}
+        self._ways: dict[int, LayerWays] = {}
         for index in bound_layers:
             self._bind(index, attention, facts)
+        self._norm_adds = norm_adds_residual(
+            self._decoder.norm, facts.hidden_size, dtype
+        )
 
     @property
     def attention_layer_names(self) -> set[str]:
@@ -111,6 +124,12 @@ class VllmTarget:
             )
         self._attention[index] = attention[index]
         self._rotary[index] = rotary[0]
+        self._ways[index] = layer_ways(
+            self._decoder.layers[index],
+            facts.hidden_size,
+            self._dtype,
+            self._vllm_config,
+        )
 
     def all_reduce(self, partial: torch.Tensor) -> torch.Tensor:
         return tensor_model_parallel_all_reduce(partial)
@@ -152,6 +171,11 @@ class VllmTarget:
         stream: Stream,
         positions: torch.Tensor,
     ) -> Stream:
+        if not self._ways[index].carries_residual:
+            hidden, _ = layer(
+                positions=positions, hidden_states=stream.summed(), residual=None
+            )
+            return Stream(hidden)
         hidden, residual = layer(
             positions=positions,
             hidden_states=stream.hidden,
@@ -166,6 +190,8 @@ class VllmTarget:
         query: torch.Tensor,
         key: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        if not self._ways[index].rotates:
+            return query, key
         return self._rotary[index](positions, query, key)
 
     def attend(
@@ -175,8 +201,8 @@ class VllmTarget:
 
     def final_norm(self, stream: Stream) -> torch.Tensor:
         norm = self._decoder.norm
-        if stream.residual is None:
-            return norm(stream.hidden)
+        if stream.residual is None or not self._norm_adds:
+            return first_of(norm(stream.summed()))
         return norm(stream.hidden, stream.residual)[0]
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

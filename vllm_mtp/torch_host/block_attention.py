@@ -60,6 +60,7 @@ def attend_blocks(
     prefix_value: torch.Tensor,
     bias: BlockBias,
     scale: float,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attend to the prefix and to the own block.
 
@@ -71,6 +72,7 @@ def attend_blocks(
         prefix_value: ``[G, T', D]``.
         bias: From `block_bias`.
         scale: Factor of the scores.
+        sinks: ``[H]``; scores of one more key each, whose value is zero.
 
     Returns:
         ``[R, H * D]``.
@@ -87,7 +89,12 @@ def attend_blocks(
     )
     own = own_query @ own_key.mT + bias.block  # [G, H/G, B, k, k]
     scores = torch.cat([past + bias.prefix, own.flatten(2, 3)], dim=-1)
+    if sinks is not None:
+        sinks = sinks.to(scores.dtype).unflatten(0, scores.shape[:2])
+        column = sinks[..., None, None].expand(*scores.shape[:-1], 1)
+        scores = torch.cat([scores, column], dim=-1)
     weights = scores.float().softmax(-1).to(query.dtype)
+    weights = weights[..., : num_read + num_draft_tokens]
     past_weights, own_weights = weights.split([num_read, num_draft_tokens], dim=-1)
     out = (past_weights.flatten(1, 2) @ prefix_value).unflatten(1, (-1, num_rows))
     out = out + (own_weights.unflatten(-2, blocks) @ own_value).flatten(2, 3)

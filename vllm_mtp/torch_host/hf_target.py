@@ -2,6 +2,7 @@
 """A transformers model as the drafter's target host: training and offline checks."""
 
 import inspect
+import math
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,9 +19,14 @@ from transformers.models.auto import AutoModelForCausalLM
 
 from vllm_mtp.drafter.host import OneRank
 from vllm_mtp.drafter.layers import Stream
-from vllm_mtp.drafter.target_facts import TargetFacts, sliding_windows
+from vllm_mtp.drafter.target_facts import (
+    TargetFacts,
+    layers_with_attention,
+    sliding_windows,
+)
 from vllm_mtp.errors import UnsupportedTargetError
 from vllm_mtp.torch_host.block_attention import BlockBias, attend_blocks, block_bias
+from vllm_mtp.torch_host.followed import fix_rope, require_followed
 
 
 @dataclass(frozen=True)
@@ -75,15 +81,23 @@ class _Read(NamedTuple):
         return next(iter(self.biases.values())).prefix.shape[0]
 
 
+class _LayerWays(NamedTuple):
+    """What a layer's attention does besides attending."""
+
+    rotates: bool
+    sinks: torch.Tensor | None  # [heads]
+
+
 class HFTarget(OneRank):
     """A frozen causal LM of transformers as `hosts.TargetHost`.
 
     Args:
-        model: A causal LM; eager or SDPA attention.
+        model: A causal LM; eager or SDPA attention. RoPE that depends on the text's
+            length (longrope) is fixed in place, see `followed.fix_rope`.
 
     Raises:
-        UnsupportedTargetError: The model computes something around its layers
-            that the torch host does not.
+        UnsupportedTargetError: The model computes something that the torch host
+            does not.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -94,7 +108,11 @@ class HFTarget(OneRank):
         self.decoder = model.get_decoder()
         self._windows = sliding_windows(config)
         self._soft_cap: float | None = getattr(config, "final_logit_softcapping", None)
+        self._logit_scale: float = getattr(config, "logit_scale", None) or 1.0
+        self._ways: dict[int, _LayerWays] = {}
         self._reads: list[_Read] = []
+        fix_rope(self.decoder)
+        require_followed(self)
 
     @torch.no_grad()
     def encode(
@@ -140,8 +158,6 @@ class HFTarget(OneRank):
             num_draft_tokens: k.
             prefix_window: The drafter's; None for all of the prefix.
         """
-        config = self.decoder.config
-        before = config._attn_implementation
         self._reads = [
             _Read(
                 states,
@@ -152,13 +168,22 @@ class HFTarget(OneRank):
             )
             for states, lens in blocks
         ]
-        # A shared layer hands its queries to `_attend_in_layer`, not to its own kernel.
+        try:
+            with self._attention_is_ours():
+                yield
+        finally:
+            self._reads = []
+
+    @contextmanager
+    def _attention_is_ours(self) -> Iterator[None]:
+        """Layers hand their queries to `_attend_in_layer`, not to their own kernel."""
+        config = self.decoder.config
+        before = config._attn_implementation
         config._attn_implementation = _OURS
         try:
             yield
         finally:
             config._attn_implementation = before
-            self._reads = []
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         return self.model.get_input_embeddings()(token_ids)
@@ -176,11 +201,22 @@ class HFTarget(OneRank):
         stream: Stream,
         positions: torch.Tensor,
     ) -> Stream:
+        attend = _InLayer(partial(self._attend_heads, index), self._windows[index])
+        return self._run_layer(layer, index, stream, positions, attend)
+
+    def _run_layer(
+        self,
+        layer: Callable[..., Any],
+        index: int,
+        stream: Stream,
+        positions: torch.Tensor,
+        attend: "_InLayer",
+    ) -> Stream:
         hidden = stream.summed()[None]
         out = layer(
             hidden,
             # Any object passes through a layer to the attention function.
-            attention_mask=partial(self._attend_heads, index),
+            attention_mask=attend,
             position_ids=positions[None],
             past_key_values=None,
             use_cache=False,
@@ -195,6 +231,8 @@ class HFTarget(OneRank):
         query: torch.Tensor,
         key: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        if not self._ways_of(index).rotates:
+            return query, key
         attention = self._attention(index)
         apply = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb")  # noqa: B009
         cos, sin = self._cos_sin(index, query, positions)
@@ -207,8 +245,8 @@ class HFTarget(OneRank):
         self, index: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     ) -> torch.Tensor:
         query, key, value = (self._heads(index, x) for x in (query, key, value))
-        scale = self._attention(index).scaling
-        return self._attend_heads(index, query, key, value, scale)
+        scale, sinks = self._attention(index).scaling, self._ways_of(index).sinks
+        return self._attend_heads(index, query, key, value, scale, sinks)
 
     def _attend_heads(
         self,
@@ -217,6 +255,7 @@ class HFTarget(OneRank):
         key: torch.Tensor,
         value: torch.Tensor,
         scale: float,
+        sinks: torch.Tensor | None,
     ) -> torch.Tensor:
         """``[heads, rows, head_dim]`` each, to ``[rows, heads * head_dim]``."""
         assert self._reads, "call within HFTarget.reading()"
@@ -226,14 +265,44 @@ class HFTarget(OneRank):
         for read, q, k, v in zip(self._reads, *parts, strict=True):
             past = read.states.keys[index], read.states.values[index]
             bias = read.biases[self._windows[index]]
-            outputs.append(attend_blocks(q, k, v, *past, bias, scale))
+            outputs.append(attend_blocks(q, k, v, *past, bias, scale, sinks))
         return torch.cat(outputs)
+
+    @torch.no_grad()
+    def _ways_of(self, index: int) -> _LayerWays:
+        """Seen by running the target's layer on one row, at two positions."""
+        if index not in self._ways:
+            keys: list[torch.Tensor] = []
+            found: list[torch.Tensor | None] = []
+
+            def look(
+                query: torch.Tensor,
+                key: torch.Tensor,
+                value: torch.Tensor,
+                scale: float,
+                sinks: torch.Tensor | None,
+            ) -> torch.Tensor:
+                keys.append(key)
+                found.append(sinks)
+                return _rows(value.repeat_interleave(len(query) // len(value), dim=0))
+
+            embedding: Any = self.model.get_input_embeddings().weight
+            row = Stream(torch.linspace(-1, 1, embedding.shape[1]).to(embedding)[None])
+            attend = _InLayer(look, self._windows[index])
+            with self._attention_is_ours():
+                for position in (0, 100):
+                    at = torch.tensor([position], device=embedding.device)
+                    self._run_layer(self.layer(index), index, row, at, attend)
+            near, far = keys
+            self._ways[index] = _LayerWays(not near.equal(far), found[0])
+        return self._ways[index]
 
     def final_norm(self, stream: Stream) -> torch.Tensor:
         return self.decoder.norm(stream.summed())
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        return _capped(self.model.get_output_embeddings()(hidden), self._soft_cap)
+        logits = self.model.get_output_embeddings()(hidden)
+        return _shaped(logits, self._soft_cap, self._logit_scale)
 
     def logits_of_tokens(self, token_ids: torch.Tensor) -> nn.Module:
         head = self.model.get_output_embeddings()
@@ -242,15 +311,11 @@ class HFTarget(OneRank):
                 "the target's LM head has a bias, which a reduced draft vocabulary "
                 "does not support. Use a drafter with draft_vocab_size null."
             )
-        return _SmallHead(head.weight.detach()[token_ids], self._soft_cap)
+        rows = head.weight.detach()[token_ids]
+        return _SmallHead(rows, self._soft_cap, self._logit_scale)
 
     def _cos_sin(self, index: int, like: torch.Tensor, positions: torch.Tensor) -> Any:
-        rotary = getattr(self.decoder, "rotary_emb", None)
-        if rotary is None:
-            raise UnsupportedTargetError(
-                f"{type(self.decoder).__name__} has no `rotary_emb`; only targets "
-                "with one for all layers are supported by the torch drafter"
-            )
+        rotary: Any = self.decoder.rotary_emb
         if "layer_type" in inspect.signature(type(rotary).forward).parameters:
             kind = self.decoder.config.layer_types[index]
             return rotary(like, positions[None], kind)
@@ -268,18 +333,24 @@ class HFTarget(OneRank):
 class _SmallHead(nn.Module):
     """The rows of the target's LM head that belong to some tokens."""
 
-    def __init__(self, weight: torch.Tensor, soft_cap: float | None) -> None:
+    def __init__(
+        self, weight: torch.Tensor, soft_cap: float | None, scale: float
+    ) -> None:
         super().__init__()
         self.weight = nn.Parameter(weight, requires_grad=False)
-        self.soft_cap = soft_cap
+        self.soft_cap, self.scale = soft_cap, scale
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """``[..., hidden_size]`` to ``[..., tokens]``."""
-        return _capped(nn.functional.linear(hidden, self.weight), self.soft_cap)
+        logits = nn.functional.linear(hidden, self.weight)
+        return _shaped(logits, self.soft_cap, self.scale)
 
 
-def _capped(logits: torch.Tensor, soft_cap: float | None) -> torch.Tensor:
-    return logits if soft_cap is None else torch.tanh(logits / soft_cap) * soft_cap
+def _shaped(logits: torch.Tensor, soft_cap: float | None, scale: float) -> torch.Tensor:
+    """What follows the LM head, in vLLM's order."""
+    if soft_cap is not None:
+        logits = torch.tanh(logits / soft_cap) * soft_cap
+    return logits if scale == 1.0 else logits * scale
 
 
 def _refuse_unfollowed(config: Any) -> None:
@@ -289,8 +360,12 @@ def _refuse_unfollowed(config: Any) -> None:
     if config.model_type in ("gemma", "gemma2"):
         # In some versions of transformers in the model's forward, in others not.
         found.append("scaled embeddings")
-    if any("chunked" in kind for kind in getattr(config, "layer_types", None) or ()):
+    kinds: list[str] = getattr(config, "layer_types", None) or []
+    if any("chunked" in kind for kind in kinds):
         found.append("chunked attention")
+    readable = layers_with_attention(config)
+    if others := sorted({kinds[i] for i in set(range(len(kinds))) - set(readable)}):
+        found.append(f"layers without keys and values per token ({', '.join(others)})")
     if found:
         raise UnsupportedTargetError(
             f"target {config.model_type!r} uses {', '.join(found)}, which the torch "
@@ -321,6 +396,28 @@ def _rows(heads: torch.Tensor) -> torch.Tensor:
     return heads.transpose(0, 1).flatten(1)
 
 
+_Attend = Callable[
+    [torch.Tensor, torch.Tensor, torch.Tensor, float, torch.Tensor | None],
+    torch.Tensor,
+]
+"""From query ``[heads, rows, head_dim]``, key and value ``[kv_heads, rows, head_dim]``,
+the factor of the scores and sinks ``[heads]`` to ``[rows, heads * head_dim]``."""
+
+
+class _InLayer(NamedTuple):
+    """What stands in for a layer's attention."""
+
+    attend: _Attend
+    window: int | None
+
+
+# Of the layer's call: what they say is in the rows already, or is nothing to attention.
+_WITHOUT_EFFECT = frozenset(
+    {"position_ids", "cache_position", "past_key_values", "use_cache"}
+    | {"output_attentions", "output_hidden_states", "position_embeddings"}
+)
+
+
 def _attend_in_layer(
     module: nn.Module,
     query: torch.Tensor,
@@ -328,11 +425,49 @@ def _attend_in_layer(
     value: torch.Tensor,
     attention_mask: Any,
     scaling: float,
-    **_: Any,
+    *,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    s_aux: torch.Tensor | None = None,
+    is_causal: bool | None = None,
+    **rest: Any,
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention interface: ``[1, heads, rows, head_dim]`` each."""
-    out = attention_mask(query[0], key[0], value[0], scaling)
+    in_layer: _InLayer = attention_mask
+    odd = {
+        name: setting
+        for name, setting in rest.items()
+        if setting is not None and name not in _WITHOUT_EFFECT
+    }
+    if dropout:
+        odd["dropout"] = dropout
+    if is_causal is False:
+        odd["is_causal"] = is_causal
+    if sliding_window not in (None, in_layer.window) and not _reads_all(
+        module, sliding_window
+    ):
+        odd["sliding_window"] = sliding_window
+    if odd:
+        raise UnsupportedTargetError(
+            f"{type(module).__name__} gives its attention {_shown(odd)}, which the "
+            "torch drafter does not follow, so a drafter would be trained on other "
+            "states than it is served on; use another target"
+        )
+    out = in_layer.attend(query[0], key[0], value[0], scaling, s_aux)
     return out.unflatten(-1, (query.shape[1], -1))[None], None
+
+
+def _reads_all(attention: Any, sliding_window: int) -> bool:
+    """Whether no text is longer than the window, see `sliding_windows`."""
+    longest = getattr(attention.config, "max_position_embeddings", None) or math.inf
+    return bool(sliding_window >= longest)
+
+
+def _shown(settings: dict[str, Any]) -> str:
+    return ", ".join(
+        name if isinstance(setting, torch.Tensor) else f"{name}={setting!r}"
+        for name, setting in settings.items()
+    )
 
 
 _OURS = "vllm_mtp_blocks"

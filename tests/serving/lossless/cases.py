@@ -106,6 +106,27 @@ FAMILIES = {
         slow=True,
     ),
     "phi3": Family("phi3", OTHERS, engines=_CACHE, slow=True),
+    # Their layers give the whole stream, where others give it in two parts.
+    "exaone4": Family(
+        "exaone4", OTHERS, engines=_CACHE, few_blocks=40, block_sizes=(32,) * 4
+    ),
+    "cohere2": Family(
+        "cohere2",
+        OTHERS,
+        engines=_CACHE,
+        few_blocks=40,
+        block_sizes=(32,) * 4,
+        slow=True,
+    ),
+    "gpt_oss": Family(
+        "gpt_oss",
+        OTHERS,
+        engines=_CACHE,
+        few_blocks=40,
+        block_sizes=(32,) * 2,
+        slow=True,
+    ),
+    "phimoe": Family("phimoe", OTHERS, engines=_CACHE, slow=True),
     "int8-weights": Family("llama_w8a8", ("shared-4",), engines=_CACHE, slow=True),
     "fp8-cache": Family(
         "llama",
