@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, Qwen3NextConfig
 from transformers.models.auto import AutoModelForCausalLM
 
 from tests.tiny_targets import LONG_ROPE, VOCAB_SIZE, make_tiny
-from vllm_mtp.drafter.host import Stream
+from vllm_mtp.drafter.layers import Stream
 from vllm_mtp.drafter.target_facts import long_rope_from
 from vllm_mtp.errors import UnsupportedTargetError
 from vllm_mtp.torch_host.block_attention import attend_blocks, block_bias

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from vllm_mtp.drafter.host import Stream
+from vllm_mtp.drafter.layers import Stream
 from vllm_mtp.drafter.target_facts import long_rope_from
 from vllm_mtp.errors import MTPError, UnsupportedTargetError
 
