@@ -70,7 +70,9 @@ def run(
     )
     try:
         assert process.stdout is not None
-        assert process.stdout.readline() == "started\n"
+        for line in process.stdout:  # behind what vLLM says of the machine
+            if line == "started\n":
+                break
         start = interrupted = time.monotonic()
         if moment is not None:
             while process.poll() is None and not (
@@ -79,7 +81,8 @@ def run(
                 time.sleep(0.005)
             process.send_signal(signal.SIGINT)
             interrupted = time.monotonic()
-        text, _ = process.communicate(timeout=MOST_SECONDS)
+        text = process.stdout.read()  # `communicate` would miss what is read already
+        process.wait(MOST_SECONDS)
     finally:
         process.kill()
     end = time.monotonic()
