@@ -78,7 +78,7 @@ FAMILIES = {
         ("mixed",),
         v2=("own-1",),
         engines=_CACHE,
-        few_blocks=9,
+        few_blocks=12,
         spares=("preemptions", "preempted_twice"),
     ),
     "gemma3": Family(
@@ -87,6 +87,7 @@ FAMILIES = {
         v2=OTHERS,
         engines=_CACHE,
         few_blocks=40,
+        spares=("preempted_twice",),
         block_sizes=(32,) * 4,
     ),
     "gemma3-one-group": Family(
@@ -102,6 +103,7 @@ FAMILIES = {
         ("shared-4",),
         engines=_CACHE,
         few_blocks=40,
+        spares=("preempted_twice",),
         block_sizes=(32,) * 4,
         slow=True,
     ),
@@ -145,6 +147,7 @@ FAMILIES = {
             "kv_cache_dtype_skip_layers": ["sliding_window"],
         },
         few_blocks=22,
+        spares=("preempted_twice",),
         block_sizes=(32, 32, 32, 128),
         slow=True,
     ),

@@ -109,7 +109,8 @@ class Result:
             for fact in self.row.shows:
                 if not getattr(side.facts, fact) and fact not in self.subject.spares:
                     yield f"{name}: no {fact}"
-        if self.row.drafts and not self.drafted.facts.counts.drafts:
+        wanted = self.row.drafts and (self.subject.exact or not self.row.trims)
+        if wanted and not self.drafted.facts.counts.drafts:
             yield "nothing was drafted"
 
     def _rejected(self) -> Iterator[str]:

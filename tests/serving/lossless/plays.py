@@ -235,5 +235,6 @@ def near_the_limit(stage: Stage) -> list[Answer]:
     one = (MAX_MODEL_LEN - 5, 20, 30, 40, 50, 60, 70, 80)
     some = (MAX_MODEL_LEN - 9, 20, MAX_MODEL_LEN - 1, 33)
     every = tuple(MAX_MODEL_LEN - 1 - left for left in range(16))
-    prompts = [stage.subject.prompts("at the limit", ls) for ls in (one, some, every)]
+    rounds = (("one", one), ("some", some), ("every", every))
+    prompts = [stage.subject.prompts(f"{how} at limit", ls) for how, ls in rounds]
     return [answer for batch in prompts for answer in stage.ask(batch)]

@@ -82,6 +82,7 @@ class Row:
         first: The first token of a drafter that is the target is always accepted,
             where `matrix.Result` does not excuse it.
         drafts: Whether the drafter is used at all.
+        trims: vLLM takes away drafts that a grammar forbids, often all of them.
         on_v2: Also for the V2 runner, of which a step takes long on a CPU.
     """
 
@@ -92,6 +93,7 @@ class Row:
     same_hits: bool = False
     first: bool = False
     drafts: bool = True
+    trims: bool = False
     on_v2: bool = False
 
 
@@ -201,10 +203,18 @@ ROWS = (
         ask("probabilistic", seed=1, **_ONE),
         "probabilistic",
     ),
-    Row("JSON schema", ask("json", **_structured(json=_SCHEMA))),
-    Row("regular expression", ask("regex", **_structured(regex=r"(\d{2,4}-)*[a-f]+"))),
-    Row("grammar", ask("grammar", **_structured(grammar=_GRAMMAR))),
-    Row("choice", ask("choice", **_structured(choice=["yes", "no", "perhaps"]))),
+    Row("JSON schema", ask("json", **_structured(json=_SCHEMA)), trims=True),
+    Row(
+        "regular expression",
+        ask("regex", **_structured(regex=r"(\d{2,4}-)*[a-f]+")),
+        trims=True,
+    ),
+    Row("grammar", ask("grammar", **_structured(grammar=_GRAMMAR)), trims=True),
+    Row(
+        "choice",
+        ask("choice", **_structured(choice=["yes", "no", "perhaps"])),
+        trims=True,
+    ),
     Row("prompts as embeddings", embedded, "blocks of 64"),
     Row("beam search", beams, drafts=False),
     Row("k below the drafter's", ask("fewer tokens"), "fewer tokens"),

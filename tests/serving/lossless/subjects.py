@@ -106,8 +106,8 @@ def shorter_for_v2(subject: Subject) -> Subject:
         num_prompts=4,
         max_tokens=8,
         lengths=(3, 33, 64, 100),
-        crowd_lengths=(150,),
-        crowd_tokens=30,
+        crowd_lengths=(110, 100, 95, 105),
+        crowd_tokens=60,
         spares=(*subject.spares, "preempted_twice"),
     )
 
