@@ -72,7 +72,6 @@ CASES = {
     "exaone4": Case("exaone4", OTHERS, 40, block_sizes=(32,) * 4),
     "cohere2": Case("cohere2", OTHERS, 40, slow=True, block_sizes=(32,) * 4),
     "gpt_oss": Case("gpt_oss", OTHERS, 40, slow=True, block_sizes=(32,) * 2),
-    "phimoe": Case("phimoe", OTHERS, 21, slow=True),
     "int8-weights": Case("llama_w8a8", ("shared-4",), 21, slow=True),
     "fp8-cache": Case("llama", COPYABLE, 21, {"kv_cache_dtype": "fp8"}, slow=True),
     # The sliding-window layers keep their type, so that blocks differ in size.
