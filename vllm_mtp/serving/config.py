@@ -38,10 +38,11 @@ _PARALLEL_SIZES = (
     "decode_context_parallel_size",
     "prefill_context_parallel_size",
 )
-_CONNECTOR = "a KV connector would see the drafter's scratch writes as the target's"
 _REFUSED_SETTINGS = {
-    "kv_transfer_config": _CONNECTOR,
-    "kv_offloading_size": f"it makes a KV connector, and {_CONNECTOR}",
+    "kv_transfer_config": "a KV connector would see the drafter's scratch writes as "
+    "the target's",
+    "kv_offloading_size": "it makes a KV connector, which would see the drafter's "
+    "scratch writes as the target's",
     "enable_lora": "vLLM's LoRA kernels know only the rows of the target's own batch",
     "watermark_config": "drafts are sampled without the watermark",
 }
@@ -278,8 +279,8 @@ def require_no_connector(vllm_config: Any) -> None:
     if connector is not None:
         raise UnsupportedTargetError(
             f"method {METHOD!r}: vLLM uses the KV connector {connector!r}: "
-            f"{_CONNECTOR}. Leave out what makes it (kv_transfer_config, "
-            "kv_offloading_size), or serve without this method."
+            f"{_REFUSED_SETTINGS['kv_transfer_config']}. Leave out what makes it "
+            "(kv_transfer_config, kv_offloading_size), or serve without this method."
         )
 
 

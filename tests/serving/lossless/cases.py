@@ -128,7 +128,6 @@ FAMILIES = {
         block_sizes=(32,) * 2,
         slow=True,
     ),
-    "phimoe": Family("phimoe", OTHERS, engines=_CACHE, slow=True),
     "int8-weights": Family("llama_w8a8", ("shared-4",), engines=_CACHE, slow=True),
     "fp8-cache": Family(
         "llama",
