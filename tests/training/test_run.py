@@ -120,19 +120,20 @@ class TestResume:
         broken, whole = tmp_path / "broken", tmp_path / "whole"
         resume = ["--resume_from_checkpoint", "last", "--output_dir", str(broken)]
         for number, step in ((signal.SIGINT, 40), (signal.SIGKILL, 160)):
+            log = tmp_path / f"{number.name}.log"
             victim = subprocess.Popen(
                 [*command, *resume],
-                stderr=subprocess.PIPE,
-                text=True,
+                stderr=log.open("w", encoding="utf-8"),
                 # A shell's background job ignores it.
                 preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             )
             try:
                 wait_for(broken / f"checkpoint-{step}" / "trainer_state.json")
                 victim.send_signal(number)
-                _, text = victim.communicate(timeout=60)
+                victim.wait(timeout=120)
             finally:
                 victim.kill()
+            text = log.read_text("utf-8")
             if number == signal.SIGINT:
                 assert victim.returncode == 130, text
                 assert "train: interrupted; with --resume-from-checkpoint" in text
@@ -166,7 +167,7 @@ class TestResume:
 
 
 def wait_for(file: Path) -> None:
-    for _ in range(1200):
+    for _ in range(6000):
         if file.exists():
             return
         time.sleep(0.05)
