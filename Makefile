@@ -34,7 +34,7 @@ bench: $(READY) ## Measure speed beside stock vLLM, into bench-report
 	@$(BIN)/vllm-mtp bench --profile --out bench-report
 
 test: lint ## Run the lint, then the tests
-	@$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
+	@$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadscope --no-loadscope-reorder
 
 test-versions: $(READY) ## Test with every vLLM that is said to work (downloads them once)
 	@$(BIN)/python -m tools.version_matrix --cache .vllm-versions

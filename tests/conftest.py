@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fixtures that several folders use, and how tests run side by side.
 
-`make test` runs two tests at a time (`pytest -n 2 --dist loadgroup`), each in a process
+`make test` runs two tests at a time (`pytest -n 2 --dist loadscope`), each in a process
 that has its part of the cores.
 """
 
 import os
 from pathlib import Path
+from typing import Any
 
 # Before torch is imported: more threads than cores wait for each other.
 if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
@@ -40,32 +41,43 @@ LONG_FIRST = (
 WITH_SERVER = ("test_serve.py", "test_examples.py")
 
 
-def group_of(item: pytest.Item) -> str:
+def group_of(nodeid: str) -> str:
     """What a test runs together with, where several processes run tests."""
-    name = item.path.name
-    case = getattr(item, "callspec", None)
+    file, _, test = nodeid.partition("::")
+    name, case = Path(file).name, test.partition("[")[2].rstrip("]")
     if name == "test_v2.py" and case:
-        return f"v2-{case.params['name']}"
+        return f"v2-{case}"
     if name == "test_matrix.py" and case:
-        family = case.params["case"].family.partition("-")[0]
+        family = case.partition("-")[0]
         return f"matrix-{family}" if family in ("llama", "smollm2") else "matrix"
     if name in WITH_SERVER:
         return "server"
-    return item.path.stem
+    return name.removesuffix(".py")
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
+@pytest.hookimpl(optionalhook=True)  # pytest-xdist may be missing
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Hand out whole groups.
+
+    pytest-xdist's own ``loadgroup`` writes a group into the test's id, which pytest 9.2
+    does not let it.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByGroup(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return group_of(nodeid)
+
+    return ByGroup(config, log)
+
+
 def pytest_collection_modifyitems(
     config: pytest.Config, items: list[pytest.Item]
 ) -> None:
-    """Say what runs together, and in which order, in a process beside others."""
-    if not hasattr(config, "workerinput"):
-        return
-    groups = {item: group_of(item) for item in items}
-    order = {name: place for place, name in enumerate(LONG_FIRST)}
-    items.sort(key=lambda item: order.get(groups[item], len(order)))
-    for item, name in groups.items():
-        item.add_marker(pytest.mark.xdist_group(name))
+    """In a process beside others, the longest groups come first."""
+    if hasattr(config, "workerinput"):
+        order = {name: place for place, name in enumerate(LONG_FIRST)}
+        items.sort(key=lambda item: order.get(group_of(item.nodeid), len(order)))
 
 
 @pytest.fixture(scope="session")
