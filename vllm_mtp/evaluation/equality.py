@@ -54,7 +54,8 @@ def compare_greedy(
     position = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
     if position is None:
         return Comparison("different", min(len(reference), len(other)))
-    top = reference_logprobs[position]
+    # Where none were asked for, a tie cannot be told from a difference.
+    top = reference_logprobs[position] if reference_logprobs else {}
     if other[position] not in top:
         return Comparison("different", position)
     gap = top[reference[position]].logprob - top[other[position]].logprob

@@ -38,6 +38,7 @@ class Family(NamedTuple):
         spares: Facts that no row needs to show.
         block_sizes: Of the KV-cache groups, ascending.
         slow: With every drafter.
+        without: Rows that vLLM answers wrong with any speculation.
     """
 
     target: str
@@ -50,6 +51,7 @@ class Family(NamedTuple):
     spares: tuple[str, ...] = ()
     block_sizes: tuple[int, ...] = (32,)
     slow: bool = False
+    without: tuple[str, ...] = ()
 
 
 # Layers that can be copied into the drafter's own.
@@ -110,7 +112,14 @@ FAMILIES = {
     "phi3": Family("phi3", OTHERS, engines=_CACHE, slow=True),
     # Their layers give the whole stream, where others give it in two parts.
     "exaone4": Family(
-        "exaone4", OTHERS, engines=_CACHE, few_blocks=40, block_sizes=(32,) * 4
+        "exaone4",
+        OTHERS,
+        engines=_CACHE,
+        few_blocks=40,
+        block_sizes=(32,) * 4,
+        # With n-gram drafts two of the 36 answers begin with the same wrong tokens
+        # (docs/upstream/README.md).
+        without=("sampled, top-k 1, n = 3",),
     ),
     "cohere2": Family(
         "cohere2",
@@ -182,6 +191,8 @@ class Case(NamedTuple):
 
 def _may_meet(row: Row, drafter: str, family: Family, runner: str) -> bool:
     if family.engines is not None and row.engine not in family.engines:
+        return False
+    if row.name in family.without:
         return False
     if runner == "V2" and not (row.on_v2 and drafter in family.v2):
         return False
