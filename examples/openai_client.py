@@ -27,7 +27,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 # vLLM's counters, less "vllm:spec_decode_num_" in front and "_total" behind.
 DRAFTS, ACCEPTED = "drafts", "accepted_tokens"
-PER_PLACE = "accepted_tokens_per_pos"
+PER_POSITION = "accepted_tokens_per_pos"
 Counters = dict[tuple[str, int], float]  # (counter, position) -> value
 
 MESSAGES: list[ChatCompletionMessageParam] = [
@@ -55,7 +55,7 @@ def main() -> int:
     after = read_counters(metrics_url)
     drafts, accepted = (after[c, 0] - before.get((c, 0), 0) for c in (DRAFTS, ACCEPTED))
     print(f"drafts {drafts:.0f}, accepted draft tokens {accepted:.0f}")
-    for name, position in sorted(key for key in after if key[0] == PER_PLACE):
+    for name, position in sorted(key for key in after if key[0] == PER_POSITION):
         grown = after[name, position] - before.get((name, position), 0)
         print(f"  position {position + 1}: {grown / max(drafts, 1):.3f} accepted")
     length = 1 + accepted / max(drafts, 1)

@@ -12,7 +12,8 @@ PACKAGE = Path(vllm_mtp.__file__).parent
 # From the ground up. Rooms of one floor stand side by side and do not know each other.
 FLOORS = (
     # `engine` uses vLLM, so it needs nothing of ours; `plugin` has the method's name.
-    {"engine", "errors", "files", "flags", "markdown", "metrics", "plugin"},
+    {"engine", "errors", "files", "flags", "interrupts"}
+    | {"markdown", "metrics", "plugin"},
     {"references"},  # the drafters that ship with the package
     {"drafter"},
     {"torch_host", "serving", "data"},  # two hosts of a drafter, and texts

@@ -104,7 +104,7 @@ def test_an_exception_after_the_interrupt_is_the_interrupt(block: str) -> None:
         with interrupts.{block}():
             tell("ready")
             try:
-                time.sleep(0.3)
+                time.sleep(2)
             finally:
                 raise RuntimeError("another one")
         """
@@ -122,7 +122,7 @@ def test_a_deferred_interrupt_waits_for_a_safe_point() -> None:
                 interrupts.stop_if_asked()
                 if not step:
                     tell("ready")
-                time.sleep(0.3)
+                time.sleep(2)
                 with interrupts.deferred():
                     time.sleep(0.1)
                 tell(f"step {step}")
@@ -138,7 +138,7 @@ def test_a_deferred_interrupt_ends_the_block_at_last() -> None:
     body = """
         with interrupts.deferred():
             tell("ready")
-            time.sleep(0.3)
+            time.sleep(2)
             tell("done")
         tell("never")
     """
@@ -249,7 +249,7 @@ def test_an_ignored_interrupt_stays_ignored() -> None:
     """As under `nohup`, or in a shell's background job."""
     body = """
         tell("ready")
-        time.sleep(0.5)
+        time.sleep(2)
         atexit.unregister(complain)
         return 0
     """

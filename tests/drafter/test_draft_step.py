@@ -52,8 +52,12 @@ class Batch:
 
     @property
     def covered(self) -> int:
-        """Tokens that every table has room for."""
-        return min(len(rows[0]) * size for rows, size in self.tables)
+        """Tokens that every table has room for, up to the limit's own cache block."""
+        needed = [-(-self.max_model_len // size) for _, size in self.tables]
+        return min(
+            min(len(rows[0]), blocks) * size
+            for (rows, size), blocks in zip(self.tables, needed, strict=True)
+        )
 
 
 @st.composite

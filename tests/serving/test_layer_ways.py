@@ -39,4 +39,4 @@ def test_whether_a_norm_adds_its_residual(
     norm = kind(64).to(dtype)
     with torch.no_grad():
         norm.weight.mul_(3.0)
-    assert norm_adds_residual(norm, 64, dtype) is adds
+    assert norm_adds_residual(norm, 64, dtype, torch.device("cpu")) is adds

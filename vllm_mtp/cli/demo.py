@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vllm_mtp.errors import MTPError
 from vllm_mtp.flags import flag
 
 if TYPE_CHECKING:
@@ -70,6 +71,13 @@ class Demo:
         facts = TargetFacts.from_folder(Path(target))
         folder = resolve_drafter(self.drafter, target, facts)
         known = [training_prompts(folder)]
+        prompts = unseen_prompts(self.num_prompts, known)
+        if len(prompts) < self.num_prompts:
+            raise MTPError(
+                f"--num-prompts: got {self.num_prompts}, but ShareGPT has only "
+                f"{len(prompts)} prompts that the drafter {folder.name!r} was not "
+                "trained on; ask for fewer"
+            )
         spec: dict[str, object] = {"method": "mtp_placeholder"}
         if self.drafter:
             spec["model"] = self.drafter
@@ -77,7 +85,7 @@ class Demo:
             target=target,
             speculative_config=spec,
             drafter=folder.name if self.drafter else f"{folder.name}, found by target",
-            prompts=unseen_prompts(self.num_prompts, known),
+            prompts=prompts,
             choice=choice_in_words(known),
             max_tokens=self.max_tokens,
             rounds=self.rounds,

@@ -79,8 +79,18 @@ def _read(path: Path) -> dict[Any, Any]:
     return settings
 
 
+# Names of 0.1 that are others now; the nearest ones would mislead.
+_RENAMED = {
+    "place_decay": "position_decay",
+    "own_start": "own_init",
+    "boundary_start": "boundary_init",
+}
+
+
 def _nearest(name: Any, known: Collection[str]) -> str:
     from difflib import get_close_matches
 
+    if (now := _RENAMED.get(name)) in known:
+        return f"; it is called {now!r} now"
     near = get_close_matches(str(name), known, n=1)
     return f"; did you mean {near[0]!r}?" if near else ""

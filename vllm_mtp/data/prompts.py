@@ -12,8 +12,6 @@ from vllm_mtp.data.settings import SourceSettings
 from vllm_mtp.data.split import Message
 from vllm_mtp.errors import DataError
 
-# More than any source has; `None` would not do for the ShareGPT reader.
-_NO_LIMIT = 10**9
 _HF = "hf:"
 
 
@@ -41,10 +39,10 @@ def read_prompts(source: SourceSettings) -> Iterator[Prompt]:
 
 
 def _sharegpt(source: SourceSettings) -> Iterator[Prompt]:
-    from vllm_mtp.data.sharegpt import sharegpt_prompts
+    from vllm_mtp.data.sharegpt import every_sharegpt_prompt
 
-    limit = _NO_LIMIT if source.limit is None else source.limit
-    for text in sharegpt_prompts(limit, skip=source.skip):
+    stop = None if source.limit is None else source.skip + source.limit
+    for text in islice(every_sharegpt_prompt(), source.skip, stop):
         yield Prompt(({"role": "user", "content": text},), "sharegpt")
 
 

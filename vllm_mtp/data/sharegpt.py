@@ -44,12 +44,17 @@ def sharegpt_prompts(
             "limit, skip, max_chars and min_chars must be 0 or more, got "
             f"{limit}, {skip}, {max_chars} and {min_chars}"
         )
+    return list(islice(every_sharegpt_prompt(max_chars, min_chars), skip, skip + limit))
+
+
+def every_sharegpt_prompt(max_chars: int = 2000, min_chars: int = 20) -> Iterator[str]:
+    """Yield what `sharegpt_prompts` returns, one by one, as far as somebody reads."""
     kept = (
         prompt
         for prompt in _first_human_turns(iter_sharegpt_conversations())
         if min_chars <= len(prompt) <= max_chars
     )
-    return list(islice(_unique(kept), skip, skip + limit))
+    return _unique(kept)
 
 
 def iter_sharegpt_conversations(path: Path | None = None) -> Iterator[dict[str, Any]]:

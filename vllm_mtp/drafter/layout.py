@@ -116,7 +116,9 @@ def table_without(
 class CacheTable(NamedTuple):
     """Where the layers of one KV-cache group keep the tokens of B requests."""
 
-    cache_blocks: torch.Tensor  # [B, M] integer; the null block, 0, where none is
+    # [B, M] integer; 0, the null block, where a token has left a sliding window. Behind
+    # a request's last block it is nobody's business what stands there.
+    cache_blocks: torch.Tensor
     block_size: int  # tokens per cache block
 
 
@@ -169,7 +171,7 @@ def lay_out(
         prefix_lens = prefix_lens - inputs.num_rejected
         ends = ends - inputs.num_rejected
     tables = inputs.tables
-    most = covered_tokens(tables)
+    most = covered_tokens(tables, max_model_len)
     seq_lens = (prefix_lens + num_draft_tokens).clamp(max=most)
     read_tables = tuple(table.cache_blocks for table in tables)
     if prefix_window is not None:
@@ -195,9 +197,17 @@ def lay_out(
     )
 
 
-def covered_tokens(tables: Iterable[CacheTable]) -> int:
-    """Tokens of a sequence that every table has room for."""
-    return min(table.cache_blocks.shape[1] * table.block_size for table in tables)
+def covered_tokens(tables: Iterable[CacheTable], max_model_len: int) -> int:
+    """Tokens of a sequence that every table has room for: whole cache blocks, up to
+    the one with the limit.
+
+    A table may be wider, but backends size their buffers by the limit.
+    """
+    return min(
+        min(table.cache_blocks.shape[1], -(-max_model_len // table.block_size))
+        * table.block_size
+        for table in tables
+    )
 
 
 def is_placeholder(

@@ -165,13 +165,15 @@ def with_lora(
     for name, pair in pairs:
         site = _find_site(layer, name, facts)
         by_path.setdefault(site.path, []).append((site, pair))
-    return shadow(
+    changed: Any = shadow(
         layer,
         {
             path: GatedLinear(layer.get_submodule(path), branches, target)
             for path, branches in by_path.items()
         },
     )
+    changed.gate_names = [f"{path}.gate" for path in by_path]
+    return changed
 
 
 def gated(layer: nn.Module, gate: torch.Tensor) -> Callable[..., Any]:
@@ -181,11 +183,7 @@ def gated(layer: nn.Module, gate: torch.Tensor) -> Callable[..., Any]:
         layer: What `with_lora` gave.
         gate: ``[rows, 1]``, 0 or 1.
     """
-    gates = {
-        f"{path}.gate": gate
-        for path, module in layer.named_modules()
-        if isinstance(module, GatedLinear)
-    }
+    gates = dict.fromkeys(layer.gate_names, gate)  # type: ignore[arg-type]
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         return functional_call(layer, gates, args, kwargs, tie_weights=False)

@@ -24,7 +24,7 @@ from vllm_mtp.torch_host.texts import TextBlocks, forward_texts
 MAX_TEXT_TOKENS = 512
 _MAX_TEXTS = 4
 _MAX_BLOCKS = 24
-_MAX_SKETCHED_PLACES = 8
+_MAX_SKETCHED_POSITIONS = 8
 # Of a probe's sketches; the whole file stays below 300 kB.
 _MAX_SKETCH_BYTES = 240_000
 _BYTES_PER_SKETCH = 17 * 4
@@ -74,7 +74,7 @@ def stage_names(config: DrafterConfig) -> dict[int, str]:
 
 def sketched_positions(num_draft_tokens: int) -> list[int]:
     """Which positions of a block are sketched: at most eight, evenly spread."""
-    count = min(num_draft_tokens, _MAX_SKETCHED_PLACES)
+    count = min(num_draft_tokens, _MAX_SKETCHED_POSITIONS)
     return [i * (num_draft_tokens - 1) // max(count - 1, 1) for i in range(count)]
 
 

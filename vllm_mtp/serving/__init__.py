@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The only position that knows vLLM."""
+"""The drafter inside vLLM's processes: what vLLM loads and calls."""

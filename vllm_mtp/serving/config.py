@@ -45,6 +45,8 @@ _REFUSED_SETTINGS = {
     "scratch writes as the target's",
     "enable_lora": "vLLM's LoRA kernels know only the rows of the target's own batch",
     "watermark_config": "drafts are sampled without the watermark",
+    "enable_eplb": "drafts would count as load of the experts, and vLLM prepares the "
+    "experts only after the drafter has been bound to them",
 }
 
 

@@ -70,12 +70,13 @@ def layer_ways(
         ) from None
     unread = difference(given_other.stream, given.stream)
     added = difference(summed.stream, given.stream)
-    if not math.isfinite(unread + added):
+    turned = difference(far.keys, summed.keys)
+    if not math.isfinite(unread + added + turned):
         raise UnsupportedTargetError(
             f"a layer of the target ({name}) gives NaN or infinity for random rows, so "
             f"how it treats its residual cannot be seen; use another dtype than {dtype}"
         )
-    rotates = difference(far.keys, summed.keys) > _NOISE
+    rotates = turned > _NOISE
     if unread < added and unread <= _NOISE:
         return LayerWays(carries_residual=False, rotates=rotates)
     if added < unread and added <= _CLOSE:
@@ -86,15 +87,18 @@ def layer_ways(
     )
 
 
-def norm_adds_residual(norm: nn.Module, hidden_size: int, dtype: torch.dtype) -> bool:
+def norm_adds_residual(
+    norm: nn.Module, hidden_size: int, dtype: torch.dtype, device: torch.device
+) -> bool:
     """Whether ``norm(hidden, residual)`` is the norm of their sum.
 
     Args:
         norm: The target's last norm; any that takes ``hidden`` alone.
         hidden_size: Width of the stream.
         dtype: Of the stream.
+        device: Where the target is.
     """
-    hidden, residual = _random_rows(2, hidden_size, dtype, _device(norm))
+    hidden, residual = _random_rows(2, hidden_size, dtype, device)
     with torch.inference_mode():
         expected = first_of(norm(hidden + residual))
         try:

@@ -38,12 +38,12 @@ def with_seeds(
     Returns:
         To be called as ``pick``: once per position of the block, from left to right.
     """
-    seeds = torch.zeros_like(starts)
-    has_seed = torch.zeros_like(starts, dtype=torch.bool)
-    for row, generator in generators.items():
-        # With numbers, not from a tensor of the host: nothing waits for a GPU.
-        seeds[row].fill_(_signed(generator.initial_seed()))
-        has_seed[row].fill_(True)
+    rows = sorted(generators)
+    # With numbers, not from a tensor of the host: nothing waits for a GPU.
+    seeds = torch.stack(
+        [starts.new_full((), _signed(generators[row].initial_seed())) for row in rows]
+    )
+    starts = torch.stack([starts[row] for row in rows])
     columns = itertools.count()
 
     def seeded(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -51,8 +51,13 @@ def with_seeds(
         positions = starts + next(columns)
         if probs is None:  # nothing was drawn
             return tokens, probs
+        # Of their rows alone: the noise is as large as the vocabulary.
+        of_seeded = torch.stack([probs[row] for row in rows])
         noise = exponential_noise(seeds, positions, probs.shape[-1], probs.dtype)
-        return torch.where(has_seed, (probs / noise).argmax(dim=-1), tokens), probs
+        drawn, tokens = (of_seeded / noise).argmax(dim=-1), tokens.clone()
+        for index, row in enumerate(rows):
+            tokens[row] = drawn[index]
+        return tokens, probs
 
     return seeded
 

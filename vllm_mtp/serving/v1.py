@@ -125,9 +125,10 @@ class MTPPlaceholderProposer(DraftModelProposer):
                 backend = layers[name].get_attn_backend()
                 kind = gid, backend.full_cls_name(), layers[name].sliding_window
                 if kind not in found:
+                    of_layer = spec
                     if isinstance(spec, UniformTypeKVCacheSpecs):
-                        spec = spec.kv_cache_specs[name]
-                    found[kind] = AttentionGroup(backend, [], spec, gid)
+                        of_layer = spec.kv_cache_specs[name]
+                    found[kind] = AttentionGroup(backend, [], of_layer, gid)
                 found[kind].layer_names.append(name)
         for group in found.values():
             sizes, gid = kernel_block_sizes or (), group.kv_cache_group_id

@@ -124,7 +124,8 @@ class MTPPlaceholderSpeculator(DraftModelSpeculator):
         # What `lay_out` will give, for graphs, which are captured before any step.
         self._tables = block_tables
         tables = self._target_tables()
-        self._most_read = covered_tokens(tables)
+        limit = self.vllm_config.model_config.max_model_len
+        self._most_read = covered_tokens(tables, limit)
         self._window = self._bound.drafter.config.prefix_window
         if self._window is not None:
             most = most_read(self._window, self.num_speculative_steps)

@@ -85,8 +85,9 @@ class VllmTarget:
         self._ways: dict[int, LayerWays] = {}
         for index in bound_layers:
             self._bind(index, attention, facts)
+        device = next(self._decoder.parameters()).device
         self._norm_adds = norm_adds_residual(
-            self._decoder.norm, facts.hidden_size, dtype
+            self._decoder.norm, facts.hidden_size, dtype, device
         )
 
     @property

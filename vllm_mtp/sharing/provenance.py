@@ -173,10 +173,14 @@ def parent_record(folder: Path, named: str) -> ParentRecord:
         folder: The drafter's.
         named: As the user named it: a folder or a hub name.
     """
-    known = training_prompts(folder)
+    try:
+        known = training_prompts(folder)
+        held_out = None if known.assumed else known.held_out
+    except CheckpointError:  # a hand-edited file must not cost the end of a run
+        held_out = None
     return ParentRecord(
         name=_name_of(named, folder),
-        held_out=None if known.assumed else known.held_out,
+        held_out=held_out,
         config_sha256=hashlib.sha256((folder / "config.json").read_bytes()).hexdigest(),
         weights_sample_sha256=weights_sample_sha256(folder),
     )

@@ -89,7 +89,7 @@ class _LayerWays(NamedTuple):
 
 
 class HFTarget(OneRank):
-    """A frozen causal LM of transformers as `hosts.TargetHost`.
+    """A frozen causal LM of transformers as `drafter.host.TargetHost`.
 
     Args:
         model: A causal LM; eager or SDPA attention. RoPE that depends on the text's

@@ -132,7 +132,7 @@ class Result:
         """Drafts of a drafter that is the target whose first token may be wrong.
 
         Where a block of several positions passes the limit, its rows read a little
-        less of the prefix (`layout.fit_blocks`): one draft per request. A request that
+        less of the prefix (`layout.lay_out`): one draft per request. A request that
         was thrown out may find all but one token in the prefix cache; vLLM pads its
         step with drafts that no drafter has made.
         """
