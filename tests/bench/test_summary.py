@@ -179,8 +179,8 @@ def test_a_draft_and_a_step_beside_one_without() -> None:
     assert (row.requests, row.tokens) == (1, 2)
     assert (row.draft, row.step) == pytest.approx((0.3, 1.5))
     shown = table(profiles)
-    assert "| the draft, of a step of `none` |  |  | 0.30 |  |" in shown
-    assert "| the step, of one of `none` |  |  | 1.50 |  |" in shown
+    assert "| the draft, of a step of `none` | | | 0.30 | |" in shown
+    assert "| the step, of one of `none` | | | 1.50 | |" in shown
     assert "the draft, of" not in table(profiles[:2])
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Prompts from files and datasets, and what is said of broken ones."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -176,10 +177,10 @@ def test_a_missing_dataset_is_named() -> None:
 
 
 def test_sharegpt(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fake(limit: int, *, skip: int) -> list[str]:
-        return [f"text {number}" for number in range(skip, min(skip + limit, 5))]
+    def fake() -> Iterator[str]:
+        return (f"text {number}" for number in range(5))
 
-    monkeypatch.setattr("vllm_mtp.data.sharegpt.sharegpt_prompts", fake)
+    monkeypatch.setattr("vllm_mtp.data.sharegpt.every_sharegpt_prompt", fake)
     assert texts(read("sharegpt", skip=3)) == ["text 3", "text 4"]
     (found,) = read("sharegpt", skip=1, limit=1)
     assert found == Prompt(({"role": "user", "content": "text 1"},), "sharegpt")

@@ -272,7 +272,7 @@ def test_a_damaged_drafter_does_not_start(
     other = _files_of(tiny_drafter("llama", "own-some"))
     folder = tmp_path / "drafter"
 
-    @many(200, one=damage.refused(whole, [other]))
+    @many(200, one=damage.any_of(damage.REFUSED)(whole, [other]))
     def _(one: Damage) -> None:
         whole.write(folder)
         one.do(folder)

@@ -59,8 +59,9 @@ def watched_drafts(llm: LLM, *, compare_cache: bool = False) -> Iterator[list[St
         layers = attention_layers(runner) if compare_cache else []
         before = [layer.kv_cache.clone() for layer in layers]
         drafts = propose(*args, **kwargs)
-        # Reading them makes them, if they wait for it.
-        made = drafts.tolist() if torch.is_tensor(drafts) else list(drafts)
+        if not torch.is_tensor(drafts):
+            drafts = drafter.late_drafts()  # now, and not when they are fetched
+        made = drafts.tolist() if torch.is_tensor(drafts) else drafts
         anchors, positions = blocks.pop()
         names, table = _batch(runner, args)
         steps.append(Step(names, anchors, positions[:, 0].tolist(), made))

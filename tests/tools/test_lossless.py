@@ -34,9 +34,9 @@ def test_the_mark_goes_with_the_row(drafts: int) -> None:
     assert matrix.LEAST_DRAFTS == LEAST
     assert f"Fewer than {LEAST} drafts" in FEW_NOTE
     counts = AcceptanceCounts(drafts, 4 * drafts, (drafts, 0, 0, 0))
-    side = matrix.Side([], matrix.Facts(counts, *[0] * 6))
-    row = SimpleNamespace(name="choice", shows=())
-    line = line_of(matrix.Result(row, side, side, []))  # type: ignore[arg-type]
+    side = matrix.Side([], matrix.Facts(counts, *[0] * 7), 0, ())
+    row, subject = SimpleNamespace(name="choice", shows=()), SimpleNamespace()
+    line = line_of(matrix.Result(subject, row, side, side, []))
     assert line[DRAFTS] == (f"{drafts}{FEW}" if drafts < LEAST else str(drafts))
     page = renewed("", {"tiny": [line]})
     assert ("† Fewer than" in page) == (drafts < LEAST)

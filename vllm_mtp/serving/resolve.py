@@ -16,6 +16,7 @@ from vllm_mtp.plugin import METHOD
 from vllm_mtp.references import reference_folders
 from vllm_mtp.serving.settings import shown
 
+_PATH = 1000  # most characters of a path in a message
 _HUB_SECONDS = 10.0
 
 
@@ -57,15 +58,15 @@ def _named(model: str, revision: str | None) -> Path:
         if missing and not _is_path(model):
             return _from_hub(model, revision)
         raise DrafterNotFoundError(
-            f"speculative_config.model: no such folder: {shown(model)} "
+            f"speculative_config.model: no such folder: {shown(model, _PATH)} "
             f"({_reason(error)}). Give the drafter's folder, which holds {CONFIG_FILE} "
             f"and {WEIGHTS_FILE}, or a hub id."
         ) from None
     if stat.S_ISDIR(mode):
         return path
     raise DrafterNotFoundError(
-        f"speculative_config.model: {shown(model)} is a file; give the drafter's "
-        f"folder, which holds {CONFIG_FILE} and {WEIGHTS_FILE}"
+        f"speculative_config.model: {shown(model, _PATH)} is a file; give the "
+        f"drafter's folder, which holds {CONFIG_FILE} and {WEIGHTS_FILE}"
     )
 
 

@@ -38,6 +38,8 @@ def with_seeds(
     Returns:
         To be called as ``pick``: once per position of the block, from left to right.
     """
+    if not generators:
+        return pick
     rows = sorted(generators)
     # With numbers, not from a tensor of the host: nothing waits for a GPU.
     seeds = torch.stack(

@@ -120,6 +120,7 @@ FAMILIES = {
         # With n-gram drafts two of the 36 answers begin with the same wrong tokens
         # (docs/upstream/README.md).
         without=("sampled, top-k 1, n = 3",),
+        spares=("preempted_twice",),
     ),
     "cohere2": Family(
         "cohere2",
