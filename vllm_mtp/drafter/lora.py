@@ -61,6 +61,8 @@ class GatedLinear(nn.Module):
     Runs only inside `gated`, which gives the buffer ``gate`` ``[rows, 1]``, 0 or 1.
     """
 
+    gate_names = ("gate",)
+
     def __init__(
         self,
         base: nn.Module,
