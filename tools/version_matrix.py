@@ -93,7 +93,9 @@ def run(release: Release, runner: str, cache: Path) -> Result:
         )
     lines = log.read_text("utf-8", errors="replace").strip().splitlines() or ["nothing"]
     passed = done.returncode == 0
-    summary = lines[-1] if passed else f"{lines[-1]} (see {log})"
+    # Libraries may have the last word.
+    counted = [line for line in lines if " passed" in line or " failed" in line]
+    summary = (counted or lines)[-1] + ("" if passed else f" (see {log})")
     seconds = time.monotonic() - start
     return Result(release.version, runner, passed, summary, seconds)
 
