@@ -23,9 +23,11 @@ import torch
 from vllm import LLM, SamplingParams
 from vllm.platforms.cpu import CpuPlatform
 
+from vllm_mtp.drafter.checkpoint import read_config
 from vllm_mtp.engine import bound_drafter_of as bound_drafter_of  # for the tests
 from vllm_mtp.engine import core_of, runner_of, start
 from vllm_mtp.metrics import AcceptanceCounts, read_vllm_counters
+from vllm_mtp.plugin import METHOD
 
 # Set by `triton_interpreter/sitecustomize.py`, see test_v2.py.
 ON_V2 = os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1"
@@ -75,7 +77,8 @@ def engine(
     """One vLLM engine, gone when the block ends."""
     if not Path(target, "tokenizer.json").exists():
         settings["skip_tokenizer_init"] = True  # a tiny target made in code
-    settings = SETTINGS | settings | {"speculative_config": spec and dict(spec)}
+    spec = spec and with_fixed_length(spec)
+    settings = SETTINGS | settings | {"speculative_config": spec}
     gc.collect()
     gc.freeze()
     with ExitStack() as stack:
@@ -89,6 +92,19 @@ def engine(
             stack.close()
     del llm
     gc.collect()  # only of what came since `gc.freeze`
+
+
+def with_fixed_length(spec: dict[str, Any]) -> dict[str, Any]:
+    """All tokens that a drafter was made for in each step, so that what is accepted
+    does not hang on how fast a tiny target happens to be. A spec that says None leaves
+    the length to us."""
+    if spec.get("method") != METHOD or _LENGTHS & spec.keys() or "model" not in spec:
+        return dict(spec)
+    made_for = read_config(Path(spec["model"])).num_speculative_tokens
+    return spec | {"num_speculative_tokens": made_for}
+
+
+_LENGTHS = {"num_speculative_tokens", "num_speculative_tokens_per_batch_size"}
 
 
 @contextmanager

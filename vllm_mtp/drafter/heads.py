@@ -47,7 +47,21 @@ class MarkovCorrection(nn.Module):
         Returns:
             ``[.., V]``, V being the size of the output vocabulary, or ``[.., C]``.
         """
-        gated = torch.sigmoid(self.gate(hidden)) * self.embed(previous)
+        return self.bias(previous, self.gates(hidden), columns)
+
+    def gates(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What `forward` needs of hidden states ``[.., hidden_size]``: no token, so all
+        positions at once. ``[.., rank]``."""
+        return torch.sigmoid(self.gate(hidden))
+
+    def bias(
+        self,
+        previous: torch.Tensor,
+        gates: torch.Tensor,
+        columns: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """As `forward`, with the position's `gates`."""
+        gated = gates * self.embed(previous)
         if columns is None:
             return self.unembed(gated)
         return F.linear(gated, self.unembed.weight[columns])
@@ -120,10 +134,14 @@ def pick_block(
         to_scores, to_tokens = partial(vocab.spread, vocab_size=spread_to), _unchanged
     tokens: list[torch.Tensor] = []
     kept: list[torch.Tensor] = []
-    for position in range(logits.shape[1]):
+    batch, num_draft_tokens = logits.shape[:2]
+    gates = None
+    if markov is not None and num_draft_tokens > 1:
+        gates = markov.gates(hidden.flatten(0, 1)).unflatten(0, (batch, -1))
+    for position in range(num_draft_tokens):
         scores = logits[:, position]
-        if markov is not None and position > 0:
-            scores = scores + markov(tokens[-1], hidden[:, position])
+        if markov is not None and gates is not None and position > 0:
+            scores = scores + markov.bias(tokens[-1], gates[:, position])
         if spread_to is not None:
             # Of a distribution that is NaN, rejection sampling makes other texts.
             scores = scores.float().nan_to_num(0.0, 1e30, -1e30)
@@ -138,27 +156,26 @@ def _unchanged(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def pick_with_probability(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The best token of each row and its probability ``[B, 1]`` float32."""
-    best, index = logits.max(dim=-1)
-    return index, torch.exp(best.float() - logits.float().logsumexp(-1))[:, None]
-
-
-def sure_lengths(probabilities: torch.Tensor, least: float) -> list[int]:
-    """How many of a block's first tokens to keep.
-
-    Args:
-        probabilities: ``[B, k]``; of each token, given those before it.
-        least: Of a token and all before it together, to be kept.
-
-    Returns:
-        ``[B]``, each from 0 to k.
-    """
-    lengths: list[int] = (probabilities.cumprod(dim=1) >= least).sum(dim=1).tolist()
-    return lengths
-
-
 def pick_greedy(logits: torch.Tensor) -> tuple[torch.Tensor, None]:
     """The best token of each row, the first of equals; no distribution is kept."""
     # `argmax` says the same, but on a CPU takes over four times as long in bfloat16.
     return logits.max(dim=-1).indices, None
+
+
+def pick_greedy_with_scores(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `pick_greedy`, and the logits, for `probability_of_best`."""
+    return logits.max(dim=-1).indices, logits
+
+
+def probability_of_best(scores: torch.Tensor) -> torch.Tensor:
+    """How likely the best token of each row is, by the drafter.
+
+    Args:
+        scores: ``[B, k, V]``; of all positions, since one pass over them takes less
+            than one for each position.
+
+    Returns:
+        ``[B, k]`` float32; 0 where the drafter computed NaN.
+    """
+    best = scores.log_softmax(dim=-1).amax(dim=-1)
+    return best.float().exp().nan_to_num(0.0)

@@ -16,6 +16,9 @@ from vllm_mtp.drafter.model import BoundDrafter, RunLayers
 
 logger = logging.getLogger("vllm.mtp_placeholder")
 
+# Numbers that a core goes through in less time than it takes to wake the others.
+_ONE_THREAD = 1 << 18
+
 
 def compile_layers(bound: BoundDrafter, vllm_config: VllmConfig) -> None:
     """Compile the layers if the target is compiled as well, on a CPU.
@@ -28,7 +31,12 @@ def compile_layers(bound: BoundDrafter, vllm_config: VllmConfig) -> None:
     target_is_eager = vllm_config.compilation_config.mode == CompilationMode.NONE
     if eager or target_is_eager or not current_platform.is_cpu():
         return
-    bound.layers_runner = _Compiled(bound.layers_runner)
+    most_rows = (
+        vllm_config.scheduler_config.max_num_seqs
+        * bound.drafter.config.num_speculative_tokens
+    )
+    widest = most_rows * bound.drafter.config.target.hidden_size
+    bound.layers_runner = _Compiled(bound.layers_runner, widest <= _ONE_THREAD)
 
 
 class _Compiled:
@@ -36,9 +44,13 @@ class _Compiled:
 
     A single row would be compiled anew, as dynamo takes a size of 1 for a constant. It
     occurs only where one request drafts one token.
+
+    Args:
+        run: What to compile.
+        one_thread: Whether one thread does what lies between the products.
     """
 
-    def __init__(self, run: RunLayers) -> None:
+    def __init__(self, run: RunLayers, one_thread: bool) -> None:
         self._run = run
         # Weights, layers and types are the same in every call, so nothing needs to be
         # looked at again before it (which takes milliseconds).
@@ -46,7 +58,10 @@ class _Compiled:
             run,
             fullgraph=True,
             dynamic=True,
-            options={"guard_filter_fn": torch.compiler.skip_all_guards_unsafe},
+            options={
+                "guard_filter_fn": torch.compiler.skip_all_guards_unsafe,
+                **({"cpp.threads": 1} if one_thread else {}),
+            },
         )
 
     def __call__(

@@ -20,7 +20,6 @@ from vllm_mtp.drafter.target_facts import (
     sliding_windows,
 )
 from vllm_mtp.errors import (
-    MethodConfigError,
     MTPError,
     UnsupportedTargetError,
     UnsupportedVLLMError,
@@ -29,10 +28,12 @@ from vllm_mtp.plugin import METHOD
 from vllm_mtp.serving import versions
 from vllm_mtp.serving.ledger import install_for_requests, install_for_runner
 from vllm_mtp.serving.resolve import resolve_drafter
-from vllm_mtp.serving.settings import OWN_KEYS, checked, num_speculative_tokens
+from vllm_mtp.serving.settings import checked, num_speculative_tokens
 
 logger = logging.getLogger("vllm.mtp_placeholder")
 
+# With one of these, the user chooses how much is drafted.
+_LENGTHS = ("num_speculative_tokens", "num_speculative_tokens_per_batch_size")
 _PARALLEL_SIZES = (
     "pipeline_parallel_size",
     "decode_context_parallel_size",
@@ -59,13 +60,15 @@ class MTPPlaceholderSpecConfig(SpeculativeConfig):
     target's own modules.
 
     Attributes:
-        min_draft_probability: What a draft and those before it in the block must have
-            together, by the drafter, to be verified (V1 runner on a CPU).
+        takes_any_length: Whether each request can have another number of drafts in
+            each step.
+        chooses_length: Whether the number of drafts follows from what is measured.
         runner_has_drafter: Whether this process's runner was given our drafter.
     """
 
     # Not fields: the base class lists its own, and takes no other.
-    min_draft_probability = 0.0
+    takes_any_length: bool = False
+    chooses_length: bool = False
     runner_has_drafter: bool = False
 
     def __post_init__(self) -> Any:
@@ -141,7 +144,6 @@ def build_config(
     """
     _require_supported_vllm(versions.installed())
     settings = checked(requested)
-    _require_any_length(settings, target_parallel_config)
     _require_supported(engine_args, target_model_config, target_parallel_config)
     facts = TargetFacts.from_hf_config(
         target_model_config.hf_config, name=target_model_config.model
@@ -164,7 +166,9 @@ def build_config(
         )
     except MTPError as error:
         raise type(error)(f"{folder}: {error}") from None
-    _log_start(folder, drafter_config, num_tokens)
+    takes_any_length = _takes_any_length(settings, target_parallel_config)
+    chooses_length = takes_any_length and not any(map(settings.get, _LENGTHS))
+    _log_start(folder, drafter_config, num_tokens, chooses_length)
     _warn_of_short_rope(target_model_config)
     settings |= {
         "method": "ngram",
@@ -173,10 +177,9 @@ def build_config(
         "target_model_config": target_model_config,
         "target_parallel_config": target_parallel_config,
     }
-    ours = {key: settings.pop(key) for key in OWN_KEYS if key in settings}
     config = MTPPlaceholderSpecConfig(**settings)
-    for key, value in ours.items():
-        setattr(config, key, value)
+    config.takes_any_length = takes_any_length
+    config.chooses_length = chooses_length
     # Whoever builds the config adds the requests: `LLM`, and each API server.
     install_for_requests()
     return config
@@ -193,19 +196,17 @@ def _require_readable(config: DrafterConfig, engine_args: Any, model: Any) -> No
         require_whole_blocks([engine_args.block_size])
 
 
-def _require_any_length(settings: dict[str, Any], target_parallel_config: Any) -> None:
-    """Refuse to cut drafts where vLLM takes only drafts of one length."""
-    least = settings.get("min_draft_probability", 0)
-    if least == 0:
-        return
-    alone_on_cpu = current_platform.is_cpu() and target_parallel_config.world_size == 1
-    greedy = settings.get("draft_sample_method", "greedy") == "greedy"
-    if not alone_on_cpu or not greedy or versions.forced_runner() == "V2":
-        raise MethodConfigError(
-            f"speculative_config.min_draft_probability: got {least}, which needs the "
-            "V1 runner on a CPU, one process and greedy drafts; elsewhere vLLM takes "
-            "only drafts of one length. Leave it out"
-        )
+def _takes_any_length(settings: dict[str, Any], target_parallel_config: Any) -> bool:
+    """Whether the runner drafts late, when it can give each request what it likes.
+
+    Elsewhere vLLM takes only drafts of one length, or has planned them already.
+    """
+    return (
+        current_platform.is_cpu()
+        and target_parallel_config.world_size == 1
+        and settings.get("draft_sample_method", "greedy") == "greedy"
+        and versions.forced_runner() != "V2"
+    )
 
 
 def _require_supported_vllm(found: versions.Installed | None) -> None:
@@ -286,16 +287,19 @@ def require_no_connector(vllm_config: Any) -> None:
         )
 
 
-def _log_start(folder: Path, config: DrafterConfig, num_tokens: int) -> None:
+def _log_start(
+    folder: Path, config: DrafterConfig, num_tokens: int, chooses_length: bool
+) -> None:
     kinds = [layer.kind for layer in config.layers]
     logger.info(
         "%s: drafter %s; %d shared and %d own layers, reading the KV cache of target "
-        "layers %s; %d tokens per step; KV cache of its own: 0 bytes",
+        "layers %s; %s%d tokens per step; KV cache of its own: 0 bytes",
         METHOD,
         folder,
         kinds.count("shared"),
         kinds.count("own"),
         _ranges(config.bound_layers),
+        "as many as pay off, at most " if chooses_length else "",
         num_tokens,
     )
 

@@ -64,7 +64,7 @@ def validate_spec_decode(original: Callable[..., None]) -> Callable[..., None]:
         if isinstance(speculative_config, MTPPlaceholderSpecConfig):
             from vllm_mtp.serving.requests import require_verifiable
 
-            require_verifiable(self)
+            require_verifiable(self, speculative_config)
 
     return wrapper
 
@@ -115,6 +115,28 @@ def take_draft_token_ids(original: Callable[..., Any]) -> Callable[..., Any]:
             if late is not None:
                 self._draft_token_ids = late
         return original(self)
+
+    return wrapper
+
+
+def sample_or_verify(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Ledger entry ``v1-no-drafts``."""
+
+    @functools.wraps(original)
+    def wrapper(
+        self: Any,
+        metadata: Any,
+        draft_probs: torch.Tensor | None,
+        logits: torch.Tensor,
+        sampling_metadata: Any,
+    ) -> Any:
+        if metadata.max_spec_len:
+            return original(self, metadata, draft_probs, logits, sampling_metadata)
+        # As the rejection sampler asks for what it samples itself: without it, vLLM's
+        # logits processors would take row 0 for one that verifies a draft.
+        return self.sampler(
+            logits=logits, sampling_metadata=sampling_metadata, predict_bonus_token=True
+        )
 
     return wrapper
 

@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Products with the drafter's own weights, by the kernels that vLLM gives the target.
+"""Products with the drafter's own weights, by kernels that vLLM brings along.
 
-On a CPU these are oneDNN's with weights laid out once (or SGLang's). torch's
-``linear`` lays a float32 weight out anew at every call with two rows or more, which
-takes as long again as reading it (docs/benchmark.md). On GPUs nothing changes.
+On a CPU a draft waits for weights, so where the CPU multiplies 8-bit integers it reads
+them as such: a scale for each output of the weight, and one for each row of the input,
+found as it comes (vLLM's own W8A8 scheme). Drafts are verified, so what that rounds
+costs acceptance at most, and none that could be measured (docs/benchmark.md). Other
+CPUs use vLLM's ordinary kernels, with weights laid out once; torch's ``linear`` lays a
+float32 weight out anew at every call. On GPUs nothing changes.
 """
 
 from collections.abc import Callable
@@ -12,11 +15,20 @@ from typing import Any
 
 import torch
 from torch import nn
+from vllm import _custom_ops as ops
 from vllm.model_executor.layers.utils import (
     dispatch_cpu_unquantized_gemm,
     dispatch_unquantized_gemm,
 )
 from vllm.platforms import current_platform
+
+Product = Callable[[torch.Tensor], torch.Tensor]
+
+_INT8_MAX = 127
+# Smaller weights are read so fast that rounding them gains nothing.
+_LEAST_FOR_AMX = 1 << 16
+# Without AMX, to quantise the rows costs more than all but an LM head gains.
+_LEAST_FOR_VNNI = 1 << 22
 
 
 def use_vllm_kernels(module: nn.Module) -> None:
@@ -29,17 +41,85 @@ def use_vllm_kernels(module: nn.Module) -> None:
             linear.forward = product_with(linear)  # type: ignore
 
 
-def product_with(layer: Any) -> Callable[[torch.Tensor], torch.Tensor]:
-    """``[rows, in]`` to ``[rows, out]``, by the kernel that vLLM takes for the layer.
+def product_with(layer: Any) -> Product:
+    """``[rows, in]`` to ``[rows, out]``, by the fastest kernel for the layer.
 
     Args:
         layer: Has ``weight`` ``[out, in]`` and, if any, ``bias`` ``[out]``. On a CPU
-            the weight is laid out here, as vLLM does after loading its own.
+            the weight is laid out here, as vLLM does after loading its own. It is
+            kept, since `vllm-mtp check` and tensor parallelism look at it.
     """
-    if current_platform.is_cpu():
-        # Kept, since `vllm-mtp check` and tensor parallelism look at it.
-        dispatch_cpu_unquantized_gemm(layer, remove_weight=False)
     bias = getattr(layer, "bias", None)
+    if current_platform.is_cpu():
+        product = int8_product(layer.weight, bias)
+        if product is not None:
+            return product
+        dispatch_cpu_unquantized_gemm(layer, remove_weight=False)
+        bias = getattr(layer, "bias", None)  # which may be of another type now
     # Chosen once, and not for every product of every draft.
     kernel = dispatch_unquantized_gemm()
     return partial(kernel, layer, weight=layer.weight, bias=bias)
+
+
+def int8_product(weight: torch.Tensor, bias: torch.Tensor | None) -> Product | None:
+    """A product with the weight in 8 bits, where this CPU gains by it; else None.
+
+    Args:
+        weight: ``[out, in]``, bfloat16 or float32.
+        bias: ``[out]``.
+    """
+    if weight.dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported():
+        if weight.numel() >= _LEAST_FOR_AMX and _packs(weight):
+            return _by_amx(weight, bias)
+        return None
+    has_vnni = torch.cpu._is_vnni_supported()
+    if has_vnni and ops._supports_onednn and weight.numel() >= _LEAST_FOR_VNNI:
+        return _by_vnni(weight, bias)
+    return None
+
+
+def _packs(weight: torch.Tensor) -> bool:
+    """Whether SGLang's kernel, which vLLM's CPU build has, takes the weight."""
+    return (
+        hasattr(torch.ops._C, "int8_scaled_mm_with_quant")
+        and weight.shape[0] % 16 == 0
+        and weight.shape[1] % 32 == 0
+    )
+
+
+def _by_amx(weight: torch.Tensor, bias: torch.Tensor | None) -> Product:
+    rounded, scales = _rounded(weight)
+    packed = torch.ops._C.convert_weight_packed(rounded)
+    if bias is not None:
+        bias = bias.detach().float()
+    kernel = torch.ops._C.int8_scaled_mm_with_quant
+
+    def product(rows: torch.Tensor) -> torch.Tensor:
+        return kernel(rows, packed, scales, bias, rows.dtype, True)
+
+    return product
+
+
+def _by_vnni(weight: torch.Tensor, bias: torch.Tensor | None) -> Product:
+    rounded, scales = _rounded(weight)
+    handler = ops.create_onednn_scaled_mm(
+        rounded.t(), scales[None], weight.dtype, True, False, 32
+    )
+    if bias is not None:
+        bias = bias.detach().float()
+    num_outputs = weight.shape[0]
+
+    def product(rows: torch.Tensor) -> torch.Tensor:
+        quantised, row_scales, _ = ops.onednn_scaled_int8_quant(rows, None, None, True)
+        result = rows.new_empty(len(rows), num_outputs)
+        ops.onednn_scaled_mm(handler, quantised, result, row_scales, None, None, bias)
+        return result
+
+    return product
+
+
+def _rounded(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The weight ``[out, in]`` as int8, and the scale ``[out]`` float32 of each row."""
+    wide = weight.detach().float()
+    scales = wide.abs().amax(dim=1).clamp(min=1e-12) / _INT8_MAX
+    return (wide / scales[:, None]).round().to(torch.int8), scales

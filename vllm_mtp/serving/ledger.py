@@ -102,6 +102,17 @@ V1_LATE_DRAFTS = Patch(
     remove_when="The V1 runner is gone, or drafts after it has given its output.",
     cpu_only=True,
 )
+V1_NO_DRAFTS = Patch(
+    name="v1-no-drafts",
+    symbol="vllm.v1.sample.rejection_sampler:RejectionSampler.forward",
+    parameters=("self", "metadata", "draft_probs", "logits", "sampling_metadata"),
+    wrapper="vllm_mtp.serving.hooks:sample_or_verify",
+    what="Samples as without speculation in a step that verifies no draft.",
+    why="vLLM goes through its rejection sampler even then, which copies the logits "
+    "and takes up to a tenth of a step, so that drafting nothing would cost something.",
+    remove_when="The V1 runner is gone, or takes its plain sampler for such a step.",
+    cpu_only=True,
+)
 CPU_SAMPLING = Patch(
     name="cpu-sampling",
     symbol="vllm.v1.sample.rejection_sampler:apply_sampling_constraints",
@@ -133,6 +144,7 @@ PATCHES = (
     REQUESTS,
     V1_PROPOSER,
     V1_LATE_DRAFTS,
+    V1_NO_DRAFTS,
     V2_SPECULATOR,
     CPU_SAMPLING,
 )

@@ -47,8 +47,8 @@ _Schedule = Annotated[list[_Range] | tuple[_Range, ...], Field(min_length=1)]
 class SpeculativeSettings(BaseModel):
     """What the user may give; a field's description is what is expected there.
 
-    All but `OWN_KEYS` are settings of vLLM's ``SpeculativeConfig`` that mean something
-    for this method. Any other would be taken in silence and do nothing.
+    All are settings of vLLM's ``SpeculativeConfig`` that mean something for this
+    method. Any other would be taken in silence and do nothing.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
@@ -68,14 +68,9 @@ class SpeculativeSettings(BaseModel):
         "greedy", description="'greedy' or 'probabilistic'"
     )
     enforce_eager: bool = Field(False, description="true or false")
-    min_draft_probability: float = Field(
-        0.0, ge=0, le=1, description="a number from 0 to 1"
-    )
 
 
 ALLOWED_KEYS = tuple(SpeculativeSettings.model_fields)
-OWN_KEYS = ("min_draft_probability",)
-"""Those of `ALLOWED_KEYS` that vLLM's ``SpeculativeConfig`` does not know."""
 
 _SCHEDULE = "num_speculative_tokens_per_batch_size"
 

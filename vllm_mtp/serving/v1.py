@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """The V1 runner's drafter: a stock ``DraftModelProposer`` with another forward.
 
-`propose` translates vLLM's batch and has it laid out (`drafter.layout.lay_out`);
+`propose` takes vLLM's batch, `_batch` has it laid out (`drafter.layout.lay_out`), and
 `_draft` runs the drafter on it and chooses the tokens. On a CPU, where nothing else
-needs the drafts at once, the second part waits until the engine fetches them
-(`late_drafts`).
+needs the drafts at once, all but the first waits until the engine fetches them
+(`late_drafts`). By then it is known which requests go on, and each gets as many drafts
+as it asked for and as are worth their time (`draft_length`).
 """
 
 import logging
+import time
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any, NamedTuple
 
 import torch
@@ -24,8 +27,8 @@ from vllm.v1.worker.utils import AttentionGroup
 from vllm_mtp.drafter.heads import (
     Pick,
     pick_greedy,
-    pick_with_probability,
-    sure_lengths,
+    pick_greedy_with_scores,
+    probability_of_best,
 )
 from vllm_mtp.drafter.layout import (
     CacheTable,
@@ -38,25 +41,45 @@ from vllm_mtp.drafter.layout import (
 from vllm_mtp.drafter.model import scope
 from vllm_mtp.drafter.scopes import DRAFT
 from vllm_mtp.plugin import METHOD
+from vllm_mtp.serving.draft_length import DraftLength, Outcome
 from vllm_mtp.serving.faults import FILLER_TOKEN, DraftGuard
 from vllm_mtp.serving.loading import load_bound_drafter
+from vllm_mtp.serving.lookup import Lookups
+from vllm_mtp.serving.requests import MOST_DRAFTS
 from vllm_mtp.serving.sampling import with_seeds
 
 logger = logging.getLogger("vllm.mtp_placeholder")
 
 
+# What vLLM knows of each request beside lengths and tables; no draft on a CPU reads it.
+_OF_REQUESTS = {field.name for field in fields(CommonAttentionMetadata)} & {
+    "is_prefilling",
+    "req_idx",
+    "rswa_prefix_lens",
+    "replayssm_decode_base_cpu",
+    "_num_computed_tokens_cache",
+    "_token_to_req_indices_cache",
+}
+
+
+class _Step(NamedTuple):
+    """What a step of the target leaves to draft from: B requests."""
+
+    anchor_ids: torch.Tensor  # [B] int32
+    hidden_states: torch.Tensor  # [tokens, hidden_size], after the final norm
+    num_rejected: torch.Tensor | None  # [B] int32
+    metadata: CommonAttentionMetadata
+    sampling: SamplingMetadata
+
+
 class _Batch(NamedTuple):
-    """What one step drafts from: B requests, k tokens each."""
+    """What one draft needs: B requests, k tokens each."""
 
     anchor_ids: torch.Tensor  # [B] int32
     boundary: torch.Tensor | None  # [B, hidden_size]
     layout: DraftLayout
     metadata: CommonAttentionMetadata  # of the drafter, but for block table and slots
     sampling: SamplingMetadata
-
-    @property
-    def num_draft_tokens(self) -> int:
-        return self.layout.positions.shape[1]
 
 
 class _NoTokenIds:
@@ -73,11 +96,13 @@ class MTPPlaceholderProposer(DraftModelProposer):
     Attributes:
         faults: Lets a draft fail.
         prefix_window: What a draft reads; may be another one from step to step.
+        lengths: Chooses how much to draft and to verify; None where the user did.
         skips_finished: Whether to draft nothing where no request goes on.
     """
 
     faults: DraftGuard
     prefix_window: int | None
+    lengths: DraftLength | None
     skips_finished: bool = True
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, runner: Any):
@@ -85,9 +110,11 @@ class MTPPlaceholderProposer(DraftModelProposer):
         self._runner = runner  # the base class does not keep it
         config: Any = self.speculative_config
         config.runner_has_drafter = True
-        # Of a draft and those before it together; less likely ones are not verified.
-        self._min_probability: float = config.min_draft_probability
-        self._late: _Batch | None = None
+        most = config.num_speculative_tokens
+        self._newest = most + 1  # tokens that a step adds, at most
+        self.lengths = DraftLength(most) if config.chooses_length else None
+        self._lookups = Lookups()
+        self._late: _Step | None = None
         self.faults = DraftGuard(alone=vllm_config.parallel_config.world_size == 1)
 
     def load_model(self, target_model: torch.nn.Module) -> None:
@@ -209,84 +236,178 @@ class MTPPlaceholderProposer(DraftModelProposer):
             return next_token_ids.new_empty(num_reqs, 0, dtype=torch.int64)
         if self.faults.is_off:
             return self._no_drafts(num_reqs)
+        step = _Step(
+            next_token_ids,
+            target_hidden_states,
+            num_rejected_tokens_gpu,
+            common_attn_metadata,
+            sampling_metadata,
+        )
+        if self._may_wait(sampling_metadata):
+            self._late = step
+            return [[] for _ in range(num_reqs)]
         try:
-            batch = self._batch(
-                next_token_ids,
-                target_hidden_states,
-                num_rejected_tokens_gpu,
-                common_attn_metadata,
-                sampling_metadata,
-            )
-            if self._may_wait(sampling_metadata):
-                self._late = batch
-                return [[] for _ in range(num_reqs)]
-            return self._draft(batch)[0]
+            return self._draft(self._batch(step, num_speculative_tokens))[0]
         except Exception as error:
             self.faults.survive(error)
             return self._no_drafts(num_reqs)
 
     @torch.inference_mode()
     def late_drafts(self) -> list[list[int]] | None:
-        """The drafts ``[B][k]`` that the last `propose` left for later; else None.
+        """The drafts of each request that the last `propose` left for later; else None.
 
-        Each ends where the drafter is no longer sure of it, and all are empty where no
-        request goes on or the drafter fails.
+        There are none for a request that does not go on, and for all if the drafter
+        fails.
         """
-        batch, self._late = self._late, None
-        if batch is None:
+        step, self._late = self._late, None
+        if step is None:
             return None
-        nothing: list[list[int]] = [[] for _ in range(len(batch.anchor_ids))]
-        if self.skips_finished and self._all_have_finished(batch.num_draft_tokens):
-            return nothing
+        names: list[str] = self._runner.input_batch.req_ids
+        drafts: dict[str, list[int]] = {}
+        if self.lengths is not None:
+            self.lengths.step_is_over(_now_ms(), self._outcomes(step, names))
         try:
-            tokens, probabilities = self._draft(batch)
+            drafts = self._drafts_by_name(step, names)
         except Exception as error:
             self.faults.survive(error)
-            return nothing
-        rows: list[list[int]] = tokens.tolist()
-        if probabilities is None:
-            return rows
-        lengths = sure_lengths(probabilities[..., 0], self._min_probability)
-        return [row[:length] for row, length in zip(rows, lengths, strict=True)]
+        if self.lengths is not None:
+            self.lengths.draft_is_over(_now_ms(), names)
+        return [drafts.get(name, []) for name in names]
+
+    def _outcomes(self, step: _Step, names: Sequence[str]) -> dict[str, Outcome]:
+        """What was verified, by request."""
+        queries: list[int] = step.metadata.query_start_loc_cpu.diff().tolist()
+        rejected = [0] * len(names)
+        if step.num_rejected is not None:
+            rejected = step.num_rejected.tolist()
+        return {
+            name: Outcome(query - 1, query - 1 - number)
+            for name, query, number in zip(names, queries, rejected, strict=True)
+        }
+
+    def _drafts_by_name(
+        self, step: _Step, names: Sequence[str]
+    ) -> dict[str, list[int]]:
+        """The drafts of those requests that get any."""
+        limits = self._limits(names)
+        rows = [row for row, limit in enumerate(limits) if limit]
+        num_tokens, drafts = max(limits), {}
+        if self.lengths is not None:
+            # What a seed promises must not hang on a clock: all that there is.
+            seeded = [row for row in rows if row in step.sampling.generators]
+            free = [names[row] for row in rows if row not in seeded]
+            matches = self._lookups.matches(
+                {n: self._text(n) for n in free}, num_tokens
+            )
+            lengths = {name: match.length for name, match in matches.items()}
+            plan = self.lengths.plan(free, len(names), lengths)
+            drafts = {n: matches[n].tokens[:kept] for n, kept in plan.copied.items()}
+            rows = [row for row in rows if row in seeded or names[row] in plan.drafted]
+            if not seeded:
+                num_tokens = min(num_tokens, plan.num_tokens)
+        if rows and num_tokens:
+            some = None if len(rows) == len(names) else torch.tensor(rows)
+            tokens, probabilities = self._draft(self._batch(step, num_tokens, some))
+            drafted = [names[row] for row in rows]
+            drafts |= zip(drafted, tokens.tolist(), strict=True)
+            if self.lengths is not None:
+                assert probabilities is not None, "late drafts have them"
+                kept = self.lengths.tokens_to_verify(
+                    drafted, probabilities.numpy(), len(names)
+                )
+                for row, length in zip(rows, kept, strict=True):
+                    if row not in seeded:
+                        del drafts[names[row]][length:]
+        return {
+            name: drafts[name][:limit]
+            for name, limit in zip(names, limits, strict=True)
+            if name in drafts
+        }
+
+    def _text(self, name: str) -> tuple[Sequence[int], Sequence[int]]:
+        """Prompt and answer of a request; of a prompt of embeddings, no tokens."""
+        request = self._runner.requests[name]
+        return request.prompt_token_ids or (), request.output_token_ids
+
+    def _limits(self, names: Sequence[str]) -> list[int]:
+        """Most drafts of each request of the step, whose tokens were added.
+
+        vLLM's scheduler decides which requests go on, and asks for drafts all the same.
+        One that seems to have finished and has not is only without drafts for a step.
+        """
+        most, newest = self.num_speculative_tokens, self._newest
+        limits = []
+        for name in names:
+            request = self._runner.requests.get(name)
+            if request is None or not request.output_token_ids:
+                limits.append(0)  # its prompt is not read to the end
+                continue
+            params, output = request.sampling_params, request.output_token_ids
+            wanted = (params and params.extra_args or {}).get(MOST_DRAFTS, most)
+            over = self.skips_finished and has_finished(params, output, newest)
+            limits.append(0 if over else min(wanted, most))
+        return limits
 
     def _batch(
-        self,
-        anchor_ids: torch.Tensor,
-        target_hidden_states: torch.Tensor,
-        num_rejected: torch.Tensor | None,
-        metadata: CommonAttentionMetadata,
-        sampling: SamplingMetadata,
+        self, step: _Step, num_tokens: int, rows: torch.Tensor | None = None
     ) -> _Batch:
-        """vLLM's batch of this step, with a block behind every request's prefix."""
+        """A step's requests with a block behind every prefix.
+
+        Args:
+            step: The step.
+            num_tokens: k.
+            rows: ``[B]`` int64; only these of the step's requests. None for all.
+        """
+        metadata = step.metadata
+
+        def of_rows(values: torch.Tensor) -> torch.Tensor:
+            return values if rows is None else values[rows]
+
         # The metadata holds only the table of group 0 for this kind of drafter.
         tables = [self._runner.input_batch.block_table[gid] for gid in self._table_gids]
+        rejected = step.num_rejected
         layout = lay_out(
             DraftInputs(
-                metadata.seq_lens,
-                metadata.query_start_loc[1:],
-                num_rejected,
+                of_rows(metadata.seq_lens),
+                of_rows(metadata.query_start_loc[1:]),
+                None if rejected is None else of_rows(rejected),
                 [
-                    CacheTable(t.get_device_tensor(metadata.num_reqs), t.block_size)
+                    CacheTable(
+                        of_rows(t.get_device_tensor(metadata.num_reqs)), t.block_size
+                    )
                     for t in tables
                 ],
             ),
-            self.num_speculative_tokens,
+            num_tokens,
             # vLLM may lower it after start-up, to what the cache holds.
             self.vllm_config.model_config.max_model_len,
             self.prefix_window,
         )
         boundary = None
         if self._reads_boundary:
-            boundary = target_hidden_states[layout.boundary_rows]
+            boundary = step.hidden_states[layout.boundary_rows]
+        if rows is not None:
+            upper = metadata.seq_lens_cpu_upper_bound
+            metadata = metadata.replace(
+                num_reqs=len(rows),
+                seq_lens=of_rows(metadata.seq_lens),
+                seq_lens_cpu_upper_bound=None if upper is None else of_rows(upper),
+                **dict.fromkeys(_OF_REQUESTS),
+            )
         return _Batch(
-            anchor_ids, boundary, layout, _metadata_of(layout, metadata), sampling
+            of_rows(step.anchor_ids),
+            boundary,
+            layout,
+            _metadata_of(layout, metadata),
+            step.sampling,
         )
 
     def _draft(self, batch: _Batch) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Run the drafter, and choose the tokens.
 
         Returns:
-            ``[B, k]`` int64, and ``[B, k, 1]`` how likely they are if asked for.
+            ``[B, k]`` int64, and ``[B, k]`` float32 how likely they are, by the
+            drafter, where the length follows from it.
         """
         layout = batch.layout
         metadata_of_layer: dict[str, object] = {}
@@ -324,8 +445,11 @@ class MTPPlaceholderProposer(DraftModelProposer):
         """As `_draft`, from the last hidden states ``[B, k, hidden_size]``."""
         sampling = batch.sampling
         if self._drafts_are_greedy(sampling):
-            pick_best = pick_with_probability if self._min_probability else pick_greedy
-            return self._bound.draft(hidden, pick_best)
+            if self.lengths is None:
+                return self._bound.draft(hidden, pick_greedy)
+            tokens, scores = self._bound.draft(hidden, pick_greedy_with_scores)
+            assert scores is not None, "the sampler keeps them"
+            return tokens, probability_of_best(scores)
 
         def pick(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
             return self._sample_from_logits(logits.float(), sampling)
@@ -356,21 +480,6 @@ class MTPPlaceholderProposer(DraftModelProposer):
             and self._drafts_are_greedy(sampling)
         )
 
-    def _all_have_finished(self, num_draft_tokens: int) -> bool:
-        """Whether no request of the step, whose tokens were added, goes on.
-
-        vLLM's scheduler decides it, and asks for drafts all the same. A request that
-        seems to have finished and has not is only without drafts for a step.
-        """
-        requests = map(self._runner.requests.get, self._runner.input_batch.req_ids)
-        return all(
-            has_finished(
-                request.sampling_params, request.output_token_ids, num_draft_tokens + 1
-            )
-            for request in requests
-            if request is not None
-        )
-
     def _no_drafts(self, num_reqs: int) -> torch.Tensor:
         """What says that nothing was drafted, where k drafts were wanted.
 
@@ -399,6 +508,10 @@ class MTPPlaceholderProposer(DraftModelProposer):
             positions = block_positions(ids, num_draft_tokens)
             hidden = self._bound.forward(ids, positions, boundary)
             self._bound.draft(hidden, pick_greedy)
+
+
+def _now_ms() -> float:
+    return time.perf_counter() * 1e3
 
 
 def has_finished(params: Any, output_token_ids: Sequence[int], newest: int) -> bool:
