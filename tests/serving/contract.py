@@ -71,7 +71,7 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
     # How a request ends, as far as the worker knows.
     "vllm.sampling_params:SamplingParams": (
         *("all_stop_token_ids", "ignore_eos", "max_tokens", "stop_token_ids"),
-        "logprob_token_ids",
+        *("extra_args", "logprob_token_ids"),
     ),
     "vllm.v1.worker.gpu_input_batch:CachedRequestState": (
         *("output_token_ids", "prompt_token_ids", "sampling_params"),

@@ -241,31 +241,38 @@ class DraftLength:
             if self._verifies_all:
                 return Plan(self._most, list(names), {})
             return Plan(0, [], {})
-        copied = {}
-        yields = self._gain(self._recent[:, : choice.num_tokens], choice.least)
+        gains, copied = {}, {}
         for name in names:
             if name not in matches:
                 continue
-            said = [
-                _MATCHED[min(matches[name] + n, _LONGEST)] for n in range(self._most)
-            ]
-            together = self._of_copies.of(np.array(said)).cumprod()[None]
-            if (gain := self._gain(together, choice.least)) > 0 and gain >= yields:
-                copied[name] = int((together >= choice.least).sum())
+            matched = [min(matches[name] + n, _LONGEST) for n in range(self._most)]
+            said = [_MATCHED[length] for length in matched]
+            together = self._of_copies.of(np.array(said)).cumprod()
+            if length := int((together >= choice.least).sum()):
+                gains[name], copied[name] = self._gain(together, choice.least), length
                 self._proposed[name] = self._of_copies, said
-        drafted = [name for name in names if name not in copied]
-        num_tokens = choice.num_tokens if drafted else 0
+        num_tokens = choice.num_tokens
         if copied and num_tokens:
-            # A draft for few takes almost as long as one for all.
-            ms = self._draft.of(num_tokens, len(drafted) * num_tokens)
-            if len(drafted) * yields < choice.rate * ms:
-                num_tokens = 0
-        return Plan(num_tokens, drafted if num_tokens else [], copied)
+            # The better of the two for each request, or nothing drafted at all: for few
+            # requests a draft takes almost as long as for many.
+            yields = self._gain(self._recent[:, :num_tokens], choice.least)
+            worse = [name for name, gain in gains.items() if gain < yields]
+            num_drafted = len(names) - len(copied) + len(worse)
+            if num_drafted:
+                ms = self._draft.of(num_tokens, num_drafted * num_tokens)
+                gained = num_drafted * yields - choice.rate * ms
+                if gained > sum(gains[name] for name in worse):
+                    for name in worse:
+                        del copied[name]
+                else:
+                    num_tokens = 0
+        drafted = [name for name in names if name not in copied] if num_tokens else []
+        return Plan(num_tokens if drafted else 0, drafted, copied)
 
     @staticmethod
     def _gain(together: np.ndarray, least: float) -> float:
         """Tokens that a draft yields beyond what its rows cost, on average."""
-        return float((together - least).clip(min=0).sum(axis=1).mean())
+        return float((together - least).clip(min=0).sum(axis=-1).mean())
 
     def tokens_to_verify(
         self, names: Sequence[str], probabilities: np.ndarray, batch: int

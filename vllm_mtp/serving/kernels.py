@@ -9,6 +9,7 @@ CPUs use vLLM's ordinary kernels, with weights laid out once; torch's ``linear``
 float32 weight out anew at every call. On GPUs nothing changes.
 """
 
+import logging
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -22,9 +23,14 @@ from vllm.model_executor.layers.utils import (
 )
 from vllm.platforms import current_platform
 
+from vllm_mtp.plugin import METHOD
+
+logger = logging.getLogger("vllm.mtp_placeholder")
+
 Product = Callable[[torch.Tensor], torch.Tensor]
 
 _INT8_MAX = 127
+_CLOSE = 0.05  # of the product's length; 8 bits leave about 0.01
 # Smaller weights are read so fast that rounding them gains nothing.
 _LEAST_FOR_AMX = 1 << 16
 # Without AMX, to quantise the rows costs more than all but an LM head gains.
@@ -69,22 +75,35 @@ def int8_product(weight: torch.Tensor, bias: torch.Tensor | None) -> Product | N
         bias: ``[out]``.
     """
     if weight.dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported():
-        if weight.numel() >= _LEAST_FOR_AMX and _packs(weight):
-            return _by_amx(weight, bias)
+        # What SGLang's kernel, which vLLM's CPU build has, can lay out.
+        fits = weight.shape[0] % 16 == 0 and weight.shape[1] % 32 == 0
+        make = _by_amx if fits and weight.numel() >= _LEAST_FOR_AMX else None
+    elif torch.cpu._is_vnni_supported() and weight.numel() >= _LEAST_FOR_VNNI:
+        make = _by_vnni
+    else:
+        make = None
+    if make is None:
         return None
-    has_vnni = torch.cpu._is_vnni_supported()
-    if has_vnni and ops._supports_onednn and weight.numel() >= _LEAST_FOR_VNNI:
-        return _by_vnni(weight, bias)
-    return None
+    try:
+        product = make(weight, bias)
+        # Neither kernel is one that vLLM promises to keep.
+        _require_close(product, weight, bias)
+    except (AttributeError, AssertionError, RuntimeError, TypeError) as error:
+        logger.debug("%s: no 8-bit product %s: %s", METHOD, tuple(weight.shape), error)
+        return None
+    return product
 
 
-def _packs(weight: torch.Tensor) -> bool:
-    """Whether SGLang's kernel, which vLLM's CPU build has, takes the weight."""
-    return (
-        hasattr(torch.ops._C, "int8_scaled_mm_with_quant")
-        and weight.shape[0] % 16 == 0
-        and weight.shape[1] % 32 == 0
-    )
+def _require_close(
+    product: Product, weight: torch.Tensor, bias: torch.Tensor | None
+) -> None:
+    """Raise unless a product is what it should be, as far as 8 bits can say it."""
+    # As large as after a norm, and the same in every process.
+    numbers = torch.arange(4 * weight.shape[1], dtype=torch.float32)
+    rows = torch.sin(numbers).reshape(4, -1).to(weight.dtype)
+    expected = nn.functional.linear(rows, weight, bias).float()
+    distance = (product(rows).float() - expected).norm()
+    assert distance <= _CLOSE * expected.norm(), f"it is off by {distance:.3g}"
 
 
 def _by_amx(weight: torch.Tensor, bias: torch.Tensor | None) -> Product:
@@ -102,9 +121,12 @@ def _by_amx(weight: torch.Tensor, bias: torch.Tensor | None) -> Product:
 
 def _by_vnni(weight: torch.Tensor, bias: torch.Tensor | None) -> Product:
     rounded, scales = _rounded(weight)
+    of_outputs = scales[None]
     handler = ops.create_onednn_scaled_mm(
-        rounded.t(), scales[None], weight.dtype, True, False, 32
+        rounded.t(), of_outputs, weight.dtype, True, False, 32
     )
+    # The handler points into it.
+    handler.scales = of_outputs  # type: ignore[attr-defined]
     if bias is not None:
         bias = bias.detach().float()
     num_outputs = weight.shape[0]
