@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from vllm_mtp.bench import measure as measuring
+from vllm_mtp.bench.cpu import this_cpu
 from vllm_mtp.bench.cpu_settings import added, shown
 from vllm_mtp.bench.loads import CONCURRENCY
 from vllm_mtp.bench.measure import Progress, measure
@@ -152,7 +153,7 @@ def machine(plan: Plan) -> dict[str, str]:
     device = (
         torch.cuda.get_device_name()
         if torch.cuda.is_available()
-        else f"CPU, {len(os.sched_getaffinity(0))} cores, {_cpu_name()}"
+        else f"CPU, {len(os.sched_getaffinity(0))} cores, {this_cpu()}"
     )
     return {
         "device": device,
@@ -164,34 +165,11 @@ def machine(plan: Plan) -> dict[str, str]:
     }
 
 
-def _cpu_name() -> str:
-    flags, name = set(), platform.machine()
-    for line in Path("/proc/cpuinfo").read_text("utf-8").splitlines():
-        key, _, value = line.partition(":")
-        if key.strip() == "model name":
-            name = value.strip()
-        if key.strip() == "flags":
-            flags = set(value.split())
-    kinds = [k for k in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if k in flags]
-    return f"{name} ({', '.join(kinds)})"
-
-
 def _version(package: str) -> str | None:
     try:
         return f"{package} {version(package)}"
     except PackageNotFoundError:
         return None
-
-
-def fastest_dtype() -> str:
-    """The type in which this machine decodes fastest, so that the baseline is fair.
-
-    Without bfloat16 instructions a CPU emulates them, which costs more than reading
-    half the bytes saves as soon as several rows are computed at once.
-    """
-    if torch.cuda.is_available():
-        return "auto"
-    return "bfloat16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "float32"
 
 
 def tokenizer_of(target: Path) -> Any:

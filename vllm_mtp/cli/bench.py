@@ -163,9 +163,9 @@ class Bench:
         return Drafters(folders, chosen)
 
     def _plan(self, drafters: "Drafters") -> "Plan":
-        from vllm_mtp.bench.cpu_settings import fastest_environment
+        from vllm_mtp.bench.cpu_settings import fastest_dtype, fastest_environment
         from vllm_mtp.bench.plan import Plan
-        from vllm_mtp.bench.run import fastest_dtype, tokenizer_of
+        from vllm_mtp.bench.run import tokenizer_of
         from vllm_mtp.cli.targets import target_folder
         from vllm_mtp.data.demo_target import ensure_demo_target
 
