@@ -51,6 +51,6 @@ def test_a_request_that_fails_is_an_error(monkeypatch: pytest.MonkeyPatch) -> No
     found = FOUND | {"errors": ["", "no such request"]}
     monkeypatch.setattr(client, "bench_serve", lambda *_: found)
     with pytest.raises(
-        MTPError, match="http://here: 1 requests failed, first: no such"
+        MTPError, match="1 requests failed, first: no such"
     ):
         client.run_load("http://here", "/targets/tiny", ["a"], 1, 8)
