@@ -50,7 +50,5 @@ def test_a_request_asks_for_its_own_number(monkeypatch: pytest.MonkeyPatch) -> N
 def test_a_request_that_fails_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     found = FOUND | {"errors": ["", "no such request"]}
     monkeypatch.setattr(client, "bench_serve", lambda *_: found)
-    with pytest.raises(
-        MTPError, match="1 requests failed, first: no such"
-    ):
+    with pytest.raises(MTPError, match="1 requests failed, first: no such"):
         client.run_load("http://here", "/targets/tiny", ["a"], 1, 8)

@@ -121,8 +121,12 @@ def test_a_verdict_needs_a_median_beyond_all_of_the_control(
     assert Spread(median, 0.5, 1.5).verdict_beside(control) == verdict
 
 
-def test_without_a_control_there_is_no_verdict(records: list[Record]) -> None:
+def test_without_a_range_of_the_control_there_is_no_verdict(
+    records: list[Record], controlled: list[Record]
+) -> None:
     assert {line.verdict for line in lines_of(PLAN, records)} == {None}
+    one_round = [record for record in controlled if record.round == 0]
+    assert {line.verdict for line in lines_of(CONTROLLED, one_round)} == {None}
 
 
 def test_another_text_is_counted(records: list[Record]) -> None:

@@ -160,7 +160,7 @@ def test_a_drafter_is_calibrated_only_where_the_method_cannot_choose(
 # A measurement of two loads and `cheap auto`; no server runs.
 SIDES = (plain_side(), auto_side("cheap", "/d/cheap"), control_side())
 LOADS = (Load("1 at once", ("a",), 1, 8), Load("4 at once", ("a",), 4, 8))
-PLAN = Plan("/t", "float32", 64, 1, SIDES, LOADS)
+PLAN = Plan("/t", "float32", 64, 2, SIDES, LOADS)
 MACHINE = {"device": "CPU, 2 cores", "versions": "vllm 0.32.0", "environment": "A=1"}
 
 
@@ -169,10 +169,12 @@ def measured(*schedules: tuple[int, int, int]) -> Report:
     side = calibrated_side("cheap", "/d/cheap", schedules) if schedules else SIDES[1]
     plan = replace(PLAN, sides=(SIDES[0], side, SIDES[2]))
     speeds = {"none": 10.0, "none again": 10.5, "cheap auto": 15.0}
+    counts = AcceptanceCounts(5, 10, (4, 1))
     records = [
-        Record(side.name, load.name, 0, result, AcceptanceCounts(5, 10, (4, 1)), 0, 0)
+        Record(side.name, load.name, number, result, counts, 0, 0)
         for load in LOADS
         for side in plan.sides
+        for number in range(plan.rounds)
         for result in [LoadResult(speeds.get(side.name, 12.0), 9, 1, 1, 1, ("x",))]
     ]
     stage = Stage("Calibrated", plan, lines_of(plan, records), {"none": 9})

@@ -52,7 +52,8 @@ class Line:
             long prompts it tells of decoding, while tokens/s also count the prefill.
             None where some load gave single tokens alone.
         verdict: The ratio beside that of the control, a second server without
-            speculation, under the same load. None for these two, and without a control.
+            speculation, under the same load. None for these two, without a control,
+            and after a single round.
         counts: Acceptance over all rounds.
         output_tokens: Of all answers, over all rounds.
         prefix_hits: Prompt tokens found in the prefix cache, over all rounds.
@@ -98,7 +99,8 @@ def _line(own: list[Record], plain: list[Record], control: list[Record] | None) 
         for one, other in zip(record.result.texts, base.result.texts, strict=True)
     ]
     ratio, verdict = _ratio(own, plain), None
-    if control is not None and own[0].side not in (PLAIN, CONTROL):
+    # A single round of the control has no range to be within.
+    if control and len(control) > 1 and own[0].side not in (PLAIN, CONTROL):
         verdict = ratio.verdict_beside(_ratio(control, plain))
     return Line(
         side=own[0].side,
