@@ -29,10 +29,10 @@ _NOTE = (
     "the control, one above the highest faster, and any other says nothing. TTFT "
     "ratio: time to the first token, likewise; below 1 is sooner. TPOT ratio: time per "
     "token after the first, likewise; below 1 is faster. AL: acceptance length, bonus "
-    "token included, of the steps with a draft. Drafted: tokens drafted for each token "
-    f"of the answers. Same text: answers that are those of `{PLAIN}`, as text; two "
-    "tokens can tie in rounding. Prefix hits: prompt tokens found in the prefix cache, "
-    "which is emptied before each measurement."
+    "token included, of the steps with a draft. Drafted: draft tokens that were "
+    "verified, for each token of the answers. Same text: answers that are those of "
+    f"`{PLAIN}`, as text; two tokens can tie in rounding. Prefix hits: prompt tokens "
+    "found in the prefix cache, which is emptied before each measurement."
 )
 _PROFILE_NOTE = (
     "Milliseconds of decoding steps, V1 runner in one process, under torch's profiler, "
