@@ -210,6 +210,17 @@ def test_a_card_tells_how_a_user_serves_the_drafter(
     assert tells in (drafter / "README.md").read_text("utf-8")
 
 
+def test_a_card_is_of_its_own_drafter_where_another_is_calibrated(
+    drafter: Path,
+) -> None:
+    stages = [*measured().stages, *measured((1, 4, 2)).stages]
+    report = Report("bench", MACHINE, stages, {"another": [(1, 4, 2)]})
+    _tell(report, Drafters({"cheap": str(drafter)}))
+    speed = read_speed(drafter)
+    assert speed is not None
+    assert [row.ratio for row in speed.rows] == pytest.approx([1.5] * 2)
+
+
 def test_what_was_measured_is_written_before_something_fails(
     drafter: Path,
     tmp_path: Path,
