@@ -30,7 +30,7 @@ def test_a_whole_benchmark(
     settings = "--baselines ngram --concurrency 1 2 --num-speculative-tokens 1 2 "
     settings += "--rounds 1 --num-prompts 2 --max-tokens 24 --max-model-len 256 "
     settings += "--dtype float32 --enforce-eager --contexts 60 --profile"
-    settings += f" --categories {prompts}"
+    settings += f" --categories {prompts} --calibrate {drafter.name}"
     command = [*map(str, arguments), *settings.split(), "--out", str(out)]
     assert main(["bench", *command]) == 0
     report = json.loads((out / "benchmark.json").read_text())
@@ -39,16 +39,26 @@ def test_a_whole_benchmark(
     assert kinds == ["concurrency"] * 2 + ["context"] + ["category"] * 2
     sides = [line["side"] for line in first["lines"][: len(first["plan"]["sides"])]]
     name = drafter.name
-    assert sides == ["none", "ngram k=2", f"{name} k=1", f"{name} k=2"]
+    ours = [f"{name} k=1", f"{name} k=2", f"{name} auto"]
+    assert sides == ["none", "ngram k=2", *ours, "none again"]
     assert len(set(first["kv_blocks"].values())) == 1
     for line in first["lines"]:
         assert line["tokens_per_s"]["median"] > 0
         assert line["same_texts"] == line["texts"]
         assert line["texts"] == (4 if line["load"] == "2 at once" else 2)
-        if name in line["side"]:  # the whole target drafts: its first draft is right
-            counts = line["counts"]
+        assert line["verdict"] is None, "of one round there is none"
+        counts = line["counts"]
+        if line["side"] in ours[:2]:
+            # The whole target drafts: its first draft is right.
             assert counts["accepted_per_position"][0] > 0.8 * counts["drafts"] > 0
-    assert [side["name"] for side in calibrated["plan"]["sides"]][0] == "none"
+        if line["side"] == ours[0]:  # on a server for two, but asked for one
+            assert counts["draft_tokens"] == counts["drafts"]
+        if line["side"] == ours[1]:
+            assert counts["draft_tokens"] > counts["drafts"]
+        if line["side"] == "none again":
+            assert counts["drafts"] == 0
+    sides = [side["name"] for side in calibrated["plan"]["sides"]]
+    assert sides == ["none", f"{name} calibrated", "none again"]
     (schedule,) = report["schedules"].values()
     assert schedule[0][0] == 1
     assert schedule[-1][1] == 2

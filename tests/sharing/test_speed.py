@@ -49,13 +49,35 @@ def test_the_card_tells_it_and_new_weights_forget_it(
     assert "## Speed" not in (folder / "README.md").read_text()
 
 
-def test_a_record_from_before_steps_were_kept_is_read(tmp_path: Path) -> None:
+def test_the_card_of_a_length_left_to_the_method(
+    drafter: Drafter, tmp_path: Path
+) -> None:
+    folder = write_folder(drafter, tmp_path / "d")
+    row = SPEED.rows[0].model_copy(update={"control": (0.98, 1.02)})
+    update = {"schedule": [], "rows": [row], "fresh_servers": True, "steps": []}
+    speed = SPEED.model_copy(update=update)
+    write_speed(folder, speed)
+    assert read_speed(folder) == speed
+    card = (folder / "README.md").read_text()
+    assert "| Acceptance length | Control |" in card
+    assert "| 1 | 1.25 (1.20 to 1.30) | 1.90 | 0.98 to 1.02 |" in card
+    assert "Control: the ratio of a second server without speculation" in card
+    assert "| Rounds | 3, the sides in turns, new servers in each |" in card
+    assert "`num_speculative_tokens` was left out there" in card
+    assert "num_speculative_tokens_per_batch_size" not in card
+
+
+def test_a_record_of_an_older_version_is_read(tmp_path: Path) -> None:
     record = json.loads(SPEED.to_json())
-    del record["steps"]
+    for name in ("steps", "fresh_servers"):
+        del record[name]
+    del record["rows"][0]["control"]
     (tmp_path / SPEED_FILE).write_text(json.dumps(record))
     found = read_speed(tmp_path)
     assert found is not None
     assert found.steps == []
+    assert not found.fresh_servers
+    assert found.rows[0].control is None
 
 
 @pytest.mark.parametrize(

@@ -3,9 +3,10 @@
 
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from vllm_mtp.engine import bench_serve
 from vllm_mtp.errors import MTPError
@@ -40,6 +41,7 @@ def run_load(
     output_tokens: int,
     *,
     chat_template: bool = True,
+    extra_body: Mapping[str, Any] | None = None,
 ) -> LoadResult:
     """Send all prompts, greedy, so many at a time, and wait for the answers.
 
@@ -50,6 +52,7 @@ def run_load(
         concurrency: Requests in flight at once.
         output_tokens: Longest answer.
         chat_template: Apply the target's; the client fails where there is none.
+        extra_body: Added to each request.
 
     Raises:
         MTPError: A request failed.
@@ -66,6 +69,7 @@ def run_load(
             *("--max-concurrency", str(concurrency), "--disable-tqdm"),
             *("--save-result", "--save-detailed", "--result-dir", folder),
             *(() if chat_template else ("--skip-chat-template",)),
+            *(("--extra-body", json.dumps(extra_body)) if extra_body else ()),
         )
     if errors := [error for error in found["errors"] if error]:
         raise MTPError(f"{url}: {len(errors)} requests failed, first: {errors[0]}")

@@ -3,7 +3,6 @@
 
 import json
 import os
-import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from vllm_mtp.bench.servers import (
     launch_server,
     wait_for_health,
 )
+from vllm_mtp.errors import MTPError
 from vllm_mtp.metrics import AcceptanceCounts
 
 Progress = Callable[[str], None]
@@ -47,34 +47,37 @@ class Record:
 
 @dataclass(frozen=True)
 class Measured:
-    """All records, and what does not change from one to the next."""
+    """All records of some rounds, and what does not change from one to the next."""
 
     records: list[Record]
+    rounds: int
     kv_blocks: dict[str, int]  # by side
 
 
 @contextmanager
 def running(plan: Plan, logs: Path, progress: Progress) -> Iterator[dict[str, Server]]:
-    """A server for each side, by its name; all are ended with the block."""
+    """Every server of the plan, by its name; all are ended with the block."""
     with ExitStack() as stack:
         servers = {}
-        for sides in _some_at_once(plan.sides):
-            for side in sides:
-                servers[side.name] = _launch(plan, side, logs)
-                stack.callback(kill_server, servers[side.name])
-            for side in sides:
-                progress(f"starting {side.name}")
-                wait_for_health(servers[side.name])
+        for some in _some_at_once(list(plan.servers.items())):
+            for name, side in some:
+                servers[name] = _launch(plan, side, logs)
+                stack.callback(kill_server, servers[name])
+            for name, _ in some:
+                progress(f"starting {name}")
+                wait_for_health(servers[name])
         yield servers
 
 
-def _some_at_once(sides: Sequence[Side]) -> Iterator[Sequence[Side]]:
+def _some_at_once(
+    servers: Sequence[tuple[str, Side]],
+) -> Iterator[Sequence[tuple[str, Side]]]:
     """Two: one loads while the other compiles; more would take too much memory."""
-    for first in range(0, len(sides), 2):
-        yield sides[first : first + 2]
+    for first in range(0, len(servers), 2):
+        yield servers[first : first + 2]
 
 
-def measure(plan: Plan, logs: Path, progress: Progress) -> Measured:
+def measure(plan: Plan, logs: Path, progress: Progress) -> Iterator[Measured]:
     """Every side under every load, `Plan.rounds` times.
 
     The order of the sides turns round from one round to the next, so that a machine
@@ -84,17 +87,22 @@ def measure(plan: Plan, logs: Path, progress: Progress) -> Measured:
         plan: What to compare.
         logs: Folder for the servers' logs.
         progress: Called with a few words before each step.
+
+    Yields:
+        Whenever servers have ended: all that was measured until then.
     """
-    records, blocks = [], {}
+    records: list[Record] = []
     for numbers in _rounds_by_server(plan):
         with running(plan, logs, progress) as servers:
             records += _rounds(plan, servers, numbers, progress)
-            blocks = {name: server.num_kv_blocks() for name, server in servers.items()}
-    return Measured(records, blocks)
+            blocks = {
+                side.name: servers[side.server].num_kv_blocks() for side in plan.sides
+            }
+        yield Measured(list(records), numbers.stop, blocks)
 
 
 def _rounds_by_server(plan: Plan) -> list[range]:
-    """The rounds' numbers, those together that one server of each side has."""
+    """The rounds' numbers, those together that one server of each name has."""
     if not plan.fresh_servers:
         return [range(plan.rounds)]
     return [range(number, number + 1) for number in range(plan.rounds)]
@@ -108,18 +116,19 @@ def _rounds(
     for load in plan.loads:
         for side in plan.sides:
             progress(f"warming up: {side.name}, {load.name}")
-            _once(plan, servers[side.name], side, _shortened(load), -1)
+            _once(plan, servers[side.server], side, _shortened(load), -1)
         for number in numbers:
             for side in plan.sides[:: -1 if number % 2 else 1]:
                 progress(f"{load.name}, round {number + 1}: {side.name}")
-                records.append(_once(plan, servers[side.name], side, load, number))
+                records.append(_once(plan, servers[side.server], side, load, number))
     return records
 
 
 def num_steps(plan: Plan) -> int:
     """How often `measure` reports progress."""
     starts = len(_rounds_by_server(plan))
-    return len(plan.sides) * (starts + len(plan.loads) * (starts + plan.rounds))
+    loads = len(plan.sides) * len(plan.loads) * (starts + plan.rounds)
+    return starts * len(plan.servers) + loads
 
 
 def _launch(plan: Plan, side: Side, logs: Path) -> Server:
@@ -144,8 +153,7 @@ def _shortened(load: Load) -> Load:
 
 def _once(plan: Plan, server: Server, side: Side, load: Load, number: int) -> Record:
     # A cached prompt would make the second round another measurement.
-    request = urllib.request.Request(f"{server.url}/reset_prefix_cache", method="POST")
-    urllib.request.urlopen(request, timeout=60).close()
+    server.reset_prefix_cache()
     before = _counters(server)
     result = run_load(
         server.url,
@@ -154,17 +162,31 @@ def _once(plan: Plan, server: Server, side: Side, load: Load, number: int) -> Re
         load.concurrency,
         load.output_tokens,
         chat_template=plan.chat_template,
+        extra_body=side.extra_body,
     )
     after = _counters(server)
+    counts = after.counts - before.counts
+    _require_length(side, counts)
     return Record(
         side.name,
         load.name,
         number,
         result,
-        after.counts - before.counts,
+        counts,
         after.prefix_hits - before.prefix_hits,
         after.preemptions - before.preemptions,
     )
+
+
+def _require_length(side: Side, counts: AcceptanceCounts) -> None:
+    # vLLM drops what it does not know in `vllm_xargs`, without a word.
+    asked = side.num_speculative_tokens
+    if side.per_request and counts.draft_tokens > counts.drafts * (asked or 0):
+        raise MTPError(
+            f"{side.name}: the server drafted {counts.draft_tokens} tokens in "
+            f"{counts.drafts} drafts, so it does not give a request the number that "
+            "it asks for; name one number only with --num-speculative-tokens"
+        )
 
 
 @dataclass(frozen=True)

@@ -2,31 +2,52 @@
 """What a benchmark compares: sides under the same loads."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
+
 from vllm_mtp.errors import MTPError
+from vllm_mtp.plugin import METHOD
+from vllm_mtp.serving.versions import forced_runner
 
 PLAIN = "none"
 """The side without speculation, which all others are held against."""
+CONTROL = "none again"
+"""A second server without speculation: what it differs by is chance."""
 
 
 @dataclass(frozen=True)
 class Side:
-    """One server.
+    """What takes part in a benchmark: a server, or requests of one kind to a server.
 
     Attributes:
         name: As the report shows it.
         speculative_config: As a user gives it to vLLM; None for no speculation.
         family: Sides that differ only in their number of tokens.
-        num_speculative_tokens: 0 without speculation; None where the batch size
-            decides.
+        num_speculative_tokens: 0 without speculation; None where it changes while
+            the server runs.
+        per_request: Whether each request asks for that number. All such sides of a
+            family share one server.
     """
 
     name: str
     speculative_config: dict[str, Any] | None = None
     family: str = ""
     num_speculative_tokens: int | None = 0
+    per_request: bool = False
+
+    @property
+    def server(self) -> str:
+        """The name of its server."""
+        return f"{self.family}, any k" if self.per_request else self.name
+
+    @property
+    def extra_body(self) -> dict[str, Any] | None:
+        """What its requests have beside those of other sides."""
+        if not self.per_request:
+            return None
+        return {"vllm_xargs": {"num_speculative_tokens": self.num_speculative_tokens}}
 
 
 @dataclass(frozen=True)
@@ -61,7 +82,6 @@ class Plan:
         enforce_eager: Whether the servers do not compile.
         chat_template: Whether the target has one.
         profiled_steps: How many decoding steps to profile; 0 for no profile.
-        min_draft_probability: What our drafters get.
         fresh_servers: Whether every round has servers of its own.
         environment: Variables that all servers get beside those of this process.
         prompts: Where the prompts come from and how they were chosen, in words.
@@ -76,7 +96,6 @@ class Plan:
     enforce_eager: bool = False
     chat_template: bool = True
     profiled_steps: int = 0
-    min_draft_probability: float = 0.0
     fresh_servers: bool = False
     environment: Mapping[str, str] = field(default_factory=dict)
     prompts: str = ""
@@ -86,14 +105,36 @@ class Plan:
         return tuple(load for load in self.loads if load.varies == kind)
 
     @property
+    def servers(self) -> dict[str, Side]:
+        """The first side of each server, by the server's name."""
+        servers: dict[str, Side] = {}
+        for side in self.sides:
+            servers.setdefault(side.server, side)
+        return servers
+
+    @property
     def largest_batch(self) -> int:
         """Most requests at once."""
         return max(load.concurrency for load in self.loads)
 
 
+def length_is_chosen_while_serving() -> bool:
+    """Whether vLLM would use its V1 runner on a CPU.
+
+    There our method chooses the number of tokens while it serves, and a request can ask
+    for its own. Elsewhere both are fixed when the server starts.
+    """
+    return not torch.cuda.is_available() and forced_runner() != "V2"
+
+
 def plain_side() -> Side:
     """The target alone."""
     return Side(PLAIN, family=PLAIN)
+
+
+def control_side() -> Side:
+    """The target alone once more."""
+    return Side(CONTROL, family=PLAIN)
 
 
 def ngram_side(k: int) -> Side:
@@ -109,28 +150,39 @@ def self_draft_side(target: str, k: int) -> Side:
     return Side(f"draft_model k={k}", config, "draft_model", k)
 
 
-def drafter_side(name: str, folder: str, k: int, least: float = 0.0) -> Side:
-    """One of our drafters, with k tokens.
+def drafter_side(name: str, folder: str, k: int) -> Side:
+    """One of our drafters with k tokens, on a server of its own."""
+    return Side(f"{name} k={k}", _ours(folder, num_speculative_tokens=k), name, k)
+
+
+def drafter_sides(
+    name: str, folder: str, lengths: Sequence[int], *, per_request: bool
+) -> list[Side]:
+    """One of our drafters with several fixed numbers of tokens.
 
     Args:
         name: The drafter's.
         folder: The drafter's.
-        k: Tokens.
-        least: ``min_draft_probability``.
+        lengths: Numbers of tokens.
+        per_request: Whether a request can ask for its own number. One server is enough
+            then, for the largest.
     """
-    return Side(f"{name} k={k}", _ours(folder, k, least), name, k)
+    sides = [drafter_side(name, folder, k) for k in lengths]
+    if not per_request or len(sides) < 2:
+        return sides
+    config = _ours(folder, num_speculative_tokens=max(lengths))
+    return [
+        replace(side, speculative_config=config, per_request=True) for side in sides
+    ]
 
 
-def _ours(folder: str, k: int, least: float) -> dict[str, Any]:
-    config = {"method": "mtp_placeholder", "model": folder, "num_speculative_tokens": k}
-    return config | ({"min_draft_probability": least} if least else {})
+def auto_side(name: str, folder: str) -> Side:
+    """One of our drafters, with the number of tokens left to the method."""
+    return Side(f"{name} auto", _ours(folder), f"{name} auto", None)
 
 
 def calibrated_side(
-    name: str,
-    folder: str,
-    schedule: Sequence[tuple[int, int, int]],
-    least: float = 0.0,
+    name: str, folder: str, schedule: Sequence[tuple[int, int, int]]
 ) -> Side:
     """One of our drafters, with a number of tokens for each batch size.
 
@@ -139,14 +191,19 @@ def calibrated_side(
         folder: The drafter's.
         schedule: (first batch size, last, tokens), as
             ``num_speculative_tokens_per_batch_size`` takes it.
-        least: ``min_draft_probability``.
     """
     # More were slower at every batch size.
     most = max(1, *(tokens for _, _, tokens in schedule))
-    config = _ours(folder, most, least) | {
-        "num_speculative_tokens_per_batch_size": [list(entry) for entry in schedule]
-    }
+    config = _ours(
+        folder,
+        num_speculative_tokens=most,
+        num_speculative_tokens_per_batch_size=[list(entry) for entry in schedule],
+    )
     return Side(f"{name} calibrated", config, f"{name} calibrated", None)
+
+
+def _ours(folder: str, **settings: Any) -> dict[str, Any]:
+    return {"method": METHOD, "model": folder, **settings}
 
 
 def require_enough(prompts: Sequence[str], wanted: int, source: str) -> None:

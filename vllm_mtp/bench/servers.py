@@ -62,6 +62,12 @@ class Server:
         assert found, "no metric vllm:cache_config_info"
         return int(found[0].labels["num_gpu_blocks"])
 
+    def reset_prefix_cache(self) -> None:
+        """Empty the prefix cache; the server has to be in vLLM's dev mode."""
+        url = f"{self.url}/reset_prefix_cache"
+        request = urllib.request.Request(url, method="POST")
+        urllib.request.urlopen(request, timeout=60).close()
+
     def _samples(self) -> list[Any]:
         # Comes with vLLM; this file is imported without it too.
         from prometheus_client.parser import text_string_to_metric_families

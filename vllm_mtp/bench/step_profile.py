@@ -46,6 +46,8 @@ class StepProfile:
         ms: Of a step, on the wall, while the profiler ran.
         undisturbed_ms: Likewise, before it was started.
         parts: Milliseconds by name of the part; only those that were seen.
+        drafter: Its name; empty without speculation.
+        tokens: Of a draft.
     """
 
     side: str
@@ -54,6 +56,8 @@ class StepProfile:
     ms: float
     undisturbed_ms: float
     parts: dict[str, float]
+    drafter: str = ""
+    tokens: int = 0
 
     @property
     def explained(self) -> float:

@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+from vllm_mtp.bench.plan import Side
 from vllm_mtp.bench.step_profile import Scope, StepProfile, time_of_parts
 from vllm_mtp.engine import is_cpu, sampling, start
 from vllm_mtp.errors import MTPError
@@ -16,15 +17,15 @@ class StepsWanted:
     """Which steps to profile.
 
     Attributes:
-        side: Name of the side.
+        side: Its number of tokens is fixed.
         target: The target's folder.
-        settings: Other arguments of ``vllm.LLM``.
+        settings: Arguments of ``vllm.LLM`` that all sides have.
         prompts: Token ids of the requests, as many as the largest of ``batches``.
         batches: Requests at once.
         steps: Steps to average, of each batch.
     """
 
-    side: str
+    side: Side
     target: str
     settings: dict[str, Any]
     prompts: tuple[tuple[int, ...], ...]
@@ -52,7 +53,11 @@ def profile_steps(wanted: StepsWanted) -> list[StepProfile]:
             "--profile: on a GPU a step's parts overlap; use vLLM's own torch profiler "
             "(--profiler-config), which shows the drafter's scopes as well"
         )
-    with start(wanted.target, disable_log_stats=True, **wanted.settings) as llm:
+    settings = wanted.settings | {
+        "speculative_config": wanted.side.speculative_config,
+        "disable_log_stats": True,
+    }
+    with start(wanted.target, **settings) as llm:
         return [_profile(llm.llm_engine, wanted, batch) for batch in wanted.batches]
 
 
@@ -79,7 +84,16 @@ def _profile(engine: Any, wanted: StepsWanted, batch: int) -> StepProfile:
         part: time_us / 1e3 / wanted.steps
         for part, time_us in time_of_parts(scopes).items()
     }
-    return StepProfile(wanted.side, batch, wanted.steps, disturbed, undisturbed, parts)
+    return StepProfile(
+        wanted.side.name,
+        batch,
+        wanted.steps,
+        disturbed,
+        undisturbed,
+        parts,
+        drafter=wanted.side.family if wanted.side.speculative_config else "",
+        tokens=wanted.side.num_speculative_tokens or 0,
+    )
 
 
 def _start_requests(engine: Any, wanted: StepsWanted, batch: int) -> None:

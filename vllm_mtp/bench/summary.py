@@ -1,18 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From records to what a report says: medians, spreads, ratios, the best number of
-tokens for each batch size."""
+"""From records to what a report says: medians, spreads, ratios and verdicts, the best
+number of tokens for each batch size."""
 
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from vllm_mtp.bench.client import LoadResult
 from vllm_mtp.bench.loads import CONCURRENCY
 from vllm_mtp.bench.measure import Record
-from vllm_mtp.bench.plan import PLAIN, Plan, Side
+from vllm_mtp.bench.plan import CONTROL, PLAIN, Plan, Side
 from vllm_mtp.bench.step_profile import StepProfile, beside_plain
 from vllm_mtp.metrics import AcceptanceCounts
 from vllm_mtp.sharing.speed import SpeedRecord, SpeedRow, StepRow
+
+Verdict = Literal["faster", "within", "slower"]
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,12 @@ class Spread:
         """Of at least one value."""
         return cls(statistics.median(values), min(values), max(values))
 
+    def verdict_beside(self, control: "Spread") -> Verdict:
+        """Where the median lies, beside all that the control gave."""
+        if self.median < control.low:
+            return "slower"
+        return "faster" if self.median > control.high else "within"
+
 
 @dataclass(frozen=True)
 class Line:
@@ -42,7 +51,11 @@ class Line:
         tpot_ratio: Time per token after the first, likewise: below 1 is faster. Behind
             long prompts it tells of decoding, while tokens/s also count the prefill.
             None where some load gave single tokens alone.
+        verdict: The ratio beside that of the control, a second server without
+            speculation, under the same load. None for these two, without a control,
+            and after a single round.
         counts: Acceptance over all rounds.
+        output_tokens: Of all answers, over all rounds.
         prefix_hits: Prompt tokens found in the prefix cache, over all rounds.
         same_texts: Answers that are those of the side without speculation.
         texts: Answers in all.
@@ -54,7 +67,9 @@ class Line:
     ratio: Spread
     ttft_ratio: Spread
     tpot_ratio: Spread | None
+    verdict: Verdict | None
     counts: AcceptanceCounts
+    output_tokens: int
     prefix_hits: int
     same_texts: int
     texts: int
@@ -66,33 +81,47 @@ def lines_of(plan: Plan, records: Iterable[Record]) -> list[Line]:
     for record in sorted(records, key=lambda record: record.round):
         by_position.setdefault((record.load, record.side), []).append(record)
     return [
-        _line(by_position[load.name, side.name], by_position[load.name, PLAIN])
+        _line(
+            by_position[load.name, side.name],
+            by_position[load.name, PLAIN],
+            by_position.get((load.name, CONTROL)),
+        )
         for load in plan.loads
         for side in plan.sides
     ]
 
 
-def _line(own: list[Record], plain: list[Record]) -> Line:
+def _line(own: list[Record], plain: list[Record], control: list[Record] | None) -> Line:
     pairs = list(zip(own, plain, strict=True))
     texts = [
         one == other
         for record, base in pairs
         for one, other in zip(record.result.texts, base.result.texts, strict=True)
     ]
+    ratio, verdict = _ratio(own, plain), None
+    # A single round of the control has no range to be within.
+    if control and len(control) > 1 and own[0].side not in (PLAIN, CONTROL):
+        verdict = ratio.verdict_beside(_ratio(control, plain))
     return Line(
         side=own[0].side,
         load=own[0].load,
         tokens_per_s=Spread.of([record.result.tokens_per_s for record in own]),
-        ratio=Spread.of(
-            [r.result.tokens_per_s / b.result.tokens_per_s for r, b in pairs]
-        ),
+        ratio=ratio,
         ttft_ratio=Spread.of([r.result.ttft_ms / b.result.ttft_ms for r, b in pairs]),
         tpot_ratio=_tpot_ratio([(r.result, b.result) for r, b in pairs]),
+        verdict=verdict,
         counts=sum((record.counts for record in own), AcceptanceCounts(0, 0, ())),
+        output_tokens=sum(record.result.output_tokens for record in own),
         prefix_hits=sum(record.prefix_hits for record in own),
         same_texts=sum(texts),
         texts=len(texts),
     )
+
+
+def _ratio(own: list[Record], plain: list[Record]) -> Spread:
+    """Of tokens/s, within each round."""
+    pairs = zip(own, plain, strict=True)
+    return Spread.of([r.result.tokens_per_s / b.result.tokens_per_s for r, b in pairs])
 
 
 def _tpot_ratio(pairs: Sequence[tuple[LoadResult, LoadResult]]) -> Spread | None:
@@ -136,19 +165,36 @@ def speed_record(
     machine: Mapping[str, str],
     plan: Plan,
     lines: Sequence[Line],
-    schedule: Sequence[tuple[int, int, int]],
+    side: str,
+    schedule: Sequence[tuple[int, int, int]] = (),
     steps: Sequence[StepRow] = (),
 ) -> SpeedRecord:
-    """What a drafter's card says of a calibrated side.
+    """What a drafter's card says of one side.
 
     Args:
         machine: With ``device``, ``versions`` and ``environment``.
-        plan: What was measured: no speculation, and the calibrated drafter.
+        plan: What was measured.
         lines: What came of it.
-        schedule: The calibration.
+        side: The name of the one that the card is about.
+        schedule: The calibration, if the side has one.
         steps: What `step_rows` gave.
     """
     batches = {load.name: load.concurrency for load in plan.loads_of(CONCURRENCY)}
+    controls = {line.load: line.ratio for line in lines if line.side == CONTROL}
+    rows = []
+    for line in lines:
+        if line.side == side and line.load in batches:
+            control = controls.get(line.load)
+            rows.append(
+                SpeedRow(
+                    requests=batches[line.load],
+                    ratio=line.ratio.median,
+                    low=line.ratio.low,
+                    high=line.ratio.high,
+                    acceptance_length=line.counts.acceptance_length,
+                    control=(control.low, control.high) if control else None,
+                )
+            )
     return SpeedRecord(
         device=machine["device"],
         versions=machine["versions"],
@@ -156,40 +202,27 @@ def speed_record(
         dtype=plan.dtype,
         compiled=not plan.enforce_eager,
         rounds=plan.rounds,
+        fresh_servers=plan.fresh_servers,
         schedule=list(schedule),
-        rows=[
-            SpeedRow(
-                requests=batches[line.load],
-                ratio=line.ratio.median,
-                low=line.ratio.low,
-                high=line.ratio.high,
-                acceptance_length=line.counts.acceptance_length,
-            )
-            for line in lines
-            if line.side != PLAIN and line.load in batches
-        ],
+        rows=rows,
         steps=list(steps),
     )
 
 
-def step_rows(
-    sides: Iterable[Side], name: str, profiles: Sequence[StepProfile]
-) -> list[StepRow]:
+def step_rows(drafter: str, profiles: Sequence[StepProfile]) -> list[StepRow]:
     """What a drafter's draft and step took beside a step without.
 
     Args:
-        sides: Those that were measured.
-        name: The drafter's.
-        profiles: Of some of these sides.
+        drafter: Its name.
+        profiles: Of it, of no speculation, and maybe of others.
     """
-    tokens = {s.name: s.num_speculative_tokens for s in sides if s.family == name}
     return [
         StepRow(
             requests=profile.batch,
-            tokens=tokens[profile.side] or 1,
+            tokens=profile.tokens,
             draft=found.draft,
             step=found.step,
         )
         for profile in profiles
-        if profile.side in tokens and (found := beside_plain(profile, profiles))
+        if profile.drafter == drafter and (found := beside_plain(profile, profiles))
     ]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 from vllm_mtp.errors import MTPError
 from vllm_mtp.flags import flag
-from vllm_mtp.interrupts import raising
+from vllm_mtp.interrupts import advise, raising
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -28,25 +28,32 @@ _MAX_CHARS = 1000  # of a prompt, so that short loads stay short
 _ROOM_AROUND = 128  # tokens of the chat template, and of text that encodes to more
 
 
+_NONE = "none"  # a flag that takes a list takes no empty one
+
+
 @dataclass
 class Bench:
-    """Measure tokens per second side by side: no speculation, vLLM's n-gram lookup, the
-    target as its own draft_model, and our drafters with several numbers of tokens.
-    Every side is a `vllm serve` of its own; they take turns under the same load, which
-    vLLM's own benchmark client makes. Then the number of tokens is chosen for each
-    batch size, and measured again."""
+    """Measure tokens per second side by side: no speculation, stock methods of vLLM,
+    and our drafters, with fixed numbers of tokens and with the number left to the
+    method. The servers are `vllm serve`; the sides take turns under the same load,
+    which vLLM's own benchmark client makes. A second server without speculation shows
+    by how much equal servers differ."""
 
     target: str | None = flag("the target's folder (default: the demo target)", None)
     drafters: list[str] = flag(
         "folders, or names that `vllm-mtp references` lists", ["cheap"]
     )
-    calibrate: str | None = flag(
-        "which of them to calibrate (default: the first)", None
+    num_speculative_tokens: list[str] = flag(
+        "fixed numbers of tokens per draft to compare, or none", ["2", "4"]
     )
-    num_speculative_tokens: list[int] = flag("tokens per draft to compare", [2, 4])
-    min_draft_probability: float = flag("our drafters' setting of this name", 0.0)
+    calibrate: str | None = flag(
+        "a drafter: choose the fastest of these numbers for each batch size, and "
+        "measure that again (default: none, or the first drafter where the method "
+        "cannot choose while it serves, as on a GPU)",
+        None,
+    )
     baselines: list[str] = flag(
-        "stock methods to compare with: ngram, draft_model", ["ngram"]
+        "stock methods to compare with: ngram, draft_model, or none", ["ngram"]
     )
     concurrency: list[int] = flag("requests at once", [1, 4, 8])
     prompts: str = flag(
@@ -63,7 +70,8 @@ class Bench:
     profile: bool = flag("also show where the time of a step goes (CPU)", False)
     full: bool = flag(
         "all of it: both stock methods, all shipped drafters, 1 to 16 requests, 512 to "
-        "7936 tokens before, the profile; takes hours on a CPU",
+        "7936 tokens before, the profile, new servers in each round; takes hours on a "
+        "CPU",
         False,
     )
     num_prompts: int = flag(
@@ -77,28 +85,48 @@ class Bench:
     )
     enforce_eager: bool = flag("do not compile; slower, but starts sooner", False)
     fresh_servers: bool = flag(
-        "measure the calibrated drafter with new servers in each round: two servers of "
-        "the same kind differ by some percent",
+        "new servers in each round: servers of the same kind differ by some percent",
         False,
     )
     into_card: bool = flag(
-        "write the calibration into the drafter's folder and card as well", False
+        "write what was measured into each drafter's folder and card as well", False
     )
     out: str = flag("folder for benchmark.json, benchmark.md, speed.png", "bench")
+    show: list[str] = flag(
+        "print the ratios of these benchmark.json side by side, and run nothing", []
+    )
 
     def run(self) -> int:
-        from tqdm import tqdm
+        if self.show:
+            from vllm_mtp.bench.several import side_by_side
 
-        from vllm_mtp.bench.report import markdown, write
-        from vllm_mtp.bench.run import num_steps, run
-        from vllm_mtp.bench.servers import sigterm_unwinds
+            print(side_by_side(self.show))
+            return 0
+        from vllm_mtp.bench.report import markdown
         from vllm_mtp.evaluation.report import require_matplotlib
+        from vllm_mtp.files import report_folder
 
         require_matplotlib()  # before the work, not after it
         if self.full:
             self._ask_for_all()
         drafters = self._drafters()
         plan = self._plan(drafters)
+        with report_folder(Path(self.out)):
+            pass  # likewise
+        report = self._measure(plan, drafters)
+        print(markdown(report))
+        if self.into_card:
+            _tell(report, drafters)
+        return 0
+
+    def _measure(self, plan: "Plan", drafters: "Drafters") -> "Report":
+        """Measure, and write the report whenever there is more to it."""
+        from tqdm import tqdm
+
+        from vllm_mtp.bench.report import write
+        from vllm_mtp.bench.run import num_steps, reports
+        from vllm_mtp.bench.servers import sigterm_unwinds
+
         with (
             tempfile.TemporaryDirectory() as logs,
             tqdm(total=num_steps(plan, drafters), unit="step") as bar,
@@ -111,25 +139,15 @@ class Bench:
                 bar.update()
 
             command = shlex.join(["vllm-mtp", *sys.argv[1:]])
-            report = run(plan, drafters, command, Path(logs), progress)
-        print(markdown(report))
-        if self.into_card and drafters.calibrate is not None:
-            name = drafters.calibrate
-            self._tell(report, name, drafters.folders[name])
-        print("written: " + ", ".join(map(str, write(report, Path(self.out)))))
-        return 0
-
-    @staticmethod
-    def _tell(report: "Report", name: str, folder: str) -> None:
-        from vllm_mtp.bench.summary import speed_record, step_rows
-        from vllm_mtp.sharing.folder import write_speed
-
-        stage = report.stages[-1]
-        (schedule,) = report.schedules.values()
-        steps = step_rows(report.stages[0].plan.sides, name, report.profiles)
-        speed = speed_record(report.machine, stage.plan, stage.lines, schedule, steps)
-        write_speed(folder, speed)
-        print(f"written: {folder}/speed.json, and its README.md")
+            files: list[Path] = []
+            try:
+                for report in reports(plan, drafters, command, Path(logs), progress):
+                    files = write(report, Path(self.out))
+                    advise(f"{self.out} has what was measured until then")
+            finally:
+                if files:
+                    bar.write("written: " + ", ".join(map(str, files)))
+        return report
 
     def _ask_for_all(self) -> None:
         from vllm_mtp.cli.references import shipped
@@ -142,6 +160,7 @@ class Bench:
         self.profile = self.fresh_servers = True
 
     def _drafters(self) -> "Drafters":
+        from vllm_mtp.bench.plan import length_is_chosen_while_serving
         from vllm_mtp.bench.run import Drafters
         from vllm_mtp.cli.references import shipped
 
@@ -155,17 +174,40 @@ class Bench:
                     f"ones ({', '.join(known)})"
                 )
             folders[Path(folder).name] = folder
-        chosen = self.calibrate or next(iter(folders), None)
+        chosen = self.calibrate
         if chosen is not None and chosen not in folders:
             raise MTPError(
                 f"--calibrate {chosen}: expected one of {', '.join(folders)}"
             )
+        if chosen is not None and not self._lengths(folders[chosen]):
+            raise MTPError(
+                f"--calibrate {chosen}: there is nothing to choose from; give "
+                "--num-speculative-tokens some that the drafter was made for"
+            )
+        if chosen is None and not length_is_chosen_while_serving():
+            chosen = next((n for n, f in folders.items() if self._lengths(f)), None)
         return Drafters(folders, chosen)
 
+    def _lengths(self, folder: str | None = None) -> list[int]:
+        """Fixed numbers of tokens to compare: all, or those a drafter was made for."""
+        from vllm_mtp.drafter.checkpoint import read_config
+
+        if self.num_speculative_tokens == [_NONE]:
+            return []
+        given = " ".join(self.num_speculative_tokens)
+        lengths = [int(k) if k.isdecimal() else 0 for k in self.num_speculative_tokens]
+        if min(lengths) < 1:
+            raise MTPError(
+                f"--num-speculative-tokens {given}: expected whole numbers from 1 on, "
+                f"or {_NONE}"
+            )
+        most = read_config(folder).num_speculative_tokens if folder else max(lengths)
+        return [k for k in dict.fromkeys(lengths) if k <= most]
+
     def _plan(self, drafters: "Drafters") -> "Plan":
-        from vllm_mtp.bench.cpu_settings import fastest_environment
+        from vllm_mtp.bench.cpu_settings import fastest_dtype, fastest_environment
         from vllm_mtp.bench.plan import Plan
-        from vllm_mtp.bench.run import fastest_dtype, tokenizer_of
+        from vllm_mtp.bench.run import tokenizer_of
         from vllm_mtp.cli.targets import target_folder
         from vllm_mtp.data.demo_target import ensure_demo_target
 
@@ -184,7 +226,6 @@ class Bench:
             profiled_steps=_PROFILED_STEPS if self.profile else 0,
             fresh_servers=self.fresh_servers,
             environment=fastest_environment(os.environ),
-            min_draft_probability=self.min_draft_probability,
             prompts=self._choice_in_words(known),
         )
 
@@ -196,24 +237,23 @@ class Bench:
             "ngram": plan.ngram_side,
             "draft_model": partial(plan.self_draft_side, target),
         }
-        if unknown := set(self.baselines) - set(stock):
+        baselines = [] if self.baselines == [_NONE] else self.baselines
+        if unknown := set(baselines) - set(stock):
             raise MTPError(
                 f"--baselines: got {', '.join(sorted(unknown))}, expected "
-                f"{', '.join(stock)}"
+                f"{', '.join(stock)}, or {_NONE} alone"
             )
-        most = max(self.num_speculative_tokens)
-        sides = [plan.plain_side(), *(stock[name](most) for name in self.baselines)]
-        for name, folder in drafters.folders.items():
-            made_for = read_config(folder).num_speculative_tokens
-            # One that is not calibrated shows itself with all its tokens.
-            wanted = self.num_speculative_tokens
-            wanted = wanted if name == drafters.calibrate else [min(most, made_for)]
-            sides += [
-                plan.drafter_side(name, folder, k, self.min_draft_probability)
-                for k in wanted
-                if k <= made_for
-            ]
-        return tuple(sides)
+        folders = drafters.folders
+        made_for = [read_config(f).num_speculative_tokens for f in folders.values()]
+        most = max(self._lengths() or made_for)
+        sides = [plan.plain_side(), *(stock[name](most) for name in baselines)]
+        per_request = plan.length_is_chosen_while_serving()
+        for name, folder in folders.items():
+            fixed = self._lengths(folder)
+            sides += plan.drafter_sides(name, folder, fixed, per_request=per_request)
+            sides.append(plan.auto_side(name, folder))
+        # Last, where a machine that changes within a round shows most.
+        return (*sides, plan.control_side())
 
     def _loads(
         self, target: Path, known: "Sequence[TrainingPrompts]"
@@ -260,6 +300,26 @@ class Bench:
         for category, text in _read(str(self.categories)):
             found.setdefault(category, []).append(text)
         return found
+
+
+def _tell(report: "Report", drafters: "Drafters") -> None:
+    """Into each drafter's card: as it is calibrated, or with the number left to it."""
+    from vllm_mtp.bench.plan import auto_side, calibrated_side
+    from vllm_mtp.bench.summary import speed_record, step_rows
+    from vllm_mtp.sharing.folder import write_speed
+
+    for name, folder in drafters.folders.items():
+        schedule = report.schedules.get(name, [])
+        if schedule:
+            stage, side = report.stages[-1], calibrated_side(name, folder, schedule)
+        else:
+            stage, side = report.stages[0], auto_side(name, folder)
+        steps = step_rows(name, report.profiles)
+        speed = speed_record(
+            report.machine, stage.plan, stage.lines, side.name, schedule, steps
+        )
+        write_speed(folder, speed)
+        print(f"written: {folder}/speed.json, and its README.md")
 
 
 def _trained_on(drafters: "Drafters") -> "list[TrainingPrompts]":

@@ -25,7 +25,7 @@ COMMANDS = {
     "generate": ("generate", "Generate", "let a target answer prompts, as a dataset"),
     "train": ("train", "Train", "train a drafter on the target's own answers"),
     "eval": ("eval", "Eval", "measure how many drafts a target would accept"),
-    "bench": ("bench", "Bench", "measure tokens/s beside stock vLLM, and calibrate"),
+    "bench": ("bench", "Bench", "measure tokens/s beside stock vLLM"),
     "inspect": ("inspect", "Inspect", "say what a drafter is and what it costs"),
     "check": ("check", "Check", "compare a served drafter with the trained one"),
     "push": ("push", "Push", "upload a drafter to the Hugging Face hub"),

@@ -217,29 +217,51 @@ def _acceptance(evaluation: OfflineResult | None) -> str:
 def _speed(speed: SpeedRecord | None) -> str:
     if speed is None:
         return ""
-    schedule = json.dumps([list(entry) for entry in speed.schedule])
     where = [
         ("Device", speed.device),
         ("Versions", speed.versions),
         ("Environment", speed.environment),
         ("Type", f"{speed.dtype}, {'compiled' if speed.compiled else 'eager'}"),
-        ("Rounds", f"{speed.rounds}, the sides in turns"),
-        ("`num_speculative_tokens_per_batch_size`", f"`{schedule}`"),
+        (
+            "Rounds",
+            f"{speed.rounds}, the sides in turns"
+            + ", new servers in each" * speed.fresh_servers,
+        ),
     ]
+    if speed.schedule:
+        schedule = json.dumps([list(entry) for entry in speed.schedule])
+        where.append(("`num_speculative_tokens_per_batch_size`", f"`{schedule}`"))
+        tokens = (
+            "The number of tokens for each batch size was chosen there, and is this "
+            "machine's; run it on yours."
+        )
+    else:
+        tokens = (
+            "`num_speculative_tokens` was left out there, so their number was the "
+            "method's choice. Another machine gives other figures; run it on yours."
+        )
     rows = [
         (
             str(row.requests),
             f"{row.ratio:.2f} ({row.low:.2f} to {row.high:.2f})",
             f"{row.acceptance_length:.2f}",
+            "{:.2f} to {:.2f}".format(*row.control) if row.control else "",
         )
         for row in speed.rows
     ]
+    head = ("Requests at once", "Tokens/s, ratio", "Acceptance length", "Control")
+    note = (
+        "\n\nControl: the ratio of a second server without speculation, lowest to "
+        "highest. What lies within says nothing."
+    )
+    has_control = any(row.control for row in speed.rows)
+    width = len(head) if has_control else len(head) - 1
     return (
         "## Speed\n\nTokens per second over those of the target alone, as "
-        "`vllm-mtp bench` measured them: median (lowest to highest). The number of "
-        "tokens for each batch size was chosen there, and is this machine's; run it on "
-        f"yours.\n\n{_table(where)}\n\n"
-        + table(("Requests at once", "Tokens/s, ratio", "Acceptance length"), rows)
+        f"`vllm-mtp bench` measured them: median (lowest to highest). {tokens}"
+        f"\n\n{_table(where)}\n\n"
+        + table(head[:width], [row[:width] for row in rows])
+        + note * has_control
     )
 
 

@@ -12,13 +12,17 @@ SPEED_FILE = "speed.json"
 
 
 class SpeedRow(Record):
-    """The calibrated drafter under one load."""
+    """The drafter under one load."""
 
     requests: int = Field(ge=1, description="At once.")
     ratio: float = Field(gt=0, description="Tokens/s over no speculation; median.")
     low: float = Field(gt=0, description="Lowest of the rounds.")
     high: float = Field(gt=0, description="Highest of the rounds.")
     acceptance_length: float = Field(ge=1, description="Bonus token included.")
+    control: tuple[float, float] | None = Field(
+        default=None,
+        description="Lowest and highest ratio of a second server without speculation.",
+    )
 
 
 class StepRow(Record):
@@ -31,7 +35,7 @@ class StepRow(Record):
 
 
 class SpeedRecord(Record):
-    """One benchmark's calibration, and what it gave."""
+    """What one benchmark measured, as a user would serve the drafter there."""
 
     device: str
     versions: str
@@ -39,8 +43,11 @@ class SpeedRecord(Record):
     dtype: str
     compiled: bool
     rounds: int = Field(ge=1)
+    fresh_servers: bool = Field(default=False, description="In each round.")
     schedule: list[tuple[int, int, int]] = Field(
-        description="vLLM's `num_speculative_tokens_per_batch_size`."
+        default=[],
+        description="vLLM's `num_speculative_tokens_per_batch_size`, as calibrated. "
+        "Empty: the number of tokens was left to the method.",
     )
     rows: list[SpeedRow]
     steps: list[StepRow] = Field(default=[], description="Empty: not profiled.")
