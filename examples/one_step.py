@@ -63,7 +63,7 @@ def forward(rows: torch.Tensor, start: int) -> torch.Tensor:
 n = 10
 prompt = torch.randint(VOCAB, (n,))
 anchor = forward(embed[prompt], 0)[-1:].argmax(-1)
-print("prefix        ", list(prompt.shape), "[n], in the cache blocks 7, 2 and 5")
+print("prefix        ", list(prompt.shape), "[n], in the blocks", table[:3].tolist())
 print("anchor        ", anchor.tolist())
 
 # 2. Draft. The anchor and the placeholders stand behind the prefix, at n .. n+k-1.

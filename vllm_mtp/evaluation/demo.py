@@ -3,7 +3,8 @@
 
 Exactness is looked at in float32, where no two tokens tie by rounding. Speed is
 measured in the type in which the machine is fastest. Where that is float32, two engines
-serve both; elsewhere a third one, in float32, answers with drafts and without.
+serve both; elsewhere a third one, in float32, answers with drafts and without. (Where its
+runner gives every request the same number of drafts, there is a fourth, without any.)
 """
 
 import statistics
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from vllm_mtp import engine
 from vllm_mtp.data.prompts import Prompt
 from vllm_mtp.data.render import Renderer
+from vllm_mtp.errors import MTPError
 from vllm_mtp.evaluation.attribution import Answer, StepRecord, attribute
 from vllm_mtp.evaluation.engine_log import EngineLog, engine_log
 from vllm_mtp.evaluation.equality import BF16_TIE_MARGIN, Comparison, compare_greedy
@@ -202,12 +204,24 @@ def _answers_in_float32(
     with _engine(plan, log, EXACT, plan.speculative_config) as llm:
         progress("answering with drafts, and without")
         drafted = [_in_steps(llm, plan, text, plan.num_drafts) for text in questions]
-        plain = [_in_steps(llm, plan, text, 0) for text in questions]
-    if any(record.counts.drafts for record in plain):
-        # This runner knows no number of drafts of a request's own.
+        requests_choose = _requests_choose(llm)
+        if requests_choose:
+            plain = [_in_steps(llm, plan, text, 0) for text in questions]
+    if not requests_choose:
         with _engine(plan, log, EXACT, None) as llm:
             plain = [_in_steps(llm, plan, text) for text in questions]
+    if any(record.counts.drafts for record in plain):
+        raise MTPError(
+            "a request without drafts had some, so nothing can be said of the texts; "
+            "this is a fault of vllm-mtp, please report it"
+        )
     return Texts(EXACT, list(map(_same, plain, drafted))), drafted[0]
+
+
+def _requests_choose(llm: "LLM") -> bool:
+    """Whether a request can ask for its own number of drafts: not on every runner."""
+    config = llm.llm_engine.vllm_config.speculative_config
+    return getattr(config, "takes_any_length", False)
 
 
 def _same(reference: StepRecord, other: StepRecord) -> Comparison:
@@ -321,10 +335,10 @@ def _in_steps(
         llm: An engine without other requests.
         plan: Its longest answer is taken.
         text: The message.
-        num_drafts: Of this request; None where there are none to choose.
+        num_drafts: Of this request, where it can choose; None for the engine's.
     """
     settings: dict[str, Any] = {"max_tokens": plan.max_tokens}
-    if num_drafts is not None:
+    if num_drafts is not None and _requests_choose(llm):
         settings["extra_args"] = {"num_speculative_tokens": num_drafts}
     prompt = Prompt(({"role": "user", "content": text},), "")
     (prompt_ids,) = Renderer(llm.get_tokenizer(), chat_template=True).render([prompt])
