@@ -3,8 +3,8 @@
 
 Exactness is looked at in float32, where no two tokens tie by rounding. Speed is
 measured in the type in which the machine is fastest. Where that is float32, two engines
-serve both; elsewhere a third one, in float32, answers with drafts and without. (Where its
-runner gives every request the same number of drafts, there is a fourth, without any.)
+serve both; elsewhere a third one, in float32, answers with drafts and without.
+(Where its runner gives every request the same number of drafts, a fourth has none.)
 """
 
 import statistics
