@@ -1,86 +1,103 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One step of drafting in plain torch: a paged cache, one block, the shapes printed.
+"""One step of speculative decoding in plain torch: draft, verify, accept.
 
-Shows: what a draft reads and writes. One request, one attention layer with random
-weights, no vLLM. The target has cached the keys and values of 10 tokens and has just
-sampled token 10, the anchor. The drafter puts the anchor and its placeholders behind
-them, reads what is cached, and drafts k tokens.
+Shows: the idea, from top to bottom. One request, one layer with random weights, a
+paged KV cache; no vLLM, nothing but torch. The target has cached 10 tokens and has just
+chosen token 10, the anchor. One forward of the anchor and its placeholders drafts four
+tokens from what the target has cached; one forward of the target verifies them.
 
 Run:    python examples/one_step.py
 
-Expect: the scratch slots of the drafter, and the same slots again at the end, when the
-        target's verification overwrites them.
+Expect: the shapes, the drafts, how many of them the target accepts, and the token that
+        it adds. The first draft is always right: the anchor's row is computed as the
+        target computes it. The placeholders are random here, so any other is right by
+        luck (with this seed, one is); training is what makes them good. At the end, the
+        target decodes the same tokens one by one.
 """
 
 import torch
 
-from vllm_mtp.drafter.layout import CacheTable, DraftInputs, lay_out
-
-HIDDEN, HEADS, HEAD_DIM, VOCAB = 32, 2, 16, 100
-K = 4  # num_speculative_tokens
+HIDDEN, HEADS, HEAD_DIM, VOCAB = 32, 2, 16, 50
+K = 4  # tokens to draft
 BLOCK_SIZE = 4  # tokens per cache block
 torch.manual_seed(0)
 
-embed = torch.randn(VOCAB, HIDDEN)  # the target's, which is also its LM head here
-placeholders = torch.randn(K - 1, HIDDEN)  # what is trained
+# The target: embeddings, one attention layer, an LM head. (RoPE is left out here: it
+# would be in the cached keys.)
+embed, lm_head = torch.randn(VOCAB, HIDDEN), torch.randn(HIDDEN, VOCAB)
 wq, wk, wv, wo = torch.randn(4, HIDDEN, HIDDEN) / HIDDEN**0.5
+# The drafter is the same layer, and what is trained: a vector for each further token.
+placeholders = torch.randn(K - 1, HIDDEN)
 
-
-def heads(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """``[rows, HIDDEN]`` to ``[rows, HEADS, HEAD_DIM]``."""
-    return (rows @ weight).unflatten(-1, (HEADS, HEAD_DIM))
-
-
-# What the target has done: 10 tokens lie in the cache blocks 7, 2 and 5 of a pool that
-# belongs to all requests. (RoPE is left out here: keys carry it in the cache.)
-tokens = torch.randint(VOCAB, (11,))
-table = torch.tensor([[7, 2, 5, 9]], dtype=torch.int32)  # block 9 is still empty
+# The cache is a pool of blocks that belongs to all requests; ours has four of them.
 cache = torch.zeros(2, 16 * BLOCK_SIZE, HEADS, HEAD_DIM)  # keys, values by slot
-for n in range(10):
-    slot = int(table[0, n // BLOCK_SIZE]) * BLOCK_SIZE + n % BLOCK_SIZE
-    row = embed[tokens[n]][None]
-    cache[0, slot], cache[1, slot] = heads(row, wk)[0], heads(row, wv)[0]
+table = torch.tensor([7, 2, 5, 9])
 
-# 1. Lay out: where the block stands, which slots it may use, what it reads.
-layout = lay_out(
-    DraftInputs(
-        seq_lens=torch.tensor([10]),
-        query_ends=torch.tensor([10]),
-        num_rejected=None,
-        tables=[CacheTable(table, BLOCK_SIZE)],
-    ),
-    num_draft_tokens=K,
-    max_model_len=64,
-)
-print("positions     ", layout.positions.tolist(), "  [B, k]")
-print("scratch slots ", layout.slots[0].tolist(), "  [B * k]")
 
-# 2. The block's rows: the anchor's embedding, then the placeholders.
-block = torch.cat([embed[tokens[10]][None], placeholders])
-print("block         ", list(block.shape), "         [k, hidden]")
+def slots_of(positions: torch.Tensor) -> torch.Tensor:
+    """Where in the pool the keys and values of these positions lie."""
+    return table[positions // BLOCK_SIZE] * BLOCK_SIZE + positions % BLOCK_SIZE
 
-# 3. Its own keys and values go to the scratch slots; then each row reads the prefix and
-# the rows before it. Nothing of the prefix is computed again.
-slots = layout.slots[0]
-cache[0, slots], cache[1, slots] = heads(block, wk), heads(block, wv)
-seq_len = int(layout.seq_lens)
-read = torch.arange(seq_len)
-read = layout.read_tables[0][0, read // BLOCK_SIZE] * BLOCK_SIZE + read % BLOCK_SIZE
-keys, values = cache[:, read]
-print("keys that are read", list(keys.shape), " [n + k, heads, head_dim]")
-scores = torch.einsum("qhd,nhd->hqn", heads(block, wq), keys) / HEAD_DIM**0.5
-hidden_from_row = torch.ones(K, seq_len, dtype=torch.bool).triu(seq_len - K + 1)
-weights = scores.masked_fill(hidden_from_row, -torch.inf).softmax(-1)
-out = torch.einsum("hqn,nhd->qhd", weights, values).flatten(1)
-hidden = block + out @ wo
 
-# 4. The target's LM head on every row: k drafts in one forward.
-drafts = (hidden @ embed.T).argmax(-1)
-print("drafts        ", drafts.tolist(), " [k]")
+def forward(rows: torch.Tensor, start: int) -> torch.Tensor:
+    """Logits ``[rows, VOCAB]`` of rows at the positions from ``start`` on.
 
-# 5. The target now verifies [anchor, drafts] from the same position on. It writes its
-# own keys and values to the very slots that the drafter used (and the last draft's
-# behind them): nothing of the drafter stays.
-verified = embed[torch.cat([tokens[10:], drafts[:-1]])]
-cache[0, slots], cache[1, slots] = heads(verified, wk), heads(verified, wv)
-print("overwritten   ", slots.tolist())
+    Each row leaves its key and value in the cache, and reads those of all positions up
+    to its own.
+    """
+
+    def heads(weight: torch.Tensor) -> torch.Tensor:
+        return (rows @ weight).unflatten(-1, (HEADS, HEAD_DIM))
+
+    own = torch.arange(start, start + len(rows))
+    cache[0, slots_of(own)], cache[1, slots_of(own)] = heads(wk), heads(wv)
+    read = torch.arange(start + len(rows))
+    keys, values = cache[:, slots_of(read)]
+    scores = torch.einsum("qhd,nhd->hqn", heads(wq), keys) / HEAD_DIM**0.5
+    weights = scores.masked_fill(read > own[:, None], -torch.inf).softmax(-1)
+    out = torch.einsum("hqn,nhd->qhd", weights, values).flatten(1)
+    return (rows + out @ wo) @ lm_head
+
+
+# 1. Prefix and anchor. The target reads 10 tokens, and chooses the next one.
+n = 10
+prompt = torch.randint(VOCAB, (n,))
+anchor = forward(embed[prompt], 0)[-1:].argmax(-1)
+print("prefix        ", list(prompt.shape), "[n], in the blocks", table[:3].tolist())
+print("anchor        ", anchor.tolist())
+
+# 2. Draft. The anchor and the placeholders stand behind the prefix, at n .. n+k-1.
+# Their keys and values go to these positions' slots, which hold nothing yet: scratch.
+block = torch.cat([embed[anchor], placeholders])
+scratch = slots_of(torch.arange(n, n + K)).tolist()
+drafts = forward(block, n).argmax(-1)  # one forward, k tokens
+print("block         ", list(block.shape), "[k, hidden]")
+print("scratch slots ", scratch)
+print("drafts        ", drafts.tolist())
+
+# 3. Verify. One forward of the target over the anchor and all drafts, from the same
+# position on. It writes over the scratch slots, so nothing of the drafter is left.
+rows = embed[torch.cat([anchor, drafts])]
+logits = forward(rows, n)
+choices = logits.argmax(-1)  # what the target says after the anchor, and each draft
+print("verified      ", list(rows.shape), "[k + 1, hidden]")
+print("logits        ", list(logits.shape), "[k + 1, vocabulary]")
+print("overwritten   ", slots_of(torch.arange(n, n + K)).tolist())
+print("target says   ", choices.tolist())
+
+# 4. Accept. Drafts count up to the first that the target would not have said; behind
+# them comes a token of the target's own, which is the next step's anchor.
+accepted = int((drafts == choices[:K]).long().cumprod(0).sum())
+bonus = choices[accepted]
+answer = [*drafts[:accepted].tolist(), int(bonus)]
+print("accepted      ", accepted, "of", K, "and the bonus token", int(bonus))
+print("this step     ", answer)
+
+# The target alone says the same, in as many steps as there are tokens.
+alone = [anchor]
+for position in range(n, n + len(answer)):
+    alone.append(forward(embed[alone[-1]], position).argmax(-1))
+one_by_one = torch.cat(alone[1:]).tolist()
+print("one by one    ", one_by_one)
+if one_by_one != answer:
+    raise SystemExit("FAILED: the target alone says something else")

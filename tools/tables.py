@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Write the tables that pages make from the package's data.
 
-The patches in docs/patches.md come from the ledger, the vLLM releases in README.md
+The patches in docs/patches.md come from the ledger, the vLLM releases in docs/status.md
 from `vllm_mtp.serving.versions`.
 
 python tools/tables.py            write them
@@ -90,7 +90,7 @@ def _claim(runner: Runner) -> str:
 
 PARTS = (
     Part("patches", ROOT / "docs" / "patches.md", patches),
-    Part("releases", ROOT / "README.md", releases),
+    Part("releases", ROOT / "docs" / "status.md", releases),
 )
 
 

@@ -2,6 +2,7 @@
 """Every example, run as a user runs it."""
 
 import ast
+import json
 import re
 import subprocess
 import sys
@@ -32,9 +33,28 @@ def run(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 def test_one_step() -> None:
     done = run("one_step.py")
     assert done.returncode == 0
-    slots = re.findall(r"^(?:scratch slots|overwritten) +(\[.*?\])", done.stdout, re.M)
-    assert slots == ["[22, 23, 36, 37]"] * 2  # of the blocks 5 and 9
-    assert re.search(r"^drafts +\[\d+, \d+, \d+, \d+\]", done.stdout, re.M)
+    shown = dict(re.findall(r"^(\S.*?) {2,}(.*)$", done.stdout, re.MULTILINE))
+    for row in ("scratch slots", "overwritten"):
+        assert shown[row] == "[22, 23, 36, 37]"  # of the blocks 5 and 9
+    assert shown["block"] == "[4, 32] [k, hidden]"
+    assert shown["verified"] == "[5, 32] [k + 1, hidden]"
+    drafts, target = (json.loads(shown[row]) for row in ("drafts", "target says"))
+    accepted, bonus = re.findall(r"\d+", shown["accepted"])[::2]
+    number = int(accepted)
+    # Some, or nothing is shown; not all, or no rejection is.
+    assert 1 < number < len(drafts) == 4
+    assert drafts[:number] == target[:number]
+    assert drafts[number] != target[number] == int(bonus)
+    step = json.loads(shown["this step"])
+    assert step == [*drafts[:number], int(bonus)] == json.loads(shown["one by one"])
+
+
+def test_one_step_needs_torch_alone() -> None:
+    source = ast.parse((REPOSITORY / "examples" / "one_step.py").read_text("utf-8"))
+    imports = [
+        n for n in ast.walk(source) if isinstance(n, ast.Import | ast.ImportFrom)
+    ]
+    assert [ast.unparse(node) for node in imports] == ["import torch"]
 
 
 @pytest.mark.engine

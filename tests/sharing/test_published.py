@@ -28,8 +28,8 @@ def rows(page: str, title: str, name: str) -> list[list[str]]:
 
 
 @each_drafter
-def test_the_readme_has_the_weights_and_the_measured_times(name: str) -> None:
-    (row,) = rows("README.md", "Drafters that come with it", name)
+def test_the_page_has_the_weights_and_the_measured_times(name: str) -> None:
+    (row,) = rows("docs/drafters.md", "The trained ones", name)
     cost = draft_cost(read_config(FOLDERS[name]))
     assert row[2] == f"{cost.relative_weights:.2f}"
     speed = read_speed(FOLDERS[name])
@@ -83,8 +83,8 @@ def test_the_lengths_side_by_side_are_those_of_the_files(name: str) -> None:
 
 
 @each_drafter
-def test_the_readmes_lengths_are_among_them(name: str) -> None:
-    (row,) = rows("README.md", "Drafters that come with it", name)
+def test_the_pages_lengths_are_among_them(name: str) -> None:
+    (row,) = rows("docs/drafters.md", "The trained ones", name)
     found = rows("docs/training.md", "Every acceptance length, side by side", name)
     assert set(row[6:8]) <= {other[1] for other in found if "AL, in vLLM" in other[2]}
 

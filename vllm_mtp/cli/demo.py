@@ -1,67 +1,81 @@
 # SPDX-License-Identifier: Apache-2.0
 """``vllm-mtp demo``."""
 
+import os
+import shlex
+import sys
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING
 
 from vllm_mtp.errors import MTPError
 from vllm_mtp.flags import flag
 
 if TYPE_CHECKING:
-    from vllm_mtp.evaluation.demo import DemoPlan, DemoResult
-    from vllm_mtp.evaluation.kv_cache import KVCache
+    from vllm_mtp.evaluation.demo import DemoPlan, DemoResult, Speed, Texts
 
+_QUESTION = "Explain in a few sentences why the sky is blue."
 _TIE_NOTE = """\
-A float tie: in bfloat16 the two tokens' logits are at most two rounding steps apart, so
-either is the target's. Behind it the texts go on apart, and are not compared."""
-_SPEED_NOTE = """\
-The ratio is this machine's. Verifying several tokens at once is nearly free where
-decoding waits for memory (a GPU at small batches); on a few CPU cores it costs almost
-as much as decoding them one by one, so fewer target steps save little time there."""
+A tie: the logits of two tokens are at most two rounding steps apart, so either is the
+target's. Behind it the texts go on apart, and are not compared."""
 
 
 @dataclass
 class Demo:
-    """Serve real prompts (ShareGPT) with stock vLLM, without and with the method, in
-    turns, and print what was measured. Exit code 0 only if the outputs are the
-    target's and the acceptance length is above the limit."""
+    """Serve real prompts (ShareGPT) with stock vLLM, without and with the method, and
+    print whether the texts are the target's, how fast both are, and where each token of
+    one answer came from. Exit code 0 only if all texts are the target's and the
+    acceptance length is above the limit."""
 
     target: str | None = flag("the target's folder (default: the demo target)", None)
     drafter: str | None = flag("the drafter's folder (default: found by target)", None)
-    num_prompts: int = flag("how many prompts", 12)
-    max_tokens: int = flag("longest answer, in tokens", 64)
-    rounds: int = flag("how often each side answers all prompts", 2)
-    concurrency: int = flag("requests decoded at once", 4)
-    min_acceptance_length: float = flag("limit for exit code 0", 1.7)
+    question: str = flag("whose answer to show token by token", _QUESTION)
+    html: str | None = flag("write that answer as a page into this file, too", None)
+    num_prompts: int = flag("how many prompts to measure with", 8)
+    max_tokens: int = flag("longest answer, in tokens", 48)
+    rounds: int = flag("how often each side answers all prompts", 3)
+    concurrency: int = flag("requests decoded at once, besides one by one", 4)
+    dtype: str | None = flag("for speed (default: this machine's fastest)", None)
+    min_acceptance_length: float = flag("limit for exit code 0", 1.2)
 
     def run(self) -> int:
+        from rich.console import Console
+        from rich.padding import Padding
         from tqdm import tqdm
 
+        from vllm_mtp.bench.cpu_settings import added, fastest_environment
+        from vllm_mtp.evaluation.answer_text import answer_text, legend_text
         from vllm_mtp.evaluation.demo import num_steps, run_demo
 
+        # Before minutes of work.
+        if self.html and not Path(self.html).absolute().parent.is_dir():
+            raise MTPError(
+                f"--html {self.html}: there is no such folder; make it, or name another"
+            )
         plan = self._plan()
-        with tqdm(total=num_steps(plan), unit="step") as bar:
+        environment = fastest_environment(os.environ)
+        with added(environment), tqdm(total=num_steps(plan), unit="step") as bar:
 
             def progress(text: str) -> None:
-                bar.set_description(f"{text:<36}")
+                bar.set_description(f"{text:<42}")
                 bar.update()
 
             result = run_demo(plan, progress)
-        print(report(plan, result))
-        good = result.count("different") == 0
-        long_enough = (
-            result.drafted.counts.acceptance_length > self.min_acceptance_length
-        )
-        if not long_enough:
-            print(f"FAILED: acceptance length not above {self.min_acceptance_length}")
-        if not good:
-            print("FAILED: outputs differ from the target's")
-        return 0 if good and long_enough else 1
+        print(f"\n{report(plan, result)}\n\n  {plan.question}\n")
+        console = Console(highlight=False)
+        console.print(Padding(answer_text(result.answer), (0, 2, 1, 2)))
+        console.print(Padding(legend_text(result.answer), (0, 2)))
+        if self.html:
+            self._write_page(Path(self.html), plan, result)
+        return self._exit_code(result)
 
     def _plan(self) -> "DemoPlan":
+        from vllm_mtp.bench.run import fastest_dtype
         from vllm_mtp.data.demo_target import ensure_demo_target
         from vllm_mtp.data.unseen import choice_in_words, unseen_prompts
+        from vllm_mtp.drafter.checkpoint import read_config
         from vllm_mtp.drafter.target_facts import TargetFacts
         from vllm_mtp.evaluation.demo import DemoPlan
         from vllm_mtp.serving.resolve import resolve_drafter
@@ -72,11 +86,11 @@ class Demo:
         folder = resolve_drafter(self.drafter, target, facts)
         known = [training_prompts(folder)]
         prompts = unseen_prompts(self.num_prompts, known)
-        if len(prompts) < self.num_prompts:
+        if not 0 < self.num_prompts <= len(prompts):
             raise MTPError(
-                f"--num-prompts: got {self.num_prompts}, but ShareGPT has only "
-                f"{len(prompts)} prompts that the drafter {folder.name!r} was not "
-                "trained on; ask for fewer"
+                f"--num-prompts: got {self.num_prompts}, expected 1 to {len(prompts)}: "
+                f"so many ShareGPT prompts has the drafter {folder.name!r} not been "
+                "trained on"
             )
         spec: dict[str, object] = {"method": "mtp_placeholder"}
         if self.drafter:
@@ -85,77 +99,93 @@ class Demo:
             target=target,
             speculative_config=spec,
             drafter=folder.name if self.drafter else f"{folder.name}, found by target",
+            num_drafts=read_config(folder).num_speculative_tokens,
+            question=self.question,
             prompts=prompts,
             choice=choice_in_words(known),
             max_tokens=self.max_tokens,
             rounds=self.rounds,
-            concurrency=self.concurrency,
+            at_once=self.concurrency,
+            dtype=self.dtype or fastest_dtype(),
         )
+
+    def _write_page(self, path: Path, plan: "DemoPlan", result: "DemoResult") -> None:
+        from vllm_mtp.engine import vllm_version
+        from vllm_mtp.evaluation.answer_page import answer_page
+        from vllm_mtp.files import write_whole
+
+        versions = {name: version(name) for name in ("vllm-mtp", "torch")}
+        command = shlex.join(["vllm-mtp", *sys.argv[1:]])
+        page = answer_page(
+            result.answer,
+            rows(plan, result),
+            command,
+            {"vLLM": vllm_version(), **versions},
+        )
+        write_whole(path, page)
+        print(f"\nwritten: {path}")
+
+    def _exit_code(self, result: "DemoResult") -> int:
+        long_enough = result.counts.acceptance_length > self.min_acceptance_length
+        if not long_enough:
+            print(f"FAILED: acceptance length not above {self.min_acceptance_length}")
+        if not result.is_exact:
+            print("FAILED: texts differ from the target's")
+        return 0 if result.is_exact and long_enough else 1
 
 
 def report(plan: "DemoPlan", result: "DemoResult") -> str:
-    """The table that the demo ends with."""
-    plain, drafted, counts = result.plain, result.drafted, result.drafted.counts
-    equal, ties = result.count("equal"), result.count("tie")
-    positions = " ".join(f"{rate:.3f}" for rate in counts.acceptance_per_position)
-    rows = [
-        ("target", plan.target),
-        ("drafter", plan.drafter),
-        ("prompts", f"{len(plan.prompts)} {plan.choice}"),
-        (
-            "answers",
-            (
-                f"up to {plan.max_tokens} tokens each, {plan.concurrency} at once, "
-                f"{plan.rounds} rounds"
-            ),
-        ),
-        (
-            "the target's text",
-            (
-                f"{equal + ties} of {len(plan.prompts)} answers: {equal} to the end, "
-                f"{ties} up to a float tie; {result.count('different')} differ"
-            ),
-        ),
-        (
-            "acceptance length",
-            (
-                f"{counts.acceptance_length:.3f} tokens per target step "
-                f"(bonus token included, {counts.drafts} drafts)"
-            ),
-        ),
-        ("accepted by position", positions),
-        (
-            "drafter's KV cache",
-            (
-                f"{result.drafter_kv_bytes:,.0f} bytes per token: "
-                f"{_cache(plain.kv_cache)} without, {_cache(drafted.kv_cache)} with"
-            ),
-        ),
-        (
-            "KV pool",
-            (
-                f"{plain.kv_blocks} blocks without, {drafted.kv_blocks} with "
-                f"(of {plain.kv_block_tokens} tokens)"
-            ),
-        ),
-        (
-            "tokens/s",
-            (
-                f"{_spread(plain.tokens_per_s)} without, "
-                f"{_spread(drafted.tokens_per_s)} with"
-            ),
-        ),
-        ("speed ratio", f"{result.speed_ratio:.2f} (median of the rounds)"),
-    ]
-    table = "\n".join(f"  {name:<20} {value}" for name, value in rows)
-    notes = [*([_TIE_NOTE] if ties else []), _SPEED_NOTE]
-    return "\n\n".join([f"\n{table}", *notes])
+    """The table that the demo prints."""
+    table = "\n".join(
+        f"  {name:<20} {text}" for name, text in rows(plan, result).items()
+    )
+    has_ties = result.rounded is not None and result.rounded.count("tie")
+    return f"{table}\n\n{_TIE_NOTE}" if has_ties else table
 
 
-def _cache(cache: "KVCache") -> str:
-    return f"{cache.bytes_per_token:,.0f} in {cache.layers} layers"
+def rows(plan: "DemoPlan", result: "DemoResult") -> dict[str, str]:
+    """What was measured, by name."""
+    counts = result.counts
+    found = {
+        "target": Path(plan.target).name,
+        "drafter": f"{plan.drafter}; drafts up to {plan.num_drafts} tokens per step",
+        "prompts": f"{len(plan.prompts)} {plan.choice}",
+        "texts in float32": _exact(result.exact),
+    }
+    if result.rounded is not None:
+        found[f"texts in {result.rounded.dtype}"] = _rounded(result.rounded)
+    for speed in result.speeds:
+        name = "one request" if speed.at_once == 1 else f"{speed.at_once} at once"
+        found[f"speed, {name}"] = _speed(speed)
+    return found | {
+        "acceptance length": (
+            f"{counts.acceptance_length:.2f} tokens per step that had a draft "
+            f"({counts.drafts} drafts, {counts.accepted_tokens} of "
+            f"{counts.draft_tokens} tokens accepted)"
+        ),
+        "drafter's KV cache": (
+            f"{result.drafter_kv_bytes:,.0f} bytes per token "
+            f"({result.plain_cache.bytes_per_token:,.0f} without it, "
+            f"{result.drafted_cache.bytes_per_token:,.0f} with it)"
+        ),
+    }
 
 
-def _spread(values: list[float]) -> str:
-    low, high = min(values), max(values)
-    return f"{low:.1f}" if len(values) == 1 else f"{low:.1f} to {high:.1f}"
+def _exact(texts: "Texts") -> str:
+    equal, number = texts.count("equal"), len(texts.comparisons)
+    return f"{equal} of {number} answers are the target's, token by token"
+
+
+def _rounded(texts: "Texts") -> str:
+    equal, ties = texts.count("equal"), texts.count("tie")
+    text = f"{equal + ties} of {len(texts.comparisons)} answers are the target's"
+    return f"{text}: {equal} to the end, {ties} up to a tie" if ties else text
+
+
+def _speed(speed: "Speed") -> str:
+    low, high = speed.ratios[0], speed.ratios[-1]
+    return (
+        f"{speed.ratio:.2f} times the target alone ({low:.2f} to {high:.2f}): "
+        f"{median(speed.drafted):.1f} tokens/s beside {median(speed.plain):.1f}; "
+        f"{speed.tokens_per_step:.2f} tokens per step"
+    )
