@@ -52,8 +52,8 @@ format: $(READY) ## Fix what the linter can fix, and format
 
 clean: ## Remove .venv, caches and build outputs
 	@rm -rf $(VENV) .train-demo bench-report .vllm-versions build dist *.egg-info $(METADATA)/build \
-		$(METADATA)/*.egg-info $(DRAFTERS)/build $(DRAFTERS)/src/*.egg-info .mypy_cache .pytest_cache .ruff_cache \
-		.hypothesis
+		$(METADATA)/*.egg-info $(DRAFTERS)/build $(DRAFTERS)/src/*.egg-info \
+		.mypy_cache .pytest_cache .ruff_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # From nothing whenever the list changes, so that .venv never holds more than the list.
