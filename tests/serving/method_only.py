@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Serve a target with the method's name alone, as somebody who installed the wheels.
 
-`test_wheels.py` runs this file where the checkout cannot be imported. Prints what
-happened, as JSON in the last line.
+`test_wheels.py` runs this file where the checkout cannot be imported.
+
+    python method_only.py TARGET RESULT
+
+writes what happened into the file RESULT, as JSON.
 """
 
 import json
 import sys
+from pathlib import Path
 
 import vllm_mtp
 from vllm_mtp.metrics import read_vllm_counters
@@ -14,7 +18,7 @@ from vllm_mtp.metrics import read_vllm_counters
 QUESTIONS = ("Why is the sky blue?", "Name the days of the week.")
 
 
-def main(target: str) -> None:
+def main(target: str, result: str) -> None:
     from vllm import LLM, SamplingParams
 
     llm = LLM(
@@ -38,8 +42,8 @@ def main(target: str) -> None:
         "accepted": counts.accepted_tokens,
         "path": sys.path,
     }
-    print("\n" + json.dumps(told))
+    Path(result).write_text(json.dumps(told), "utf-8")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

@@ -144,6 +144,8 @@ def run_in(environment: Path, *command: object) -> str:
     } | {
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        # A second process would spend a core on waiting.
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_LOGGING_LEVEL": "WARNING",
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_USE_V2_MODEL_RUNNER": "0",
@@ -171,8 +173,9 @@ def test_the_method_alone_serves_with_an_installed_drafter(
     environment: Path, smollm2: Path
 ) -> None:
     script = shutil.copy(Path(__file__).with_name("method_only.py"), environment)
-    out = run_in(environment, environment / "bin" / "python", "-I", script, smollm2)
-    told = json.loads(out.splitlines()[-1])
+    result = environment / "result.json"
+    run_in(environment, environment / "bin/python", "-I", script, smollm2, result)
+    told = json.loads(result.read_text("utf-8"))
     assert Path(told["package"]).is_relative_to(environment)
     assert Path(told["drafter"]).is_relative_to(environment)
     assert Path(told["drafter"]).parts[-2:] == ("vllm_mtp_smollm2", "cheap")
