@@ -6,6 +6,7 @@
 
 PYTHON ?= python3
 METADATA := requirements/vllm-metadata
+DRAFTERS := drafters/smollm2
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check --no-input
@@ -21,7 +22,7 @@ READY := $(VENV)/.ready
 help: ## Print the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1\t\2/p' Makefile
 
-setup: $(READY) ## Build .venv: the pinned CPU packages, and this package editable
+setup: $(READY) ## Build .venv: the pinned CPU packages, and both of ours editable
 	@echo "setup: $(VENV) is ready"
 
 demo: $(READY) ## Run the demo
@@ -51,8 +52,8 @@ format: $(READY) ## Fix what the linter can fix, and format
 
 clean: ## Remove .venv, caches and build outputs
 	@rm -rf $(VENV) .train-demo bench-report .vllm-versions build dist *.egg-info $(METADATA)/build \
-		$(METADATA)/*.egg-info .mypy_cache .pytest_cache .ruff_cache \
-		.hypothesis
+		$(METADATA)/*.egg-info $(DRAFTERS)/build $(DRAFTERS)/src/*.egg-info \
+		.mypy_cache .pytest_cache .ruff_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # From nothing whenever the list changes, so that .venv never holds more than the list.
@@ -72,7 +73,7 @@ $(PACKAGES): $(REQUIREMENTS) $(METADATA)/pyproject.toml
 	@$(PIP) install --no-deps --no-build-isolation ./$(METADATA)
 	@touch $@
 
-# Again when pyproject.toml changes, for the entry points and the version.
-$(READY): $(PACKAGES) pyproject.toml setup.py
-	@$(PIP) install --no-deps --no-build-isolation --editable .
+# Again when a pyproject.toml changes, for the entry points and the version.
+$(READY): $(PACKAGES) pyproject.toml setup.py $(DRAFTERS)/pyproject.toml
+	@$(PIP) install --no-deps --no-build-isolation --editable . --editable ./$(DRAFTERS)
 	@touch $@

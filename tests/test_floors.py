@@ -13,8 +13,7 @@ PACKAGE = Path(vllm_mtp.__file__).parent
 FLOORS = (
     # `engine` uses vLLM, so it needs nothing of ours; `plugin` has the method's name.
     {"engine", "errors", "files", "flags", "interrupts"}
-    | {"markdown", "metrics", "plugin"},
-    {"references"},  # the drafters that ship with the package
+    | {"installed", "markdown", "metrics", "plugin"},
     {"drafter"},
     {"torch_host", "serving", "data"},  # two hosts of a drafter, and texts
     {"evaluation"},

@@ -24,7 +24,9 @@ def _loaded_by(statement: str) -> set[str]:
     return set(result.stdout.split())
 
 
-@pytest.mark.parametrize("module", ["vllm_mtp", "vllm_mtp.plugin", "vllm_mtp.engine"])
+@pytest.mark.parametrize(
+    "module", ["vllm_mtp", "vllm_mtp.plugin", "vllm_mtp.engine", "vllm_mtp.installed"]
+)
 def test_importing_the_plugin_is_cheap(module: str) -> None:
     loaded = _loaded_by(f"import {module}")
     assert "vllm_mtp" in loaded

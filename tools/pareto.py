@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from tools.ablation import key_of, questions
 from vllm_mtp.drafter.checkpoint import read_config
 from vllm_mtp.drafter.cost import draft_cost
-from vllm_mtp.references import reference_folders
+from vllm_mtp.installed import installed_folder
 from vllm_mtp.sharing.folder import read_evaluation
 
 ROOT = Path(__file__).parent.parent
@@ -68,12 +68,13 @@ def candidates() -> list[Candidate]:
         for key, result in results.items()
         if key in rows
     ]
-    for folder in reference_folders():
+    for name in ("cheap", "shared"):
+        folder = installed_folder(name)
         evaluation = read_evaluation(folder)
         assert evaluation is not None
         length = evaluation.total.teacher_forced_length
         weights = draft_cost(read_config(folder)).relative_weights
-        found.append(Candidate(folder.name, weights, length, shipped=True))
+        found.append(Candidate(name, weights, length, shipped=True))
     return found
 
 

@@ -27,11 +27,11 @@ from vllm_mtp.bench.summary import Spread
 from vllm_mtp.data.demo_target import ensure_demo_target
 from vllm_mtp.data.unseen import choice_in_words, unseen_prompts
 from vllm_mtp.drafter.layout import WINDOW_STEP
+from vllm_mtp.installed import installed_folder
 from vllm_mtp.markdown import row as row_of_table
 from vllm_mtp.markdown import table
 from vllm_mtp.metrics import AcceptanceCounts, read_vllm_counters
 from vllm_mtp.plugin import METHOD
-from vllm_mtp.references import reference_folders
 from vllm_mtp.sharing.provenance import training_prompts
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def main() -> int:
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     os.environ |= {"VLLM_USE_V2_MODEL_RUNNER": "0"}
     target = ensure_demo_target()
-    known = [training_prompts(reference_folders()[0])]  # what the engine takes, too
+    known = [training_prompts(installed_folder("cheap"))]  # what the engine takes, too
     print(f"Prompts: {choice_in_words(known)}\n")
     loads = context_loads(
         tokenizer_of(target),

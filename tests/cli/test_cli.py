@@ -8,7 +8,7 @@ import pytest
 from vllm_mtp.cli.main import COMMANDS, main
 from vllm_mtp.drafter.checkpoint import load_drafter, read_config
 from vllm_mtp.drafter.config import OwnLayerConfig, SharedLayerConfig
-from vllm_mtp.references import reference_folders
+from vllm_mtp.installed import installed_folder
 
 
 def init(target: Path, out: Path, *flags: str) -> int:
@@ -128,12 +128,11 @@ def test_inspect_says_what_a_drafter_is(
 def test_inspect_shows_a_measured_draft_beside_its_weights(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    cheap, shared = reference_folders()
-    assert main(["inspect", str(cheap)]) == 0
+    assert main(["inspect", str(installed_folder("cheap"))]) == 0
     out = capsys.readouterr().out
     assert "0.32 of the weights that a target step reads" in out
     assert "4 tokens, 1 at once: the draft 0.46, the whole step 1.71 of a step" in out
-    assert main(["inspect", str(shared)]) == 0
+    assert main(["inspect", str(installed_folder("shared"))]) == 0
     assert "measured         not here" in capsys.readouterr().out
 
 

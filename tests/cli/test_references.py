@@ -2,22 +2,25 @@
 """``vllm-mtp references``."""
 
 import json
-import os
-import shutil
 import subprocess
 import sys
-from importlib.resources import files
 from pathlib import Path
 
 import pytest
 
-import vllm_mtp
+from tests.packages import install
+from vllm_mtp import installed
 from vllm_mtp.cli import references
 from vllm_mtp.cli.main import main
-from vllm_mtp.references import reference_folders
+from vllm_mtp.installed import installed_folder
 
-INDEX = json.loads(files("vllm_mtp.references").joinpath("index.json").read_text())
-SHIPPED = reference_folders()[0]
+OURS = "vllm-mtp-smollm2-135m-instruct"
+
+
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.syspath_prepend(tmp_path)
+    return tmp_path
 
 
 def listed(capsys: pytest.CaptureFixture[str], *flags: str) -> str:
@@ -25,72 +28,91 @@ def listed(capsys: pytest.CaptureFixture[str], *flags: str) -> str:
     return capsys.readouterr().out
 
 
-def test_lists_what_the_index_holds(capsys: pytest.CaptureFixture[str]) -> None:
+def test_lists_our_package(capsys: pytest.CaptureFixture[str]) -> None:
     found = json.loads(listed(capsys, "--json"))
-    root = str(files("vllm_mtp.references"))
-    assert [Path(item["folder"]) for item in found] == [Path(root, n) for n in INDEX]
-    assert [item["name"] for item in found] == [n.rpartition("/")[2] for n in INDEX]
-    assert found[0]["default"] is True
+    assert [item["name"] for item in found] == ["cheap", "shared"]
+    assert [item["default"] for item in found] == [True, False]
     lines = listed(capsys).splitlines()
-    assert len(lines) == len(INDEX)
+    assert len(lines) == len(found)
     for line, item in zip(lines, found, strict=True):
-        assert line.split()[:2] == [item["name"], item["target"]]
-        assert item["folder"] in line
+        assert item["distribution"] == OURS
+        assert item["folder"] == str(installed_folder(item["name"]))
+        assert line.split()[:5] == [
+            item["name"],
+            item["target"],
+            f"k={item['num_speculative_tokens']}",
+            item["distribution"],
+            item["folder"],
+        ]
         assert ("taken when no model is named" in line) == item["default"]
 
 
-def copy_as(folder: Path, **target: object) -> Path:
-    """The first shipped drafter's config, for another target if asked for."""
-    config = json.loads((SHIPPED / "config.json").read_text())
+def write_config(folder: Path, **target: object) -> None:
+    """The config of `cheap`, for another target if asked for."""
+    config = json.loads((installed_folder("cheap") / "config.json").read_text())
     config["target"] |= target
-    folder.mkdir()
+    folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config))
-    return folder
 
 
-def test_the_first_that_fits_a_target_is_the_default(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folders = [
-        copy_as(tmp_path / "first"),
-        copy_as(tmp_path / "second", name="a copy, elsewhere"),
-        copy_as(tmp_path / "other", weights_fingerprint="0" * 64),
-        copy_as(tmp_path / "larger", vocab_size=50000),
-    ]
-    monkeypatch.setattr(references, "reference_folders", lambda: folders)
+def test_the_first_that_fits_a_target_is_the_default(site: Path) -> None:
+    write_config(site / "maker" / "larger", vocab_size=50000)
+    write_config(site / "maker" / "other", weights_fingerprint="0" * 64)
+    write_config(site / "maker" / "second", name="a copy, elsewhere")
+    places = {name: f"maker.{name}" for name in ("larger", "other", "second")}
+    install(site, "z-drafters", places)
+    install(site, "y-drafters", {"again": "maker.other"})
     found = {item.name: item.default for item in references.shipped()}
-    assert found == {"first": True, "second": False, "other": True, "larger": True}
+    assert found == {
+        "cheap": True,
+        "shared": False,
+        "again": True,
+        "larger": True,
+        "other": False,
+        "second": False,
+    }
 
 
-def test_a_damaged_installation_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_a_broken_one_is_told_beside_the_others(
+    site: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(references, "reference_folders", lambda: [tmp_path / "gone"])
-    assert main(["references"]) == 1
-    assert "gone/config.json: cannot be read" in capsys.readouterr().err
+    (site / "maker" / "damaged").mkdir(parents=True)
+    (site / "maker" / "damaged" / "config.json").write_text("{")
+    places = {"lost": "nowhere.lost", "empty": "maker.empty", "bad": "maker.damaged"}
+    install(site, "a-drafters", places)
+    assert main(["references", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert [item["name"] for item in json.loads(out)] == ["cheap", "shared"]
+    lines = err.splitlines()
+    for line, name, problem in zip(
+        lines,
+        ("bad", "empty", "lost"),
+        (
+            f"{site}/maker/damaged/config.json: cannot be read",
+            f"{site}/maker/empty/config.json: cannot be read",
+            "no package 'nowhere' can be imported",
+        ),
+        strict=True,
+    ):
+        assert line.startswith(f"vllm-mtp references: broken: {name} of a-drafters: ")
+        assert problem in line
+        assert "install a-drafters again" in line
 
 
-def test_works_where_it_is_installed_and_without_torch(tmp_path: Path) -> None:
-    """As a wheel lays it out: somewhere else, and with no checkout around it."""
-    site = tmp_path / "site-packages"
-    shutil.copytree(
-        Path(vllm_mtp.__file__).parent,
-        site / "vllm_mtp",
-        ignore=shutil.ignore_patterns("__pycache__"),
-    )
+def test_says_that_there_are_none(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(installed, "entry_points", lambda group: ())
+    assert json.loads(listed(capsys, "--json")) == []
+    assert "no installed package offers a drafter" in listed(capsys)
+
+
+def test_works_without_torch() -> None:
+    """Which would take seconds to import."""
     code = (
         "import sys; from vllm_mtp.cli.references import References; "
         "References(json=True).run(); sys.exit('torch' in sys.modules)"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(site)},
-        capture_output=True,
-        text=True,
-    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True)
     assert result.returncode == 0, result.stderr
-    found = json.loads(result.stdout)
-    assert [Path(item["folder"]) for item in found] == [
-        site.resolve() / "vllm_mtp" / "references" / name for name in INDEX
-    ]
+    assert len(json.loads(result.stdout)) == 2

@@ -12,7 +12,7 @@ from vllm_mtp.data.prompts import read_prompts
 from vllm_mtp.data.settings import SourceSettings
 from vllm_mtp.data.split import is_held_out, prompt_id
 from vllm_mtp.data.unseen import TrainingPrompts, choice_in_words, unseen_prompts
-from vllm_mtp.references import reference_folders
+from vllm_mtp.installed import installed_folder
 from vllm_mtp.sharing.provenance import read_provenance
 
 PROMPTS = [f"Question number {number}, {'so ' * (number % 7)}?" for number in range(60)]
@@ -100,7 +100,7 @@ def test_the_prompts_of_the_published_benchmark_were_unseen(
 ) -> None:
     """docs/benchmark.md says so: they were chosen otherwise then."""
     first, *_ = sharegpt.sharegpt_prompts(1, skip=12_000, max_chars=1000)
-    last_run = read_provenance(reference_folders()[0])
+    last_run = read_provenance(installed_folder("cheap"))
     assert last_run is not None
     assert last_run.data is not None
     source = last_run.data.generation.settings.source

@@ -159,7 +159,13 @@ def test_serving_code_is_not_imported_until_it_is_used() -> None:
     )
     loaded = in_new_process(code)
     assert "'vllm_mtp.serving.ledger'" in loaded
-    for module in ("serving.config", "serving.v1", "drafter", "torch_host"):
+    for module in (
+        "installed",
+        "serving.config",
+        "serving.v1",
+        "drafter",
+        "torch_host",
+    ):
         assert module not in loaded
 
 

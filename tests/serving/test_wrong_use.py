@@ -22,6 +22,7 @@ from vllm.engine.arg_utils import EngineArgs
 
 from tests.tiny_targets import WINDOW, make_tiny_llama
 from vllm_mtp.errors import MTPError
+from vllm_mtp.installed import installed_folder
 from vllm_mtp.serving.loading import load_bound_drafter
 from vllm_mtp.serving.settings import ALLOWED_KEYS
 
@@ -352,7 +353,7 @@ def test_method_only_lists_what_was_tried(tiny_targets: dict[str, Path]) -> None
         start(tiny_targets["llama"], {})
     for text in [
         str(tiny_targets["llama"] / "mtp_placeholder"),
-        "references/smollm2-135m-instruct/shared: target.",
+        "drafter 'shared' of vllm-mtp-smollm2-135m-instruct: target.",
         "vllm-mtp init",
     ]:
         assert text in str(error.value)
@@ -368,13 +369,13 @@ def test_method_only_takes_the_folder_inside_the_target(
     assert config.num_speculative_tokens == 3
 
 
-def test_method_only_finds_the_shipped_drafter(smollm2: Path) -> None:
+def test_method_only_finds_the_installed_drafter(smollm2: Path) -> None:
     config = start(smollm2, {}).speculative_config
-    assert "references/smollm2-135m-instruct" in config.model
+    assert config.model == str(installed_folder("cheap"))
     assert config.num_speculative_tokens == 4
 
 
-def test_same_shape_but_other_weights_is_not_the_shipped_drafters_target(
+def test_same_shape_but_other_weights_is_not_the_installed_drafters_target(
     smollm2: Path, tmp_path: Path
 ) -> None:
     """The config alone does not identify a target: names and shapes count too."""

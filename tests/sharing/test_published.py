@@ -8,13 +8,13 @@ import pytest
 
 from vllm_mtp.drafter.checkpoint import read_config
 from vllm_mtp.drafter.cost import draft_cost
-from vllm_mtp.references import reference_folders
+from vllm_mtp.installed import installed_folder
 from vllm_mtp.sharing.card import CARD_FILE
 from vllm_mtp.sharing.folder import card_text, read_evaluation
 from vllm_mtp.sharing.speed import read_speed
 
 ROOT = Path(__file__).parents[2]
-FOLDERS = {folder.name: folder for folder in reference_folders()}
+FOLDERS = {name: installed_folder(name) for name in ("cheap", "shared")}
 each_drafter = pytest.mark.parametrize("name", FOLDERS)
 
 

@@ -7,12 +7,12 @@ import pytest
 
 from vllm_mtp.cli.main import _load
 from vllm_mtp.drafter.checkpoint import read_config
-from vllm_mtp.references import reference_folders
+from vllm_mtp.installed import installed_folder
 from vllm_mtp.sharing.provenance import read_provenance
 from vllm_mtp.training.record import told_arguments
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "train"
-DRAFTERS = {folder.name: folder for folder in reference_folders()}
+DRAFTERS = {name: installed_folder(name) for name in ("cheap", "shared")}
 NEEDED = ["--target", "t", "--data", "d"]
 # Names of 0.1, and what they are called now.
 RENAMED = {"place_decay": "position_decay"}

@@ -98,13 +98,13 @@ def needs(content: Path, options: argparse.Namespace) -> None:
 
 
 def package(content: Path, options: argparse.Namespace) -> None:
-    """This package without its trained drafters."""
-    unzip_own(content, lambda name: "/references/smollm2" not in name)
+    """This package."""
+    unzip_own(content, ".")
 
 
 def drafters(content: Path, options: argparse.Namespace) -> None:
-    """The trained drafters."""
-    unzip_own(content, lambda name: "/references/smollm2" in name)
+    """The trained drafters' package."""
+    unzip_own(content, "drafters/smollm2")
 
 
 def target(content: Path, options: argparse.Namespace) -> None:
@@ -146,16 +146,16 @@ def download(
     pip("download", "--quiet", "--no-deps", *flags, "-d", str(out), *requirements)
 
 
-def unzip_own(content: Path, wanted: Callable[[str], bool]) -> None:
+def unzip_own(content: Path, project: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         # A copy, because building leaves its files in the source tree.
         source = Path(folder) / "source"
         unused = shutil.ignore_patterns(".*", "build", "*.egg-info", "tests", "docs")
-        shutil.copytree(ROOT, source, ignore=unused)
+        shutil.copytree(ROOT, source, ignore=unused, symlinks=True)
         build = ("wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", folder)
-        pip(*build, str(source))
+        pip(*build, str(source / project))
         (wheel,) = Path(folder).glob("*.whl")
-        unzip(zipfile.ZipFile(wheel), wanted, content)
+        unzip(zipfile.ZipFile(wheel), lambda name: True, content)
 
 
 def extract(

@@ -3,7 +3,7 @@
 
 A side is named by what drafts: ``none``; the layers of one of our drafters, such as
 ``own:0,8,16,24,31``, with ``@32000`` behind them for a reduced output vocabulary; the
-name of a shipped drafter; or ``eagle3`` or ``dflash``, vLLM's own methods with a
+name of an installed drafter; or ``eagle3`` or ``dflash``, vLLM's own methods with a
 drafter of the usual size. Drafters that are made here are not trained.
 """
 
@@ -26,8 +26,8 @@ from vllm_mtp.drafter.config import DrafterConfig, OwnLayerConfig, SharedLayerCo
 from vllm_mtp.drafter.layer_spec import BoundLayer, parse_layers
 from vllm_mtp.drafter.model import Drafter
 from vllm_mtp.drafter.target_facts import TargetFacts
+from vllm_mtp.installed import installed_drafters
 from vllm_mtp.plugin import METHOD
-from vllm_mtp.references import reference_folders
 
 PROMPTS = Path(__file__).parents[2] / "examples/prompts/unseen.jsonl"
 
@@ -128,9 +128,9 @@ def speculative_config(
     """
     if side == "none":
         return None
-    shipped = {folder.name: folder for folder in reference_folders()}
-    if side in shipped:
-        return {"method": METHOD, "model": str(shipped[side])}
+    installed = {drafter.name: drafter for drafter in installed_drafters()}
+    if side in installed:
+        return {"method": METHOD, "model": str(installed[side].folder())}
     folder = work / f"{target.name}-{side.replace(':', '-').replace(',', '.')}"
     if side in ("eagle3", "dflash"):
         _peer(side, target).save_pretrained(folder)

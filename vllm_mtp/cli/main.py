@@ -29,7 +29,7 @@ COMMANDS = {
     "inspect": ("inspect", "Inspect", "say what a drafter is and what it costs"),
     "check": ("check", "Check", "compare a served drafter with the trained one"),
     "push": ("push", "Push", "upload a drafter to the Hugging Face hub"),
-    "references": ("references", "References", "list the drafters shipped with this"),
+    "references": ("references", "References", "list the drafters that are installed"),
     "doctor": ("doctor", "Doctor", "check whether the method can work here"),
 }
 

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Find the drafter: the one that the user names, else one that fits the target."""
 
+import logging
 import stat
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 from vllm_mtp.drafter.checkpoint import CONFIG_FILE, WEIGHTS_FILE, read_config
@@ -12,9 +13,11 @@ from vllm_mtp.drafter.target_facts import (
     weights_fingerprint,
 )
 from vllm_mtp.errors import DrafterNotFoundError
+from vllm_mtp.installed import GROUP, InstalledDrafter, installed_drafters
 from vllm_mtp.plugin import METHOD
-from vllm_mtp.references import reference_folders
 from vllm_mtp.serving.settings import shown
+
+logger = logging.getLogger("vllm.mtp_placeholder")
 
 _PATH = 1000  # most characters of a path in a message
 _HUB_SECONDS = 10.0
@@ -39,7 +42,7 @@ def resolve_drafter(
     inside = Path(target) / METHOD
     if _is_there(inside / CONFIG_FILE):
         return inside
-    return _reference(target, facts, tried=[f"{inside}: no {CONFIG_FILE} there"])
+    return _installed(target, facts, tried=[f"{inside}: no {CONFIG_FILE} there"])
 
 
 def _is_there(file: Path) -> bool:
@@ -125,28 +128,51 @@ def _ask_hub(repo_id: str, revision: str | None = None) -> None:
     HfApi().repo_info(repo_id, revision=revision, timeout=_HUB_SECONDS)
 
 
-def _reference(target: str, facts: TargetFacts, tried: list[str]) -> Path:
-    fingerprint = _fingerprint(target)
-    for folder in reference_folders():
-        made_for = read_config(folder).target
+def _installed(target: str, facts: TargetFacts, tried: list[str]) -> Path:
+    """The first drafter of an installed package that fits."""
+    # Only for a target whose facts fit: the hub may have to be asked.
+    fingerprint = cache(partial(_fingerprint, target))
+    drafters = installed_drafters()
+    for drafter in drafters:
+        try:
+            folder = drafter.folder()
+            made_for = read_config(folder).target
+        except Exception as error:  # somebody else's package; the others are good
+            tried.append(_skipped(drafter, error))
+            continue
         if differences := made_for.differences(facts):
-            tried.append(f"{folder}: {differences[0]}")
-        elif made_for.weights_fingerprint != fingerprint:
-            tried.append(
-                f"{folder}: the target's weights have other names or shapes "
-                f"(fingerprint {fingerprint}, expected {made_for.weights_fingerprint})"
+            problem = differences[0]
+        elif made_for.weights_fingerprint != fingerprint():
+            problem = (
+                "the target's weights have other names or shapes (fingerprint "
+                f"{fingerprint()}, expected {made_for.weights_fingerprint})"
             )
         else:
             return folder
+        tried.append(f"{_in_words(drafter)}: {problem}")
+    if not drafters:
+        tried.append(f"installed packages: none offers a drafter (group {GROUP})")
     raise DrafterNotFoundError(
         f"no drafter for target {target!r} was found. Tried:\n  "
         + "\n  ".join(tried)
-        + "\nName one: {'method': '"
+        + "\nInstall a package that offers one, or name one: {'method': '"
         + METHOD
         + "', 'model': FOLDER}; or make one:\n"
         f"  vllm-mtp init --target {target} --layers shared:all "
         f"--num-speculative-tokens 4 --out {Path(target) / METHOD}"
     )
+
+
+def _skipped(drafter: InstalledDrafter, error: Exception) -> str:
+    """Log that a drafter is broken; returns why, in one line."""
+    reason = " ".join(str(error).split())[:500] or type(error).__name__
+    line = f"{_in_words(drafter)}: broken: {reason}"
+    logger.warning("%s: skipped %s", METHOD, line)
+    return line
+
+
+def _in_words(drafter: InstalledDrafter) -> str:
+    return f"drafter {drafter.name!r} of {drafter.distribution}"
 
 
 def _fingerprint(target: str) -> str | None:

@@ -12,7 +12,7 @@ from tests.tiny_targets import VOCAB_SIZE, make_tiny_llama
 from tests.tiny_tokenizer import save_tiny_tokenizer
 from vllm_mtp.drafter.checkpoint import save_drafter
 from vllm_mtp.drafter.init import DrafterOptions, new_drafter
-from vllm_mtp.references import reference_folders
+from vllm_mtp.installed import installed_folder
 
 MAX_MODEL_LEN = 256
 NUM_PROMPTS = 32
@@ -141,11 +141,10 @@ def smollm2_subject() -> Subject:
         )
         for text in sharegpt_prompts(64)
     ]
-    shared = next(folder for folder in reference_folders() if folder.name == "shared")
     return Subject(
         "SmolLM2",
         target,
-        {"method": "mtp_placeholder", "model": str(shared)},
+        {"method": "mtp_placeholder", "model": str(installed_folder("shared"))},
         text_stream(texts),
         # A step takes a hundred times longer than a tiny target's.
         num_prompts=8,
