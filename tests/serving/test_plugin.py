@@ -124,13 +124,41 @@ def test_config_is_what_the_engine_needs(smollm2: Path) -> None:
     assert "mtp_placeholder" in repr(spec)
 
 
-def test_config_reaches_other_processes(smollm2: Path) -> None:
-    settings = {"num_speculative_tokens": 2, "min_draft_probability": 0.25}
-    spec = our_config(smollm2, **settings).speculative_config
-    for twin in (pickle.loads(pickle.dumps(spec)), copy.deepcopy(spec)):
+# Who chooses how much is drafted, by what the user gave.
+@pytest.mark.parametrize(
+    ("settings", "any_length", "chooses"),
+    [
+        ({}, True, True),
+        ({"num_speculative_tokens": None}, True, True),
+        ({"num_speculative_tokens": 2}, True, False),
+        ({"num_speculative_tokens_per_batch_size": [(1, 8, 2)]}, True, False),
+        ({"draft_sample_method": "probabilistic"}, False, False),
+        ({"runner": "1"}, False, False),
+        ({"tensor_parallel_size": 2}, False, False),
+    ],
+)
+def test_config_reaches_other_processes(
+    smollm2: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    settings: dict[str, Any],
+    any_length: bool,
+    chooses: bool,
+) -> None:
+    settings = dict(settings)
+    if "runner" in settings:
+        monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", settings.pop("runner"))
+    flags = {k: settings.pop(k) for k in ("tensor_parallel_size",) if k in settings}
+    args = EngineArgs(
+        model=str(smollm2),
+        speculative_config={"method": "mtp_placeholder"} | settings,
+        **flags,
+    )
+    spec = args.create_engine_config().speculative_config
+    for twin in (spec, pickle.loads(pickle.dumps(spec)), copy.deepcopy(spec)):
         assert type(twin) is MTPPlaceholderSpecConfig
-        assert (twin.model, twin.num_speculative_tokens) == (spec.model, 2)
-        assert twin.min_draft_probability == 0.25
+        wanted = settings.get("num_speculative_tokens") or 4
+        assert (twin.model, twin.num_speculative_tokens) == (spec.model, wanted)
+        assert (twin.takes_any_length, twin.chooses_length) == (any_length, chooses)
         assert twin.uses_draft_model()
 
 

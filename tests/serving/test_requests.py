@@ -4,6 +4,7 @@
 from collections.abc import Callable, Mapping
 from inspect import getsource
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from tests.serving.lossless.rows import ROWS
 from tests.serving.lossless.subjects import make_speaker
 from tests.tiny_targets import make_tiny_llama
 from vllm_mtp.serving.ledger import REQUESTS, is_installed
+from vllm_mtp.serving.requests import require_verifiable
 
 # Who says what becomes of a field: a row of the lossless matrix, a test, or why there
 # is nothing to show.
@@ -194,3 +196,26 @@ def test_a_rarer_field_is_answered_as_without(
             assert one.logprobs.token_ids == other.logprobs.token_ids
         else:
             require_alike(one, other)
+
+
+@pytest.mark.parametrize("wanted", [-1, 5, 2.0, "2", True, None, [1]])
+def test_a_request_asks_for_a_number_of_drafts_that_there_is(wanted: Any) -> None:
+    asked = params(extra_args={"num_speculative_tokens": wanted})
+    with pytest.raises(
+        VLLMValidationError, match="expected an integer from 0 to 4"
+    ) as e:
+        require_verifiable(asked, ours())
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("wanted", [0, 1, 4])
+def test_a_number_of_drafts_is_refused_where_it_would_be_ignored(wanted: int) -> None:
+    asked = params(extra_args={"num_speculative_tokens": wanted, "else": "x"})
+    require_verifiable(asked, ours())
+    require_verifiable(params(extra_args={"else": "x"}), ours(takes_any_length=False))
+    with pytest.raises(VLLMValidationError, match="gives all requests the same number"):
+        require_verifiable(asked, ours(takes_any_length=False))
+
+
+def ours(takes_any_length: bool = True) -> Any:
+    return SimpleNamespace(num_speculative_tokens=4, takes_any_length=takes_any_length)

@@ -87,7 +87,6 @@ ALLOWED: dict[str, Callable[[Any], bool]] = {
     "num_speculative_tokens": lambda v: type(v) is int and 1 <= v <= MADE_FOR,
     "draft_sample_method": lambda v: v in ("greedy", "probabilistic"),
     "enforce_eager": lambda v: v is True or v is False,
-    "min_draft_probability": lambda v: type(v) in (int, float) and 0 <= v <= 1,
 }
 VALUES = {
     "revision": ANYTHING | st.just("main"),
@@ -96,7 +95,6 @@ VALUES = {
     | st.sampled_from(["greedy", "probabilistic", "Greedy", "random"]),
     "enforce_eager": ANYTHING | st.sampled_from([True, False, 0, 1, "false"]),
     "num_speculative_tokens_per_batch_size": ANYTHING | _schedules,
-    "min_draft_probability": ANYTHING | st.floats(-0.5, 1.5) | st.integers(-1, 2),
 }
 
 
@@ -148,12 +146,9 @@ def test_every_value_is_taken_or_refused_by_its_key(
         ]
         most = given_.get("num_speculative_tokens", MADE_FOR)
         schedule = "num_speculative_tokens_per_batch_size"
-        least = "min_draft_probability"
         limit = most if "num_speculative_tokens" not in wrong else MADE_FOR
         if schedule in given_ and not _is_schedule(spec[schedule], limit):
             wrong.append(schedule)
-        if given_.get("draft_sample_method") == "probabilistic" and given_.get(least):
-            wrong.append(least)
         message = refusal(target, {"model": good} | spec)
         tally["refused" if wrong else "taken"] += 1
         if wrong:

@@ -72,7 +72,7 @@ class Demo:
         return self._exit_code(result)
 
     def _plan(self) -> "DemoPlan":
-        from vllm_mtp.bench.run import fastest_dtype
+        from vllm_mtp.bench.cpu_settings import fastest_dtype
         from vllm_mtp.data.demo_target import ensure_demo_target
         from vllm_mtp.data.unseen import choice_in_words, unseen_prompts
         from vllm_mtp.drafter.checkpoint import read_config
