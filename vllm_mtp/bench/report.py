@@ -129,7 +129,8 @@ def _settings(stage: Stage) -> str:
     shared = "Fixed numbers of tokens share a server: each request asks for its own. "
     return (
         f"Type {plan.dtype}, {'eager' if plan.enforce_eager else 'compiled'}, "
-        f"{plan.rounds} rounds{', each with servers of its own' * plan.fresh_servers}. "
+        f"{plan.rounds} round{'s' * (plan.rounds > 1)}"
+        f"{', each with servers of its own' * plan.fresh_servers}. "
         f"{shared * sharing}KV pool: {pool}. "
         f"Answers of up to {max(load.output_tokens for load in plan.loads)} tokens to "
         f"{', '.join(str(len(load.prompts)) for load in plan.loads)} prompts."
