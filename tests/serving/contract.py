@@ -22,7 +22,7 @@ from tests.serving.source_tree import (
     signature,
 )
 from vllm_mtp.serving import ledger
-from vllm_mtp.serving.settings import ALLOWED_KEYS, OWN_KEYS
+from vllm_mtp.serving.settings import ALLOWED_KEYS
 from vllm_mtp.serving.versions import Release
 
 PACKAGE = Path(ledger.__file__).parents[1]
@@ -50,9 +50,7 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
         *("data_parallel_size", "world_size"),
     ),
     "vllm.config:SchedulerConfig": ("async_scheduling",),
-    "vllm.config:SpeculativeConfig": tuple(
-        key for key in ALLOWED_KEYS if key not in OWN_KEYS
-    ),
+    "vllm.config:SpeculativeConfig": ALLOWED_KEYS,
     "vllm.engine.arg_utils:EngineArgs": (
         *constant("config.py", "_REFUSED_SETTINGS"),
         *("speculative_config", "spec_method", "spec_model", "spec_tokens"),
