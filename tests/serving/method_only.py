@@ -25,13 +25,14 @@ def main(target: str, result: str) -> None:
         target,
         dtype="float32",
         enforce_eager=True,
-        max_model_len=256,
+        max_model_len=128,
+        max_num_batched_tokens=128,  # as many are computed at start, for the memory
         max_num_seqs=len(QUESTIONS),
         disable_log_stats=False,
         speculative_config={"method": "mtp_placeholder"},
     )
     chats = [[{"role": "user", "content": text}] for text in QUESTIONS]
-    greedy = SamplingParams(temperature=0.0, max_tokens=32)
+    greedy = SamplingParams(temperature=0.0, max_tokens=24)
     answers = llm.chat(chats, greedy, use_tqdm=False)
     counts = read_vllm_counters(llm.get_metrics())
     told = {

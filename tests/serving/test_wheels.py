@@ -181,6 +181,6 @@ def test_the_method_alone_serves_with_an_installed_drafter(
     assert Path(told["drafter"]).parts[-2:] == ("vllm_mtp_smollm2", "cheap")
     assert not [place for place in told["path"] if Path(place) == ROOT]
     assert all(told["texts"])
-    # At least one draft in ten has a token accepted; `cheap` has about one per draft.
+    # It was 0.7 tokens per draft; an untrained drafter has hardly any.
     assert told["drafts"] > 10
-    assert told["accepted"] > told["drafts"] / 10
+    assert told["accepted"] > told["drafts"] / 4
