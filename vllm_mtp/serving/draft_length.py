@@ -18,14 +18,16 @@ from typing import NamedTuple
 import numpy as np
 
 _MEMORY = 0.97  # what an older time weighs, from one to the next of its kind
-_OUTLIER = 3.0  # times what was expected: the process was kept waiting
+_OUTLIER = 2.0  # times what was expected: the process was kept waiting
 _LEAST_GAIN = 1.02  # of tokens per second, to draft rather than not
 _BINS = 10  # of probabilities
 _TRUST = 8.0  # drafts after which acceptance counts as much as the drafter's own word
 _ACCEPTANCE_MEMORY = 0.99
 _FADES = 0.8  # what is left of it after a trial
 _RECENT = 64  # drafts that stand for those to come
-_FIRST_GAP, _LAST_GAP = 16, 128  # steps from one trial of another number to the next
+# Steps from one trial of another number to the next: the first, and the last where a
+# trial drafts more (and so costs more) or less than what is best.
+_FIRST_GAP, _MORE_GAP, _LESS_GAP = 16, 128, 64
 _KEPT_STEPS = 8  # for which a choice stands
 # How likely a copied token is right, by how many tokens matched before it; that is only
 # where learning starts, one bin for each.
@@ -142,12 +144,12 @@ class _Trials:
         """Try again in the next step."""
         self.next, self.gap = self.step + 1, _FIRST_GAP
 
-    def is_now(self) -> bool:
+    def is_now(self, last_gap: int) -> bool:
         """Whether the step that begins is one; the time between them doubles."""
         self.step += 1
         if self.step < self.next:
             return False
-        self.gap = min(2 * self.gap, _LAST_GAP)
+        self.gap = min(2 * self.gap, last_gap)
         self.next, self.made = self.step + self.gap, self.made + 1
         return True
 
@@ -234,7 +236,7 @@ class DraftLength:
         if not self._rows.known:
             return Plan(self._most, list(names), {})
         choice, trials = self._choice(batch), self._trials_of(batch)
-        if trials.is_now():
+        if trials.is_now(_LESS_GAP if choice.num_tokens else _MORE_GAP):
             self._of_copies.forget()
             # A batch that drafts tries nothing at all and all that there is, in turns.
             self._verifies_all = choice.num_tokens == 0 or trials.made % 2 == 0
