@@ -245,6 +245,19 @@ def test_the_last_step_may_be_the_commands_end() -> None:
     assert (code, text.strip()) == (0, "")
 
 
+def test_the_last_line_goes_to_the_screen_while_stderr_is_a_log() -> None:
+    code, text, _ = interrupted(
+        """
+        tell("ready")
+        copy, log = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+        os.dup2(log, 2)
+        with interrupts.screen(copy):
+            time.sleep(50)
+        """
+    )
+    assert (code, text.strip()) == (130, LAST_LINE)
+
+
 def test_an_ignored_interrupt_stays_ignored() -> None:
     """As under `nohup`, or in a shell's background job."""
     body = """

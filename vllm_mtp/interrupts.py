@@ -44,6 +44,7 @@ class _State:
     mode = _Mode.END
     asked = False
     finished: int | None = None  # the exit code of the command that is done
+    screen = 2  # the file descriptor to write to
     groups: set[int] = set()
 
 
@@ -94,6 +95,16 @@ def raising() -> Iterator[None]:
     """Raise ``KeyboardInterrupt`` at once: for a block with something to undo."""
     with _mode(_Mode.RAISE):
         yield
+
+
+@contextlib.contextmanager
+def screen(descriptor: int) -> Iterator[None]:
+    """Write to this file descriptor, while stderr is taken for something else."""
+    before, _State.screen = _State.screen, descriptor
+    try:
+        yield
+    finally:
+        _State.screen = before
 
 
 def stop_if_asked() -> None:
@@ -188,7 +199,7 @@ def _nothing(_: object) -> None:
 def _say(text: str) -> None:
     # Not `print`: the handler may have interrupted one.
     with contextlib.suppress(OSError):
-        os.write(2, text.encode())
+        os.write(_State.screen, text.encode())
 
 
 def _leave(code: int) -> NoReturn:

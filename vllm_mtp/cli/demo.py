@@ -4,6 +4,7 @@
 import os
 import shlex
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -14,9 +15,11 @@ from vllm_mtp.errors import MTPError
 from vllm_mtp.flags import flag
 
 if TYPE_CHECKING:
-    from vllm_mtp.evaluation.demo import DemoPlan, DemoResult, Speed, Texts
+    from vllm_mtp.evaluation.demo import DemoPlan, DemoResult, Speed
+    from vllm_mtp.evaluation.equality import Comparison
 
-_QUESTION = "Explain in a few sentences why the sky is blue."
+# Has about as many drafts accepted as the measured prompts have.
+_QUESTION = "List three uses of a paper clip."
 _TIE_NOTE = """\
 A tie: the logits of two tokens are at most two rounding steps apart, so either is the
 target's. Behind it the texts go on apart, and are not compared."""
@@ -59,10 +62,11 @@ class Demo:
         with added(environment), tqdm(total=num_steps(plan), unit="step") as bar:
 
             def progress(text: str) -> None:
+                bar.update(bool(bar.desc))  # the step before is done
                 bar.set_description(f"{text:<42}")
-                bar.update()
 
             result = run_demo(plan, progress)
+            bar.update()
         print(f"\n{report(plan, result)}\n\n  {plan.question}\n")
         console = Console(highlight=False)
         console.print(Padding(answer_text(result.answer), (0, 2, 1, 2)))
@@ -136,11 +140,9 @@ class Demo:
 
 def report(plan: "DemoPlan", result: "DemoResult") -> str:
     """The table that the demo prints."""
-    table = "\n".join(
-        f"  {name:<20} {text}" for name, text in rows(plan, result).items()
-    )
-    has_ties = result.rounded is not None and result.rounded.count("tie")
-    return f"{table}\n\n{_TIE_NOTE}" if has_ties else table
+    lines = (f"  {name:<20} {text}" for name, text in rows(plan, result).items())
+    table = "\n".join(lines)
+    return f"{table}\n\n{_TIE_NOTE}" if result.fast.count("tie") else table
 
 
 def rows(plan: "DemoPlan", result: "DemoResult") -> dict[str, str]:
@@ -148,44 +150,45 @@ def rows(plan: "DemoPlan", result: "DemoResult") -> dict[str, str]:
     counts = result.counts
     found = {
         "target": Path(plan.target).name,
-        "drafter": f"{plan.drafter}; drafts up to {plan.num_drafts} tokens per step",
-        "prompts": f"{len(plan.prompts)} {plan.choice}",
-        "texts in float32": _exact(result.exact),
+        "drafter": f"{plan.drafter}; up to {plan.num_drafts} tokens per draft",
     }
-    if result.rounded is not None:
-        found[f"texts in {result.rounded.dtype}"] = _rounded(result.rounded)
-    for speed in result.speeds:
-        name = "one request" if speed.at_once == 1 else f"{speed.at_once} at once"
+    by_type: dict[str, list[Comparison]] = {}
+    for texts in (result.exact, result.fast):
+        by_type.setdefault(texts.dtype, []).extend(texts.comparisons)
+    for dtype, compared in by_type.items():
+        found[f"texts in {dtype}"] = _texts(compared)
+    loads = {
+        "one request" if speed.at_once == 1 else f"{speed.at_once} at once": speed
+        for speed in result.speeds
+    }
+    for name, speed in loads.items():
         found[f"speed, {name}"] = _speed(speed)
+    steps = (f"{speed.tokens_per_step:.2f} with {n}" for n, speed in loads.items())
     return found | {
+        "tokens per step": f"{', '.join(steps)}; the target alone gives 1",
         "acceptance length": (
-            f"{counts.acceptance_length:.2f} tokens per step that had a draft "
-            f"({counts.drafts} drafts, {counts.accepted_tokens} of "
-            f"{counts.draft_tokens} tokens accepted)"
+            f"{counts.acceptance_length:.2f} ({counts.drafts:,} drafts; steps without "
+            "one do not count)"
         ),
         "drafter's KV cache": (
             f"{result.drafter_kv_bytes:,.0f} bytes per token "
             f"({result.plain_cache.bytes_per_token:,.0f} without it, "
             f"{result.drafted_cache.bytes_per_token:,.0f} with it)"
         ),
+        "prompts": f"{len(plan.prompts)} {plan.choice}",
     }
 
 
-def _exact(texts: "Texts") -> str:
-    equal, number = texts.count("equal"), len(texts.comparisons)
-    return f"{equal} of {number} answers are the target's, token by token"
-
-
-def _rounded(texts: "Texts") -> str:
-    equal, ties = texts.count("equal"), texts.count("tie")
-    text = f"{equal + ties} of {len(texts.comparisons)} answers are the target's"
-    return f"{text}: {equal} to the end, {ties} up to a tie" if ties else text
+def _texts(compared: Sequence["Comparison"]) -> str:
+    verdicts = [item.verdict for item in compared]
+    equal, ties = verdicts.count("equal"), verdicts.count("tie")
+    text = f"{equal + ties} of {len(compared)} answers are the target's"
+    return f"{text}, {ties} of them up to a tie" if ties else f"{text}, token by token"
 
 
 def _speed(speed: "Speed") -> str:
-    low, high = speed.ratios[0], speed.ratios[-1]
     return (
-        f"{speed.ratio:.2f} times the target alone ({low:.2f} to {high:.2f}): "
-        f"{median(speed.drafted):.1f} tokens/s beside {median(speed.plain):.1f}; "
-        f"{speed.tokens_per_step:.2f} tokens per step"
+        f"{speed.ratio:.2f} times the target alone ({speed.ratios[0]:.2f} to "
+        f"{speed.ratios[-1]:.2f}): {median(speed.drafted):.1f} tokens/s, alone "
+        f"{median(speed.plain):.1f}"
     )

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The demo's measurements: the target with the method beside the target alone.
 
-Exactness is looked at in float32, where no two tokens tie by rounding. Speed is
-measured in the type in which the machine is fastest. Where that is float32, two engines
-serve both; elsewhere a third one, in float32, answers with drafts and without.
-(Where its runner gives every request the same number of drafts, a fourth has none.)
+Exactness is looked at in float32, where no two tokens tie by rounding, by an engine
+that always drafts all that its drafter can: what is left to the method may be no draft
+at all, and would show nothing. Speed is measured in the type in which the machine is
+fastest, with the number of drafts left to the method.
 """
 
 import statistics
@@ -120,8 +120,8 @@ class DemoResult:
 
     Attributes:
         exact: Answers in float32.
-        rounded: Answers in the faster type, if that is another.
-        answer: To the plan's question, with all drafts.
+        fast: Answers in the type in which speed was measured.
+        answer: To the plan's question, in float32, with all drafts.
         speeds: With one request, and with several at once.
         plain_cache: The target's KV cache, without the method.
         drafted_cache: The same with it.
@@ -129,7 +129,7 @@ class DemoResult:
     """
 
     exact: Texts
-    rounded: Texts | None
+    fast: Texts
     answer: Answer
     speeds: list[Speed]
     plain_cache: KVCache
@@ -140,7 +140,7 @@ class DemoResult:
     def is_exact(self) -> bool:
         """Whether all texts are the target's; only a tie excuses a difference."""
         in_float32 = self.exact.count("equal") == len(self.exact.comparisons)
-        return in_float32 and not (self.rounded and self.rounded.count("different"))
+        return in_float32 and not self.fast.count("different")
 
     @property
     def drafter_kv_bytes(self) -> float:
@@ -156,9 +156,7 @@ def run_demo(plan: DemoPlan, progress: Callable[[str], None]) -> DemoResult:
         progress: Called with a few words before each of the `num_steps` steps.
     """
     with engine_log() as log:
-        answers = None
-        if plan.dtype != EXACT:
-            answers = _answers_in_float32(plan, log, progress)
+        exact, record, answer = _answers_in_float32(plan, log, progress)
         with ExitStack() as engines:
             progress("starting the target alone")
             plain = engines.enter_context(_engine(plan, log, plan.dtype, None))
@@ -168,45 +166,39 @@ def run_demo(plan: DemoPlan, progress: Callable[[str], None]) -> DemoResult:
             )
             speeds = _measure(plan, plain, drafted, progress)
             progress("comparing the texts")
-            texts = _compare(plan, plain, drafted)
-            if answers is None:
-                record = _in_steps(drafted, plan, plan.question, plan.num_drafts)
-                alone = _in_steps(plain, plan, plan.question)
-                exact = Texts(EXACT, [*texts.comparisons, _same(alone, record)])
-            else:
-                exact, record = answers
             return DemoResult(
                 exact=exact,
-                rounded=texts if answers else None,
-                answer=attribute(plan.question, record, _decoder(drafted)),
+                fast=_compare(plan, plain, drafted),
+                answer=answer,
                 speeds=speeds,
                 plain_cache=read_kv_cache(plain),
                 drafted_cache=read_kv_cache(drafted),
-                counts=sum((speed.counts for speed in speeds), record.counts),
+                counts=sum((speed.counts for speed in speeds), record),
             )
 
 
 def num_steps(plan: DemoPlan) -> int:
     """How often `run_demo` reports progress."""
-    return 4 + 2 * plan.rounds + (2 if plan.dtype != EXACT else 0)
+    return 6 + 2 * plan.rounds
 
 
 def _answers_in_float32(
     plan: DemoPlan, log: EngineLog, progress: Callable[[str], None]
-) -> tuple[Texts, StepRecord]:
+) -> tuple[Texts, AcceptanceCounts, Answer]:
     """The question and a prompt, with drafts and without.
 
     Returns:
-        How the answers compare, and how the one to the question came.
+        How the answers compare, what was drafted, and the answer to the question.
     """
     questions = [plan.question, plan.prompts[0]]
+    always = {"num_speculative_tokens": plan.num_drafts}
     progress("starting it in float32, with the drafter")
-    with _engine(plan, log, EXACT, plan.speculative_config) as llm:
+    with _engine(plan, log, EXACT, plan.speculative_config | always) as llm:
         progress("answering with drafts, and without")
-        drafted = [_in_steps(llm, plan, text, plan.num_drafts) for text in questions]
-        requests_choose = _requests_choose(llm)
-        if requests_choose:
-            plain = [_in_steps(llm, plan, text, 0) for text in questions]
+        drafted = [_in_steps(llm, plan, text) for text in questions]
+        answer = attribute(plan.question, drafted[0], _decoder(llm))
+        if requests_choose := _requests_choose(llm):
+            plain = [_in_steps(llm, plan, text, without=True) for text in questions]
     if not requests_choose:
         with _engine(plan, log, EXACT, None) as llm:
             plain = [_in_steps(llm, plan, text) for text in questions]
@@ -215,7 +207,12 @@ def _answers_in_float32(
             "a request without drafts had some, so nothing can be said of the texts; "
             "this is a fault of vllm-mtp, please report it"
         )
-    return Texts(EXACT, list(map(_same, plain, drafted))), drafted[0]
+    compared = [
+        compare_greedy(reference.token_ids, (), other.token_ids)
+        for reference, other in zip(plain, drafted, strict=True)
+    ]
+    counts = sum((record.counts for record in drafted), _NO_DRAFTS)
+    return Texts(EXACT, compared), counts, answer
 
 
 def _requests_choose(llm: "LLM") -> bool:
@@ -327,7 +324,7 @@ def _chats(prompts: Sequence[str]) -> list[Any]:
 
 
 def _in_steps(
-    llm: "LLM", plan: DemoPlan, text: str, num_drafts: int | None = None
+    llm: "LLM", plan: DemoPlan, text: str, *, without: bool = False
 ) -> StepRecord:
     """Answer one message, and note what each step gave.
 
@@ -335,11 +332,11 @@ def _in_steps(
         llm: An engine without other requests.
         plan: Its longest answer is taken.
         text: The message.
-        num_drafts: Of this request, where it can choose; None for the engine's.
+        without: Ask for no drafts.
     """
     settings: dict[str, Any] = {"max_tokens": plan.max_tokens}
-    if num_drafts is not None and _requests_choose(llm):
-        settings["extra_args"] = {"num_speculative_tokens": num_drafts}
+    if without:
+        settings["extra_args"] = {"num_speculative_tokens": 0}
     prompt = Prompt(({"role": "user", "content": text},), "")
     (prompt_ids,) = Renderer(llm.get_tokenizer(), chat_template=True).render([prompt])
     llm.reset_prefix_cache()

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import IO
 
+from vllm_mtp import interrupts
 from vllm_mtp.errors import MTPError
-from vllm_mtp.interrupts import raising
 
 
 class EngineLog:
@@ -27,19 +27,18 @@ class EngineLog:
         """Take what this process and those that it starts print.
 
         A process that is started here prints into the log until it ends; this one
-        prints to the screen again behind the block.
+        prints to the screen again behind the block. Ctrl-C is told of on the screen.
         """
         _flush()
-        screen = [(fd, os.dup(fd)) for fd in (1, 2)]
+        out, err = os.dup(1), os.dup(2)
         try:
-            # Raising, so that an interrupt finds the screen again.
-            with raising():
-                for fd, _ in screen:
-                    os.dup2(self._file.fileno(), fd)
+            with interrupts.screen(err):
+                os.dup2(self._file.fileno(), 1)
+                os.dup2(self._file.fileno(), 2)
                 yield
         finally:
             _flush()
-            for fd, copy in screen:
+            for fd, copy in ((1, out), (2, err)):
                 os.dup2(copy, fd)
                 os.close(copy)
 
