@@ -26,6 +26,7 @@ from vllm_mtp.bench.run import tokenizer_of
 from vllm_mtp.bench.summary import Spread
 from vllm_mtp.data.demo_target import ensure_demo_target
 from vllm_mtp.data.unseen import choice_in_words, unseen_prompts
+from vllm_mtp.drafter.checkpoint import read_config
 from vllm_mtp.drafter.layout import WINDOW_STEP
 from vllm_mtp.installed import installed_folder
 from vllm_mtp.markdown import row as row_of_table
@@ -68,7 +69,8 @@ def main() -> int:
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     os.environ |= {"VLLM_USE_V2_MODEL_RUNNER": "0"}
     target = ensure_demo_target()
-    known = [training_prompts(installed_folder("cheap"))]  # what the engine takes, too
+    cheap = installed_folder("cheap")  # what the engine takes, too
+    known = [training_prompts(cheap)]
     print(f"Prompts: {choice_in_words(known)}\n")
     loads = context_loads(
         tokenizer_of(target),
@@ -85,7 +87,10 @@ def main() -> int:
         max_model_len=longest,
         max_num_seqs=1,
         disable_log_stats=False,
-        speculative_config={"method": METHOD},
+        speculative_config={
+            "method": METHOD,
+            "num_speculative_tokens": read_config(cheap).num_speculative_tokens,
+        },
     ) as llm:
         _print_table(Engine(llm), loads, options)
     return 0

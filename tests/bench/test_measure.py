@@ -26,10 +26,10 @@ from vllm_mtp.bench.report import Report
 from vllm_mtp.bench.run import Drafters, num_steps, reports
 from vllm_mtp.bench.step_profile import StepProfile
 from vllm_mtp.errors import MTPError
+from vllm_mtp.installed import installed_folder
 from vllm_mtp.metrics import AcceptanceCounts
-from vllm_mtp.references import reference_folders
 
-CHEAP = str(reference_folders()[0])
+CHEAP = str(installed_folder("cheap"))
 SIDES = (
     plain_side(),
     *drafter_sides("cheap", CHEAP, [2, 4], per_request=True),

@@ -31,8 +31,8 @@ from vllm_mtp.cli.main import main
 from vllm_mtp.data.demo_target import ensure_demo_target
 from vllm_mtp.data.split import is_held_out, prompt_id
 from vllm_mtp.errors import MTPError
+from vllm_mtp.installed import installed_folder
 from vllm_mtp.metrics import AcceptanceCounts
-from vllm_mtp.references import reference_folders
 from vllm_mtp.sharing.speed import read_speed
 
 KS = ["--num-speculative-tokens"]
@@ -187,7 +187,7 @@ def measured(*schedules: tuple[int, int, int]) -> Report:
 def drafter(tmp_path: Path) -> Path:
     """A copy of `cheap`, for its card to be written."""
     folder = tmp_path / "cheap"
-    shutil.copytree(reference_folders()[0], folder)
+    shutil.copytree(installed_folder("cheap"), folder)
     return folder
 
 

@@ -41,7 +41,11 @@ def run_in_vllm(
         enable_prefix_caching=False,
         skip_tokenizer_init=True,
         disable_log_stats=True,
-        speculative_config={"method": METHOD, "model": str(folder)},
+        speculative_config={
+            "method": METHOD,
+            "model": str(folder),
+            "num_speculative_tokens": config.num_speculative_tokens,
+        },
     ) as llm:
         proposer = engine.drafter_of(llm)
         if hasattr(proposer, "skips_finished"):  # V1

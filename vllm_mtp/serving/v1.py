@@ -263,15 +263,15 @@ class MTPPlaceholderProposer(DraftModelProposer):
         if step is None:
             return None
         names: list[str] = self._runner.input_batch.req_ids
-        drafts: dict[str, list[int]] = {}
-        if self.lengths is not None:
-            self.lengths.step_is_over(_now_ms(), self._outcomes(step, names))
         try:
+            if self.lengths is not None:
+                self.lengths.step_is_over(_now_ms(), self._outcomes(step, names))
             drafts = self._drafts_by_name(step, names)
+            if self.lengths is not None:
+                self.lengths.draft_is_over(_now_ms(), names)
         except Exception as error:
             self.faults.survive(error)
-        if self.lengths is not None:
-            self.lengths.draft_is_over(_now_ms(), names)
+            drafts = {}
         return [drafts.get(name, []) for name in names]
 
     def _outcomes(self, step: _Step, names: Sequence[str]) -> dict[str, Outcome]:
