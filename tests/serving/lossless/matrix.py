@@ -143,8 +143,9 @@ class Result:
         if self.subject.tie_margin:
             # In bfloat16, rows are rounded by how many there are, and with AMX own
             # layers compute in 8 bits (`serving.kernels`).
-            has_amx = torch.cpu._is_amx_tile_supported()
-            rounded = -(-facts.counts.drafts // (20 if has_amx else 50))
+            rounded = facts.counts.drafts // 50
+            if torch.cpu._is_amx_tile_supported():
+                rounded = 1 + facts.counts.drafts // 20
         cut = facts.at_limit if self.subject.num_draft_tokens > 1 else 0
         return cut + facts.preemptions + rounded
 
