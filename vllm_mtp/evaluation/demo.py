@@ -90,6 +90,7 @@ class Speed:
         drafted: The same with the method.
         tokens: That the method's side gave, all rounds together.
         counts: Its drafts, all rounds together.
+        answers: Its token ids for each prompt, of the last round.
     """
 
     at_once: int
@@ -97,6 +98,7 @@ class Speed:
     drafted: list[float] = field(default_factory=list)
     tokens: int = 0
     counts: AcceptanceCounts = _NO_DRAFTS
+    answers: list[list[int]] = field(default_factory=list)
 
     @property
     def ratios(self) -> list[float]:
@@ -168,7 +170,7 @@ def run_demo(plan: DemoPlan, progress: Callable[[str], None]) -> DemoResult:
             progress("comparing the texts")
             return DemoResult(
                 exact=exact,
-                fast=_compare(plan, plain, drafted),
+                fast=_compare(plan, plain, speeds[-1].answers),
                 answer=answer,
                 speeds=speeds,
                 plain_cache=read_kv_cache(plain),
@@ -240,38 +242,41 @@ def _measure(
     for number in range(1, plan.rounds + 1):
         progress(f"round {number}: the target alone")
         for speed, prompts in loads:
-            tokens, seconds = _answer_all(plain, plan, prompts, speed.at_once)
-            speed.plain.append(tokens / seconds)
+            answers, seconds = _answer_all(plain, plan, prompts, speed.at_once)
+            speed.plain.append(sum(map(len, answers)) / seconds)
         progress(f"round {number}: with the drafter")
         for speed, prompts in loads:
             before = read_vllm_counters(drafted.get_metrics())
-            tokens, seconds = _answer_all(drafted, plan, prompts, speed.at_once)
+            answers, seconds = _answer_all(drafted, plan, prompts, speed.at_once)
+            tokens = sum(map(len, answers))
             speed.drafted.append(tokens / seconds)
             speed.tokens += tokens
             speed.counts += read_vllm_counters(drafted.get_metrics()) - before
+            speed.answers = answers
     return [speed for speed, _ in loads]
 
 
-def _compare(plan: DemoPlan, plain: "LLM", drafted: "LLM") -> Texts:
-    """Apart from the rounds, since the logprobs that show a tie take time."""
+def _compare(plan: DemoPlan, plain: "LLM", answers: Sequence[Sequence[int]]) -> Texts:
+    """The target's own answers once more, with the logprobs that show a tie.
+
+    They take time, so no round that counts asks for them.
+    """
     margin = 0.0 if plan.dtype == EXACT else BF16_TIE_MARGIN
     sampling = engine.sampling(max_tokens=plan.max_tokens, logprobs=5)
-    sides = []
-    for llm in (plain, drafted):
-        llm.reset_prefix_cache()
-        answers = llm.chat(_chats(plan.prompts), sampling, use_tqdm=False)
-        sides.append([answer.outputs[0] for answer in answers])
+    plain.reset_prefix_cache()
+    chats = plain.chat(_chats(plan.prompts), sampling, use_tqdm=False)
+    references: list[Any] = [chat.outputs[0] for chat in chats]
     dtype = str(plain.llm_engine.vllm_config.model_config.dtype)
     return Texts(
         dtype.removeprefix("torch."),
         [
             compare_greedy(
                 reference.token_ids,
-                reference.logprobs or (),
-                other.token_ids,
+                reference.logprobs,
+                other,
                 tie_margin=margin,
             )
-            for reference, other in zip(*sides, strict=True)
+            for reference, other in zip(references, answers, strict=True)
         ],
     )
 
@@ -304,19 +309,20 @@ def _engine(
 
 def _answer_all(
     llm: "LLM", plan: DemoPlan, prompts: Sequence[str], at_once: int
-) -> tuple[int, float]:
-    """Tokens and seconds."""
+) -> tuple[list[list[int]], float]:
+    """Token ids for each prompt, and the seconds that all took."""
     # A cached prompt would make the second round another measurement.
     llm.reset_prefix_cache()
     sampling = engine.sampling(max_tokens=plan.max_tokens)
     # The engine itself decodes no more than `at_once` of those that it has.
     chats = _chats(prompts)
     calls = [[chat] for chat in chats] if at_once == 1 else [chats]
-    tokens, start = 0, time.perf_counter()
-    for call in calls:
-        answers = llm.chat(call, sampling, use_tqdm=False)
-        tokens += sum(len(answer.outputs[0].token_ids) for answer in answers)
-    return tokens, time.perf_counter() - start
+    start = time.perf_counter()
+    answers = [
+        answer for call in calls for answer in llm.chat(call, sampling, use_tqdm=False)
+    ]
+    seconds = time.perf_counter() - start
+    return [list(answer.outputs[0].token_ids) for answer in answers], seconds
 
 
 def _chats(prompts: Sequence[str]) -> list[Any]:
