@@ -27,6 +27,7 @@ from vllm_mtp.evaluation.equality import Comparison
 from vllm_mtp.evaluation.kv_cache import KVCache
 from vllm_mtp.metrics import AcceptanceCounts
 
+README = Path(__file__).parents[2] / "README.md"
 PLAN = DemoPlan(
     target="/cache/t",
     speculative_config={},
@@ -144,6 +145,20 @@ def test_the_drafters_cache_is_a_difference(drafter_kv: int) -> None:
         f"{drafter_kv} bytes per token (23,040 without it, {23040 + drafter_kv:,} "
         "with it)"
     )
+
+
+def test_the_readme_shows_the_demos_rows() -> None:
+    """The figures are one run's; the rows and their words are the demo's."""
+    block = README.read_text("utf-8").partition("and prints:\n\n")[2]
+    shown = block.partition("\n\n")[0].splitlines()
+
+    def words(line: str) -> str:
+        return re.sub(r"\d[\d.,]*", "#", " ".join(line.split()))
+
+    expected = [words(line) for line in report(PLAN, made_up()).splitlines()]
+    kept = [line for line in expected if not line.startswith(("target ", "prompts "))]
+    assert len(shown) == 8
+    assert [words(line) for line in shown] == kept[:8]
 
 
 def test_its_prompts_are_none_that_the_drafter_was_trained_on() -> None:
