@@ -2,7 +2,7 @@
 """Which vLLM the method works with: the one table.
 
 Without vLLM, so that it can be read where vLLM is broken or missing. `vllm-mtp
-doctor`, the start of the method, the README's table and `make test-versions` are made
+doctor`, the start of the method, the table in docs/status.md and `make test-versions` are made
 from it. There is a floor and no ceiling: newer vLLM is tried, with a warning.
 """
 
