@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from vllm_mtp.serving.draft_length import Acceptance, DraftLength, Outcome, Times
+from vllm_mtp.serving.draft_length import Acceptance, DraftLength, Outcome, Plan, Times
 
 MOST = 4
 
@@ -61,6 +61,7 @@ class Play:
         self.num_verified = 0
         # How many requests match, and how likely a copied token is right.
         self.matching, self.copies = 0.0, 0.0
+        self.most = MOST  # that requests ask for
 
     def run(self, batch: int, steps: int) -> float:
         """Tokens per millisecond."""
@@ -73,20 +74,19 @@ class Play:
             outcomes = {name: self.outcome(name) for name in names}
             tokens += sum(1 + outcome.accepted for outcome in outcomes.values())
             self.chooser.step_is_over(self.now, outcomes)
-            plan = self.chooser.plan(names, batch, self.matches(names))
+            plan = self.chooser.plan(self.now, names, batch, self.matches(names))
             k, self.verified = plan.num_tokens, dict(plan.copied)
             self.copied.append(len(plan.copied))
             self.truth = {name: np.full(MOST, self.copies) for name in plan.copied}
             if k:
-                names_drafted = plan.drafted
-                num_drafted = len(names_drafted)
-                self.pass_time(self.machine.draft_ms(num_drafted, k))
-                likely = self.random.beta(
-                    3 * self.rates, 3 * (1 - self.rates), (batch, k)
-                )
-                self.truth = dict(zip(names, likely, strict=True))
-                lengths = self.chooser.tokens_to_verify(names, likely, batch)
-                self.verified = dict(zip(names, lengths, strict=True))
+                drafted = plan.drafted
+                k = min(k, self.most)
+                self.pass_time(self.machine.draft_ms(len(drafted), k))
+                sure, unsure = 3 * self.rates, 3 * (1 - self.rates)
+                likely = self.random.beta(sure, unsure, (len(drafted), k))
+                self.truth |= dict(zip(drafted, likely, strict=True))
+                lengths = self.chooser.tokens_to_verify(drafted, likely, batch)
+                self.verified |= dict(zip(drafted, lengths, strict=True))
             self.drafted.append(k)
             self.chooser.draft_is_over(self.now, names)
         return tokens / (self.now - start)
@@ -232,6 +232,66 @@ def test_a_pause_is_no_step() -> None:
     play.run(1, 40)
     assert play.chooser._plain.of(1) < 1.2 * AMX.step_ms(1, 0)
     assert play.chooser._rows.of(4) < 10
+
+
+def test_a_pause_is_no_draft() -> None:
+    play = Play(AMX)
+    play.run(1, 50)
+    play.chooser.step_is_over(play.now, {"a": Outcome(0, 0)})
+    play.chooser.plan(play.now, ["a"], 1, {})
+    play.chooser.tokens_to_verify(["a"], np.full((1, MOST), 0.5), 1)
+    play.chooser.draft_is_over(play.now + 60_000, ["a"])
+    play.now += 60_000
+    play.run(1, 20)
+    assert all(play.drafted[-5:])
+
+
+@pytest.mark.parametrize("batch", [1, 8])
+@pytest.mark.parametrize("most", [1, 2, 3])
+def test_requests_that_ask_for_fewer_are_drafted_for(most: int, batch: int) -> None:
+    play = Play(AMX, rates=0.8)
+    play.most = most
+    found = play.run(batch, 400)
+    best = max(fixed(AMX, batch, k, 0.8) for k in range(most + 1))
+    assert found > 0.93 * best
+    play.rates = 0.01  # trials go on where nothing is drafted
+    play.run(batch, 600)
+    assert sum(play.drafted[-100:]) <= 3 * MOST
+
+
+def test_where_no_step_is_without_drafts_drafts_are_made_all_the_same() -> None:
+    """As where a request with a seed, which always has drafts, is in every batch."""
+    chooser, drafted, now = DraftLength(MOST), 0, 0.0
+    for _ in range(60):
+        now += 25
+        chooser.step_is_over(now, {"a": Outcome(2, 1), "seeded": Outcome(4, 2)})
+        plan = chooser.plan(now, ["a"], 2, {})
+        names = [*plan.drafted, "seeded"]
+        chooser.tokens_to_verify(names, np.full((len(names), MOST), 0.7), 2)
+        drafted += len(plan.drafted)
+        chooser.draft_is_over(now + 5, ["a", "seeded"])
+    assert drafted >= 40
+
+
+def test_nobody_to_try_with_is_no_trial() -> None:
+    play = Play(AMX)
+    play.run(2, 40)
+    before = play.chooser._trials_of(2).step
+    for _ in range(50):
+        assert play.chooser.plan(play.now, [], 2, {}) == Plan(0, [], {})
+    assert play.chooser._trials_of(2).step == before
+
+
+def test_tokens_of_a_prompt_are_no_accepted_drafts() -> None:
+    """A request thrown out of the cache has an answer, and reads its prompt again."""
+    play = Play(AMX)
+    play.run(1, 40)
+    verified = play.chooser._acceptance._verified.sum()
+    play.chooser.plan(play.now, ["a"], 1, {})
+    play.chooser.tokens_to_verify(["a"], np.full((1, MOST), 0.5), 1)
+    play.chooser.draft_is_over(play.now, ["a"])
+    play.chooser.step_is_over(play.now + 20, {"a": Outcome(63, 63)})
+    assert play.chooser._acceptance._verified.sum() == verified
 
 
 def test_times_are_a_line() -> None:

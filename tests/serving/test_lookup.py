@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_mtp.serving.lookup import LEAST, MOST, Lookup, Match
+from vllm_mtp.serving.lookup import LEAST, MOST, Lookup, Lookups, Match
 
 
 def of(*tokens: int) -> Lookup:
@@ -62,3 +62,22 @@ def test_as_looked_for_by_hand(tokens: list[int], wanted: int) -> None:
     assert len(found.tokens) == wanted
     behind = [i + 1 for i, length in enumerate(lengths) if length >= found.length]
     assert any(found.tokens[0] == tokens[index] for index in behind)
+
+
+def test_requests_come_grow_and_go() -> None:
+    lookups = Lookups()
+    text = ([1, 2, 3], [4, 1])
+    assert lookups.matches({"a": text, "b": ([5], [])}, 2) == {}
+    found = lookups.matches({"a": ([1, 2, 3], [4, 1, 2])}, 2)
+    assert found == {"a": Match(2, [3, 4])}
+    # Only what is new was added, and the other was forgotten.
+    assert {name: len(index) for name, (index, _) in lookups._of_request.items()} == {
+        "a": 6
+    }
+    # A streaming session: what was answered is part of the prompt now.
+    found = lookups.matches({"a": ([1, 2, 3, 4, 1, 2, 9], [3, 9])}, 2)
+    assert found == {}
+    found = lookups.matches({"a": ([1, 2, 3, 4, 1, 2, 9], [3, 9, 3])}, 2)
+    assert found == {"a": Match(2, [9, 3])}
+    # Another request of the same name, with a prompt as long.
+    assert lookups.matches({"a": ([7] * 7, [])}, 1) == {"a": Match(MOST - 2, [7])}

@@ -17,7 +17,7 @@ from vllm_mtp.drafter.model import BoundDrafter, RunLayers
 logger = logging.getLogger("vllm.mtp_placeholder")
 
 # Numbers that a core goes through in less time than it takes to wake the others.
-_ONE_THREAD = 1 << 18
+_ONE_THREAD = 1 << 20
 
 
 def compile_layers(bound: BoundDrafter, vllm_config: VllmConfig) -> None:

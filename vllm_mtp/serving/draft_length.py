@@ -29,8 +29,9 @@ _RECENT = 64  # drafts that stand for those to come
 # trial drafts more (and so costs more) or less than what is best.
 _FIRST_GAP, _MORE_GAP, _LESS_GAP = 16, 128, 64
 _KEPT_STEPS = 8  # for which a choice stands
+_PATIENCE = 16  # steps without one that verifies nothing, after which drafts are made
 # How likely a copied token is right, by how many tokens matched before it; that is only
-# where learning starts, one bin for each.
+# where learning starts.
 _MATCHED = dict(
     zip(range(2, 9), (0.45, 0.55, 0.65, 0.75, 0.85, 0.85, 0.95), strict=True)
 )
@@ -75,10 +76,12 @@ class Times:
         self._weights = np.linalg.solve(self._products + self._ridge, self._sums)
 
     def of(self, *sizes: float) -> float:
-        """Expected milliseconds, above 0."""
+        """Expected milliseconds, above 0. More of a size never takes less time, which
+        is noise, and far from what was observed might leave nothing."""
         assert self._weights is not None, "asked before anything was observed"
+        weights = self._weights.clip(min=(-np.inf, *[0.0] * len(sizes)))
         row = np.array((1.0, *sizes)) / self._scales
-        return max(float(self._weights @ row), 1e-3)
+        return max(float(weights @ row), 1e-3)
 
     def slope(self, index: int) -> float:
         """Expected milliseconds for one more of a size, not below 0."""
@@ -184,6 +187,7 @@ class DraftLength:
         self._going: frozenset[str] = frozenset()
         self._drafted: tuple[int, int] | None = None
         self._now: float | None = None
+        self._planned_at = 0.0
 
     def step_is_over(self, now_ms: float, outcomes: Mapping[str, Outcome]) -> None:
         """The target's step has given its tokens.
@@ -197,7 +201,9 @@ class DraftLength:
         only_decoded = outcomes.keys() <= self._going
         for name, outcome in outcomes.items():
             acceptance, probabilities = self._proposed.get(name, nothing)
-            only_decoded &= outcome.verified <= len(probabilities)
+            if outcome.verified > len(probabilities):  # tokens of a prompt
+                only_decoded = False
+                continue
             tried = probabilities[: min(outcome.verified, outcome.accepted + 1)]
             for position, probability in enumerate(tried):
                 acceptance.add(probability, position < outcome.accepted)
@@ -218,7 +224,11 @@ class DraftLength:
             self._rows.add(min(ms, _OUTLIER * plain) - plain, num_drafts)
 
     def plan(
-        self, names: Sequence[str], batch: int, matches: Mapping[str, int]
+        self,
+        now_ms: float,
+        names: Sequence[str],
+        batch: int,
+        matches: Mapping[str, int],
     ) -> Plan:
         """What to do in this step.
 
@@ -226,12 +236,13 @@ class DraftLength:
         what is never tried would stay unknown.
 
         Args:
+            now_ms: The time, from which a draft is timed.
             names: Requests that go on.
             batch: B; all requests of the step.
             matches: How many tokens matched, of those whose text repeats itself.
         """
-        self._verifies_all = False
-        if not self._plain.known:
+        self._verifies_all, self._planned_at = False, now_ms
+        if not names or (not self._plain.known and self._steps < _PATIENCE):
             return Plan(0, [], {})
         if not self._rows.known:
             return Plan(self._most, list(names), {})
@@ -268,6 +279,12 @@ class DraftLength:
                         del copied[name]
                 else:
                     num_tokens = 0
+        if copied and not num_tokens:
+            # To verify anything at all takes longer than its rows.
+            rows = sum(copied.values())
+            ms = self._rows.of(rows) - rows * self._rows.slope(0)
+            if sum(gains[name] for name in copied) < choice.rate * ms:
+                copied = {}
         drafted = [name for name in names if name not in copied] if num_tokens else []
         return Plan(num_tokens if drafted else 0, drafted, copied)
 
@@ -295,12 +312,13 @@ class DraftLength:
         for name, said in zip(names, probabilities.tolist(), strict=True):
             self._proposed[name] = self._acceptance, said
         together = self._acceptance.of(probabilities).cumprod(axis=1)
-        self._remember(together)
+        whole = self._extended(together)
+        self._recent = np.concatenate([self._recent, whole])[-_RECENT:]
         if not self._rows.known:
             return [num_tokens] * len(names)
         if self._verifies_all:
             drafts_by_now = self._choice(batch).num_tokens > 0
-            if not drafts_by_now and self._best(batch, together).num_tokens:
+            if not drafts_by_now and self._best(batch, whole).num_tokens:
                 # This trial would have paid off: has the text changed?
                 self._trials_of(batch).go_on()
             return [num_tokens] * len(names)
@@ -315,24 +333,27 @@ class DraftLength:
             now_ms: The time.
             names: Of all requests of the step.
         """
-        if self._drafted is not None and self._now is not None:
+        if self._drafted is not None:
             num_reqs, num_tokens = self._drafted
-            self._draft.add(now_ms - self._now, num_tokens, num_reqs * num_tokens)
+            sizes = num_tokens, num_reqs * num_tokens
+            ms = now_ms - self._planned_at
+            if self._draft.known:
+                ms = min(ms, _OUTLIER * self._draft.of(*sizes))
+            self._draft.add(ms, *sizes)
         self._now, self._going = now_ms, frozenset(names)
 
     def _trials_of(self, batch: int) -> _Trials:
         return self._trials.setdefault((batch - 1).bit_length(), _Trials())
 
-    def _remember(self, together: np.ndarray) -> None:
-        """Keep the newest drafts; a short one goes on as those before it did."""
-        known = together.shape[1]
-        if known < self._most and len(self._recent):
+    def _extended(self, together: np.ndarray) -> np.ndarray:
+        """Drafts ``[R, k]`` as ``[R, most]``: a short one goes on as those before it
+        did, or as one that gets half as likely with each token."""
+        known, missing = together.shape[1], self._most - together.shape[1]
+        tail = 0.5 ** np.arange(1, missing + 1)
+        if len(self._recent):
             means = self._recent.mean(axis=0)
-            tail = together[:, -1:] * (means[known:] / max(means[known - 1], 1e-6))
-            together = np.concatenate([together, tail], axis=1)
-        elif known < self._most:
-            return
-        self._recent = np.concatenate([self._recent, together])[-_RECENT:]
+            tail = means[known:] / max(means[known - 1], 1e-6)
+        return np.concatenate([together, together[:, -1:] * tail], axis=1)
 
     def _choice(self, batch: int) -> _Choice:
         made_at, choice = self._choices.get(batch, (-_KEPT_STEPS, None))
@@ -343,6 +364,8 @@ class DraftLength:
 
     def _best(self, batch: int, together: np.ndarray) -> _Choice:
         """For drafts like these, ``[R, most]``."""
+        if not (len(together) and self._plain.known and self._draft.known):
+            return _Choice(self._most, 0.0, 0.0)
         row_ms = self._rows.slope(0)
         best, rate = 0, batch / self._plain.of(batch) * _LEAST_GAIN
         for _ in range(2):  # what a row must yield follows from the rate it adds to

@@ -71,14 +71,18 @@ def int8_product(weight: torch.Tensor, bias: torch.Tensor | None) -> Product | N
     """A product with the weight in 8 bits, where this CPU gains by it; else None.
 
     Args:
-        weight: ``[out, in]``, bfloat16 or float32.
+        weight: ``[out, in]``; other types than bfloat16 and float32 stay as they are.
         bias: ``[out]``.
     """
     if weight.dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported():
         # What SGLang's kernel, which vLLM's CPU build has, can lay out.
         fits = weight.shape[0] % 16 == 0 and weight.shape[1] % 32 == 0
         make = _by_amx if fits and weight.numel() >= _LEAST_FOR_AMX else None
-    elif torch.cpu._is_vnni_supported() and weight.numel() >= _LEAST_FOR_VNNI:
+    elif (
+        torch.cpu._is_vnni_supported()
+        and weight.dtype in (torch.bfloat16, torch.float32)
+        and weight.numel() >= _LEAST_FOR_VNNI
+    ):
         make = _by_vnni
     else:
         make = None
@@ -98,7 +102,7 @@ def _require_close(
     product: Product, weight: torch.Tensor, bias: torch.Tensor | None
 ) -> None:
     """Raise unless a product is what it should be, as far as 8 bits can say it."""
-    # As large as after a norm, and the same in every process.
+    # As large as after a norm.
     numbers = torch.arange(4 * weight.shape[1], dtype=torch.float32)
     rows = torch.sin(numbers).reshape(4, -1).to(weight.dtype)
     expected = nn.functional.linear(rows, weight, bias).float()

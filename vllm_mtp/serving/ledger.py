@@ -132,12 +132,13 @@ REQUESTS = Patch(
     symbol="vllm.sampling_params:SamplingParams._validate_spec_decode",
     parameters=("self", "speculative_config"),
     wrapper="vllm_mtp.serving.hooks:validate_spec_decode",
-    what="Refuses a request with logprob_token_ids when it is added, where the config "
-    "is ours.",
+    what="Refuses a request with logprob_token_ids, or with a number of drafts that it "
+    "cannot have, when it is added, where the config is ours.",
     why="vLLM takes such a request, and its rejection samplers do not know the "
     "parameter: on V1 one request ends the engine for all, on both runners logprobs "
-    "are lost. No plugin is asked about a request.",
-    remove_when="vLLM answers or refuses these requests itself (vllm#42592).",
+    "are lost. Of vllm_xargs, vLLM knows nothing. No plugin is asked about a request.",
+    remove_when="vLLM answers or refuses the former itself (vllm#42592), and asks "
+    "plugins about requests.",
 )
 PATCHES = (
     CONFIG,

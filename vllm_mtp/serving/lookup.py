@@ -29,7 +29,7 @@ class Lookup:
         self._tokens: list[int] = []
         # For each pair of neighbours, the newest index of its second token; and for
         # each index, the one before with the same pair (-1 for none).
-        self._newest: dict[tuple[int, int], int] = {}
+        self._newest: dict[int, int] = {}  # one int per pair takes least room
         self._before: list[int] = []
 
     def __len__(self) -> int:
@@ -40,7 +40,7 @@ class Lookup:
         for token in tokens:
             earlier = -1
             if self._tokens:
-                pair = self._tokens[-1], token
+                pair = self._tokens[-1] << 32 | token
                 earlier = self._newest.get(pair, -1)
                 self._newest[pair] = len(self._tokens)
             self._before.append(earlier)
@@ -78,7 +78,7 @@ class Lookups:
     """The indexes of the requests that are answered."""
 
     def __init__(self) -> None:
-        self._of_request: dict[str, Lookup] = {}
+        self._of_request: dict[str, tuple[Lookup, int]] = {}  # and the prompt's length
 
     def matches(
         self, texts: Mapping[str, tuple[Sequence[int], Sequence[int]]], num_tokens: int
@@ -90,13 +90,15 @@ class Lookups:
                 forgotten.
             num_tokens: To find behind a match.
         """
-        known = self._of_request
-        self._of_request = {name: known.get(name) or Lookup() for name in texts}
+        known, self._of_request = self._of_request, {}
         found = {}
         for name, (prompt, answer) in texts.items():
-            lookup = self._of_request[name]
-            if not len(lookup):
+            lookup, prompt_len = known.get(name, (Lookup(), -1))
+            # In a streaming session the prompt grows, and the answer begins anew.
+            if prompt_len != len(prompt) or len(lookup) > prompt_len + len(answer):
+                lookup = Lookup()
                 lookup.extend(prompt)
+            self._of_request[name] = lookup, len(prompt)
             lookup.extend(answer[len(lookup) - len(prompt) :])
             match = lookup.match(num_tokens)
             if match is not None:

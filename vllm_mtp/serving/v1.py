@@ -54,6 +54,8 @@ logger = logging.getLogger("vllm.mtp_placeholder")
 # What vLLM knows of each request beside lengths and tables; no draft on a CPU reads it.
 _OF_REQUESTS = {field.name for field in fields(CommonAttentionMetadata)} & {
     "is_prefilling",
+    "_seq_lens_cpu",  # to 0.31
+    "_num_computed_tokens_cpu",
     "req_idx",
     "rswa_prefix_lens",
     "replayssm_decode_base_cpu",
@@ -294,15 +296,16 @@ class MTPPlaceholderProposer(DraftModelProposer):
         num_tokens, drafts = max(limits), {}
         if self.lengths is not None:
             # What a seed promises must not hang on a clock: all that there is.
-            seeded = [row for row in rows if row in step.sampling.generators]
+            seeded = {row for row in rows if row in step.sampling.generators}
             free = [names[row] for row in rows if row not in seeded]
             matches = self._lookups.matches(
                 {n: self._text(n) for n in free}, num_tokens
             )
             lengths = {name: match.length for name, match in matches.items()}
-            plan = self.lengths.plan(free, len(names), lengths)
+            plan = self.lengths.plan(_now_ms(), free, len(names), lengths)
             drafts = {n: matches[n].tokens[:kept] for n, kept in plan.copied.items()}
-            rows = [row for row in rows if row in seeded or names[row] in plan.drafted]
+            wanted = set(plan.drafted)
+            rows = [row for row in rows if row in seeded or names[row] in wanted]
             if not seeded:
                 num_tokens = min(num_tokens, plan.num_tokens)
         if rows and num_tokens:
@@ -507,7 +510,10 @@ class MTPPlaceholderProposer(DraftModelProposer):
         with set_forward_context(None, self.vllm_config, num_tokens=num_rows):
             positions = block_positions(ids, num_draft_tokens)
             hidden = self._bound.forward(ids, positions, boundary)
-            self._bound.draft(hidden, pick_greedy)
+            # What takes most memory of all ways to choose.
+            chosen = self._bound.draft(hidden, pick_greedy_with_scores)[1]
+            assert chosen is not None, "the sampler keeps them"
+            probability_of_best(chosen)
 
 
 def _now_ms() -> float:

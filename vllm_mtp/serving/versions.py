@@ -2,8 +2,8 @@
 """Which vLLM the method works with: the one table.
 
 Without vLLM, so that it can be read where vLLM is broken or missing. `vllm-mtp
-doctor`, the start of the method, the table in docs/status.md and `make test-versions` are made
-from it. There is a floor and no ceiling: newer vLLM is tried, with a warning.
+doctor`, the start of the method, the table in docs/status.md and `make test-versions`
+are made from it. There is a floor and no ceiling: newer vLLM is tried, with a warning.
 """
 
 import os
