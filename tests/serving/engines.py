@@ -26,6 +26,7 @@ from vllm.platforms.cpu import CpuPlatform
 from vllm_mtp.drafter.checkpoint import read_config
 from vllm_mtp.engine import bound_drafter_of as bound_drafter_of  # for the tests
 from vllm_mtp.engine import core_of, runner_of, start
+from vllm_mtp.installed import installed_folder
 from vllm_mtp.metrics import AcceptanceCounts, read_vllm_counters
 from vllm_mtp.plugin import METHOD
 
@@ -98,9 +99,10 @@ def with_fixed_length(spec: dict[str, Any]) -> dict[str, Any]:
     """All tokens that a drafter was made for in each step, so that what is accepted
     does not hang on how fast a tiny target happens to be. A spec that says None leaves
     the length to us."""
-    if spec.get("method") != METHOD or _LENGTHS & spec.keys() or "model" not in spec:
+    if spec.get("method") != METHOD or _LENGTHS & spec.keys():
         return dict(spec)
-    made_for = read_config(Path(spec["model"])).num_speculative_tokens
+    folder = spec.get("model") or installed_folder("cheap")  # which the target finds
+    made_for = read_config(Path(folder)).num_speculative_tokens
     return spec | {"num_speculative_tokens": made_for}
 
 

@@ -15,7 +15,10 @@ from pathlib import Path
 import vllm_mtp
 from vllm_mtp.metrics import read_vllm_counters
 
-QUESTIONS = ("Why is the sky blue?", "Name the days of the week.")
+QUESTIONS = (
+    *("Why is the sky blue?", "Name the days of the week.", "What is a noun?"),
+    *("Where is Rome?", "List three colours.", "How does one boil an egg?"),
+)
 
 
 def main(target: str, result: str) -> None:

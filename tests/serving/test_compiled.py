@@ -99,13 +99,24 @@ def test_only_where_the_target_is_compiled(
 ) -> None:
     def uncompiled_runner() -> None: ...
 
-    bound: Any = SimpleNamespace(layers_runner=uncompiled_runner)
+    bound = bound_with(uncompiled_runner)
     config: Any = SimpleNamespace(
         compilation_config=SimpleNamespace(mode=mode),
+        scheduler_config=SimpleNamespace(max_num_seqs=8),
         speculative_config=SimpleNamespace(enforce_eager=eager),
     )
     compile_layers(bound, config)
     assert (bound.layers_runner is not uncompiled_runner) == expected
+
+
+def bound_with(layers_runner: Callable[..., Any]) -> Any:
+    """What `compile_layers` looks at of a drafter."""
+    config = SimpleNamespace(
+        num_speculative_tokens=4, target=SimpleNamespace(hidden_size=64)
+    )
+    return SimpleNamespace(
+        layers_runner=layers_runner, drafter=SimpleNamespace(config=config)
+    )
 
 
 def test_what_cannot_be_compiled_runs_uncompiled(
@@ -120,9 +131,10 @@ def test_what_cannot_be_compiled_runs_uncompiled(
         torch._dynamo.graph_break()  # which a whole graph cannot have
         return embedded + 1
 
-    bound: Any = SimpleNamespace(layers_runner=run)
+    bound = bound_with(run)
     config: Any = SimpleNamespace(
         compilation_config=SimpleNamespace(mode=CompilationMode.DYNAMO_TRACE_ONCE),
+        scheduler_config=SimpleNamespace(max_num_seqs=8),
         speculative_config=None,
     )
     compile_layers(bound, config)

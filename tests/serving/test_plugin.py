@@ -133,20 +133,16 @@ def test_config_is_what_the_engine_needs(smollm2: Path) -> None:
         ({"num_speculative_tokens": 2}, True, False),
         ({"num_speculative_tokens_per_batch_size": [(1, 8, 2)]}, True, False),
         ({"draft_sample_method": "probabilistic"}, False, False),
-        ({"runner": "1"}, False, False),
-        ({"tensor_parallel_size": 2}, False, False),
+        ({"tensor_parallel_size": 3}, False, False),
     ],
 )
 def test_config_reaches_other_processes(
     smollm2: Path,
-    monkeypatch: pytest.MonkeyPatch,
     settings: dict[str, Any],
     any_length: bool,
     chooses: bool,
 ) -> None:
     settings = dict(settings)
-    if "runner" in settings:
-        monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", settings.pop("runner"))
     flags = {k: settings.pop(k) for k in ("tensor_parallel_size",) if k in settings}
     args = EngineArgs(
         model=str(smollm2),
@@ -160,6 +156,20 @@ def test_config_reaches_other_processes(
         assert (twin.model, twin.num_speculative_tokens) == (spec.model, wanted)
         assert (twin.takes_any_length, twin.chooses_length) == (any_length, chooses)
         assert twin.uses_draft_model()
+
+
+def test_on_v2_all_requests_have_as_many(
+    smollm2: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Asked of our config alone: vLLM's whole one needs Triton for V2."""
+    args = EngineArgs(
+        model=str(smollm2), speculative_config={"method": "mtp_placeholder"}
+    )
+    config = args.create_engine_config()
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    spec = args.create_speculative_config(config.model_config, config.parallel_config)
+    assert spec is not None
+    assert (spec.takes_any_length, spec.chooses_length) == (False, False)
 
 
 def test_short_flags_work_as_the_dict_does(smollm2: Path) -> None:

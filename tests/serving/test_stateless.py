@@ -49,23 +49,27 @@ def watched_drafts(llm: LLM, *, compare_cache: bool = False) -> Iterator[list[St
     """What the drafter is given and gives, step by step."""
     runner, bound, steps = runner_of(llm), bound_drafter_of(llm), []
     drafter = runner.speculator if ON_V2 else runner.drafter
-    propose, forward, blocks = drafter.propose, bound.forward, []
+    # V1 drafts when the drafts are fetched.
+    name = "propose" if ON_V2 else "late_drafts"
+    draft, forward, blocks = getattr(drafter, name), bound.forward, []
 
     def watched_forward(anchors: Any, positions: Any, boundary: Any) -> Any:
         blocks.append((anchors.tolist(), positions.clone()))
         return forward(anchors, positions, boundary)
 
-    def watched_propose(*args: Any, **kwargs: Any) -> Any:
+    def watched_draft(*args: Any, **kwargs: Any) -> Any:
         layers = attention_layers(runner) if compare_cache else []
         before = [layer.kv_cache.clone() for layer in layers]
-        drafts = propose(*args, **kwargs)
-        if not torch.is_tensor(drafts):
-            drafts = drafter.late_drafts()  # now, and not when they are fetched
+        drafts = draft(*args, **kwargs)
+        if not blocks:  # no request goes on
+            return drafts
         made = drafts.tolist() if torch.is_tensor(drafts) else drafts
         anchors, positions = blocks.pop()
         names, table = _batch(runner, args)
+        rows = [row for row, tokens in enumerate(made) if tokens]
+        names, made = [names[row] for row in rows], [made[row] for row in rows]
         steps.append(Step(names, anchors, positions[:, 0].tolist(), made))
-        slots = scratch_slots(table, positions.shape[1], positions[:, 0].tolist())
+        slots = scratch_slots(table[rows], positions.shape[1], positions[:, 0].tolist())
         for layer, old in zip(layers, before, strict=True):
             # As integers, so that a NaN is like itself.
             changed = old.view(torch.int32) != layer.kv_cache.view(torch.int32)
@@ -75,15 +79,17 @@ def watched_drafts(llm: LLM, *, compare_cache: bool = False) -> Iterator[list[St
             steps[-1].allowed += int(scratch.sum())
         return drafts
 
-    drafter.propose, bound.forward = watched_propose, watched_forward
+    bound.forward = watched_forward
+    setattr(drafter, name, watched_draft)
     try:
         yield steps
     finally:
-        del drafter.propose, bound.forward
+        delattr(drafter, name)
+        del bound.forward
 
 
 def _batch(runner: Any, args: Sequence[Any]) -> tuple[list[str], torch.Tensor]:
-    """Names and block tables ``[B, M]`` of the requests that ``propose`` saw."""
+    """Names and block tables ``[B, M]`` of the requests of a step."""
     if ON_V2:
         rows = args[0].idx_mapping[: args[0].num_reqs].long()
         return list(args[0].req_ids), runner.block_tables.block_tables[0].gpu[rows]

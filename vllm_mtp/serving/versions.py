@@ -96,7 +96,10 @@ class Installed:
         return f"{self.name} {self.version}"
 
 
-_V1_HOOKS = ("config", "requests", "v1-proposer", "v1-late-drafts", "cpu-sampling")
+_V1_HOOKS = (
+    *("config", "requests", "v1-proposer", "v1-late-drafts", "v1-no-drafts"),
+    "cpu-sampling",
+)
 _ALL_HOOKS = (*_V1_HOOKS, "v2-speculator")
 _WORKS = Runner(Status.TESTED)
 _ONLY_V1 = Runner(
