@@ -181,7 +181,7 @@ def test_the_method_alone_serves_with_an_installed_drafter(
     assert Path(told["drafter"]).parts[-2:] == ("vllm_mtp_smollm2", "cheap")
     assert not [place for place in told["path"] if Path(place) == ROOT]
     assert all(told["texts"])
-    # On a busy machine the method may soon find that drafts do not pay. But it tries one
-    # for each of six requests first, and 0.7 tokens of each were accepted.
+    # On a busy machine the method may soon find that drafts do not pay. But first it
+    # tries one for each of six requests, and 0.7 tokens of each were accepted.
     assert told["drafts"] >= 6
     assert told["accepted"] > 0
