@@ -164,7 +164,7 @@ def pick_greedy(logits: torch.Tensor) -> tuple[torch.Tensor, None]:
 
 def pick_greedy_with_scores(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """As `pick_greedy`, and the logits, for `probability_of_best`."""
-    return logits.max(dim=-1).indices, logits
+    return pick_greedy(logits)[0], logits
 
 
 def probability_of_best(scores: torch.Tensor) -> torch.Tensor:

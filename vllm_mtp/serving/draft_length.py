@@ -17,6 +17,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from vllm_mtp.serving.lookup import LEAST, MOST
+
 _MEMORY = 0.97  # what an older time weighs, from one to the next of its kind
 _OUTLIER = 2.0  # times what was expected: the process was kept waiting
 _LEAST_GAIN = 1.02  # of tokens per second, to draft rather than not
@@ -33,9 +35,12 @@ _PATIENCE = 16  # steps without one that verifies nothing, after which drafts ar
 # How likely a copied token is right, by how many tokens matched before it; that is only
 # where learning starts.
 _MATCHED = dict(
-    zip(range(2, 9), (0.45, 0.55, 0.65, 0.75, 0.85, 0.85, 0.95), strict=True)
+    zip(
+        range(LEAST, MOST + 1),
+        (0.45, 0.55, 0.65, 0.75, 0.85, 0.85, 0.95),
+        strict=True,
+    )
 )
-_LONGEST = max(_MATCHED)
 
 
 class Outcome(NamedTuple):
@@ -258,7 +263,7 @@ class DraftLength:
         for name in names:
             if name not in matches:
                 continue
-            matched = [min(matches[name] + n, _LONGEST) for n in range(self._most)]
+            matched = [min(matches[name] + n, MOST) for n in range(self._most)]
             said = [_MATCHED[length] for length in matched]
             together = self._of_copies.of(np.array(said)).cumprod()
             if length := int((together >= choice.least).sum()):

@@ -113,7 +113,6 @@ class MTPPlaceholderProposer(DraftModelProposer):
         config: Any = self.speculative_config
         config.runner_has_drafter = True
         most = config.num_speculative_tokens
-        self._newest = most + 1  # tokens that a step adds, at most
         self.lengths = DraftLength(most) if config.chooses_length else None
         self._lookups = Lookups()
         self._late: _Step | None = None
@@ -338,7 +337,9 @@ class MTPPlaceholderProposer(DraftModelProposer):
         vLLM's scheduler decides which requests go on, and asks for drafts all the same.
         One that seems to have finished and has not is only without drafts for a step.
         """
-        most, newest = self.num_speculative_tokens, self._newest
+        most = self.num_speculative_tokens
+        # Tokens that a step adds, at most; this step's number may be lower.
+        newest = self.speculative_config.num_speculative_tokens + 1
         limits = []
         for name in names:
             request = self._runner.requests.get(name)
