@@ -37,9 +37,12 @@ class TensorRow(NamedTuple):
 DIMENSIONS = {
     "placeholders": "`num_speculative_tokens` - 1",
     "hidden": "`target.hidden_size`",
-    "queries": "`target.num_attention_heads` × `target.head_dim`",
-    "keys": "`target.num_key_value_heads` × `target.head_dim`",
-    "head": "`target.head_dim`",
+    "queries": "`target.num_attention_heads` × `target.head_dim`, or of the layer's "
+    "entry in `target.layer_heads`",
+    "keys": "`target.num_key_value_heads` × `target.head_dim`, likewise",
+    "query norm": "`target.head_dim`, or queries with `qk_norm_whole`",
+    "key norm": "`target.head_dim`, or keys with `qk_norm_whole`",
+    "one": "1",
     "mlp": "`intermediate_size` of the layer",
     "lora": "`lora.rank` of the layer",
     "in, out": "sizes of the module that the pair is added to (table below)",
@@ -49,6 +52,8 @@ DIMENSIONS = {
 }
 
 _OWN = "own layer"
+_BEFORE = "own layer with `norm_placement` before or around"
+_AFTER = "own layer with `norm_placement` after or around"
 _NORM = "own layer with `qk_norm`"
 _BIAS = "own layer with `qkv_bias`"
 _BRIDGE = "own layer with `bridge`"
@@ -87,8 +92,8 @@ TENSORS = (
     TensorRow(
         "layers.{i}.input_norm.weight",
         ("hidden",),
-        _OWN,
-        "RMSNorm in front of the attention.",
+        _BEFORE,
+        "Norm in front of the attention.",
     ),
     TensorRow("layers.{i}.q_proj.weight", ("queries", "hidden"), _OWN, "Queries."),
     TensorRow("layers.{i}.k_proj.weight", ("keys", "hidden"), _OWN, "Keys."),
@@ -98,15 +103,21 @@ TENSORS = (
     TensorRow("layers.{i}.v_proj.bias", ("keys",), _BIAS, "Bias of the values."),
     TensorRow(
         "layers.{i}.q_norm.weight",
-        ("head",),
+        ("query norm",),
         _NORM,
-        "RMSNorm of each query head, before RoPE.",
+        "RMSNorm of each query head, or of all.",
     ),
     TensorRow(
         "layers.{i}.k_norm.weight",
-        ("head",),
+        ("key norm",),
         _NORM,
-        "RMSNorm of each key head, before RoPE.",
+        "RMSNorm of each key head, or of all.",
+    ),
+    TensorRow(
+        "layers.{i}.output_gate_proj.weight",
+        ("queries", "hidden"),
+        "own layer with `output_gate`",
+        "Gate of the attention's output.",
     ),
     TensorRow(
         "layers.{i}.o_proj.weight",
@@ -114,14 +125,31 @@ TENSORS = (
         _OWN,
         "Attention output.",
     ),
+    TensorRow("layers.{i}.o_bias", ("hidden",), "own layer with `o_bias`", "Its bias."),
     TensorRow(
-        "layers.{i}.mlp_norm.weight", ("hidden",), _OWN, "RMSNorm in front of the MLP."
+        "layers.{i}.attention_out_norm.weight",
+        ("hidden",),
+        _AFTER,
+        "Norm behind the attention.",
     ),
     TensorRow(
-        "layers.{i}.gate_proj.weight", ("mlp", "hidden"), _OWN, "SwiGLU gate (SiLU)."
+        "layers.{i}.mlp_norm.weight",
+        ("hidden",),
+        f"{_BEFORE}, not `parallel`",
+        "Norm in front of the MLP.",
     ),
-    TensorRow("layers.{i}.up_proj.weight", ("mlp", "hidden"), _OWN, "SwiGLU up."),
-    TensorRow("layers.{i}.down_proj.weight", ("hidden", "mlp"), _OWN, "SwiGLU down."),
+    TensorRow("layers.{i}.gate_proj.weight", ("mlp", "hidden"), _OWN, "MLP's gate."),
+    TensorRow("layers.{i}.up_proj.weight", ("mlp", "hidden"), _OWN, "MLP's up."),
+    TensorRow("layers.{i}.down_proj.weight", ("hidden", "mlp"), _OWN, "MLP's down."),
+    TensorRow(
+        "layers.{i}.mlp_out_norm.weight", ("hidden",), _AFTER, "Norm behind the MLP."
+    ),
+    TensorRow(
+        "layers.{i}.output_scale",
+        ("one",),
+        "own layer with `output_scale`",
+        "Factor of the stream behind the layer.",
+    ),
     TensorRow(
         "draft_vocab.token_ids",
         ("drafted",),
@@ -158,6 +186,7 @@ _OBJECTS = {
     "OwnLayerConfig": '`layers[]` with `"kind": "own"`',
     "MarkovConfig": "`markov`",
     "TargetFacts": "`target`",
+    "LayerHeads": "`target.layer_heads[]`",
 }
 
 

@@ -80,11 +80,49 @@ GOLDENS: dict[str, dict[str, Any]] = {
         ],
         "dtype": "float32",
     },
+    "formed": {
+        "num_speculative_tokens": 3,
+        "layers": [
+            {
+                "kind": "own",
+                "target_layer": 0,
+                "intermediate_size": 20,
+                "rms_norm_eps": 1e-5,
+                "norm_placement": "around",
+                "o_bias": True,
+                "qk_norm": True,
+                "qk_norm_whole": True,
+                "v_norm": True,
+                "output_gate": True,
+                "activation": "gelu_tanh",
+                "output_scale": True,
+            },
+            {
+                "kind": "own",
+                "target_layer": 1,
+                "intermediate_size": 20,
+                "rms_norm_eps": 1e-5,
+                "norm_placement": "after",
+                "qk_norm": True,
+                "qk_norm_after_rope": True,
+            },
+            {
+                "kind": "own",
+                "target_layer": 2,
+                "intermediate_size": 20,
+                "rms_norm_eps": 1e-5,
+                "norm": "layer",
+                "parallel": True,
+            },
+        ],
+        "dtype": "float32",
+    },
 }
 _CONFIG_OF_TARGET = {
     "shared-lora": LlamaConfig,
     "mixed": Qwen3Config,
     "bridged": LlamaConfig,
+    "formed": LlamaConfig,
 }
 
 # All sizes differ (queries 24, keys 8), so that a transposed or swapped tensor

@@ -417,7 +417,10 @@ def wrong_value(draw: st.DrawFn, good: Good) -> Damage:
 
 
 # Keys without which a config is another, or none.
-_OPTIONAL = ("name", "weights_fingerprint", "lora", "prefix_window")
+_OPTIONAL = (
+    *("name", "weights_fingerprint", "lora", "prefix_window"),
+    *("norm", "norm_placement", "activation"),
+)
 
 
 @st.composite

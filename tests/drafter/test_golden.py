@@ -127,7 +127,7 @@ class TestExpected:
         for tensor_name in load_drafter(folder).state_dict():
             drafter = load_drafter(folder, dtype=torch.float32)
             tensor = drafter.state_dict()[tensor_name]
-            tensor.copy_(tensor.roll(1, 0))
+            tensor.copy_(tensor.roll(1, 0) if len(tensor) > 1 else tensor * 2)
             blocks = draft_golden(name, drafter, expected["input"])
             tokens_changed = blocks.tokens[0].tolist() != expected["draft_token_ids"]
             change = (_listed_logits(blocks, expected) - logits).abs().max()
@@ -175,13 +175,17 @@ class TestSchema:
 
 def _sizes(config: DrafterConfig, index: int, module: str) -> dict[str, int]:
     """`generate.DIMENSIONS` as numbers, for the layer with this index."""
-    target, layer = config.target, config.layers[index]
+    layer = config.layers[index]
+    target = config.target.of_layer(layer.target_layer)
+    whole = getattr(layer, "qk_norm_whole", False)
     sizes = {
         "placeholders": config.num_speculative_tokens - 1,
         "hidden": target.hidden_size,
         "queries": target.num_attention_heads * target.head_dim,
         "keys": target.num_key_value_heads * target.head_dim,
-        "head": target.head_dim,
+        "query norm": target.head_dim * (target.num_attention_heads if whole else 1),
+        "key norm": target.head_dim * (target.num_key_value_heads if whole else 1),
+        "one": 1,
         "vocab": target.vocab_size,
         "drafted": config.draft_vocab_size or target.vocab_size,
     }

@@ -8,23 +8,19 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import (
-    Gemma4TextConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-    Qwen3_5MoeTextConfig,
-    Qwen3NextConfig,
-)
+from transformers import PreTrainedConfig, PreTrainedModel, Qwen3NextConfig
 from transformers.models.auto import AutoModelForCausalLM
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP
 
 from checkpoints_spec.goldens import run_blocks
-from tests.tiny_targets import NUM_LAYERS, make_tiny, make_tiny_llama
+from tests.tiny_targets import NUM_LAYERS, make_tiny
 from vllm_mtp.drafter.checkpoint import load_drafter, save_drafter
 from vllm_mtp.drafter.config import LoRAConfig, OwnLayerConfig, SharedLayerConfig
 from vllm_mtp.drafter.init import DrafterOptions, TargetWeights, new_drafter
 from vllm_mtp.drafter.model import Drafter
 from vllm_mtp.drafter.target_facts import TargetFacts
 from vllm_mtp.errors import LayerSpecError, UnsupportedTargetError
+from vllm_mtp.torch_host.hf_target import HFTarget, load_frozen
 
 LORA = LoRAConfig(rank=2, alpha=4.0, modules=("q_proj", "down_proj"))
 WITH_LORA: dict[str, Any] = {"lora_rank": 2, "lora_modules": ["q_proj", "down_proj"]}
@@ -203,15 +199,40 @@ class TestRefusals:
             make(tiny_llama, layers)
 
     def test_layers_that_cannot_be_copied(self, tmp_path: Path) -> None:
-        # A bias on the output projection too, which own layers do not have.
-        odd = make_tiny_llama(tmp_path / "odd", attention_bias=True)
+        # Its MLP is a mixture of experts.
+        odd = make_tiny("qwen3_moe", tmp_path / "odd")
         with pytest.raises(UnsupportedTargetError) as caught:
             make(odd, "shared:0,own:2")
-        assert "layer 2 of the target cannot be copied" in str(caught.value)
-        assert "['self_attn.o_proj.bias']" in str(caught.value)
+        assert "have parts that an own layer does not have" in str(caught.value)
+        assert "'mlp.experts.0.down_proj.weight'" in str(caught.value)
         assert "--own-init random" in str(caught.value)
         drafter = make(odd, "shared:0,own:2", own_init="random")
         assert len(drafter.layers) == 2
+        assert isinstance(drafter.config.layers[1], OwnLayerConfig)
+        assert drafter.config.layers[1].intermediate_size == 96
+
+    def test_a_layer_that_does_something_else(
+        self, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A made-up family, with the names and shapes of another."""
+        forward = LlamaMLP.forward
+        monkeypatch.setattr(LlamaMLP, "forward", lambda *args: forward(*args) * 0.5)
+        with pytest.raises(
+            UnsupportedTargetError,
+            match="LlamaDecoderLayer.* cannot be copied .* what follows attention",
+        ):
+            make(tiny_llama, "own:2")
+        monkeypatch.undo()
+        forward = LlamaAttention.forward
+        monkeypatch.setattr(
+            LlamaAttention,
+            "forward",
+            lambda self, hidden_states, *args, **rest: forward(
+                self, hidden_states * 0.5, *args, **rest
+            ),
+        )
+        with pytest.raises(UnsupportedTargetError, match="first in: queries"):
+            make(tiny_llama, "own:2")
 
     def test_targets_without_safetensors(
         self, tiny_llama: Path, tmp_path: Path
@@ -219,7 +240,9 @@ class TestRefusals:
         (tmp_path / "config.json").write_bytes(
             (tiny_llama / "config.json").read_bytes()
         )
-        with pytest.raises(UnsupportedTargetError, match=r"no tensor model\.embed"):
+        with pytest.raises(
+            UnsupportedTargetError, match="shaped like an input embedding"
+        ):
             make(tmp_path, "shared:all")
 
 
@@ -228,7 +251,8 @@ def test_target_weights_are_found_in_all_shards(
 ) -> None:
     _load(tiny_llama).save_pretrained(tmp_path, max_shard_size="100KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
-    whole, parts = TargetWeights(tiny_llama), TargetWeights(tmp_path)
+    facts = TargetFacts.from_folder(tiny_llama)
+    whole, parts = TargetWeights(tiny_llama, facts), TargetWeights(tmp_path, facts)
     assert parts.mean_embedding().equal(whole.mean_embedding())
     for index in range(NUM_LAYERS):
         layer = whole.layer(index)
@@ -258,14 +282,85 @@ class TestRefusedTargets:
         assert "layers [0, 1, 2, 4, 5, 6] have no keys and values" in text
         assert "bind to [3, 7]" in text
 
-    def test_own_layers_where_no_mlp_gives_their_width(self, tmp_path: Path) -> None:
-        config = Qwen3_5MoeTextConfig(num_hidden_layers=4)
-        text = self._refusal(config, tmp_path, "own:3", own_init="random")
-        assert "intermediate_size" in text
-        assert "Use shared layers" in text
 
-    def test_sizes_that_differ_from_layer_to_layer(self, tmp_path: Path) -> None:
-        config = Gemma4TextConfig(num_hidden_layers=6, hidden_size_per_layer_input=0)
-        text = self._refusal(config, tmp_path, "shared:all")
-        assert "'gemma4_text'" in text
-        assert "head_dim" in text
+# Families whose layers are dense, with what a copy of one needs.
+COPIED: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen2": {"qkv_bias": True},
+    "qwen3": {"qk_norm": True},
+    "phi3": {},
+    "smollm3": {},
+    "seed_oss": {"qkv_bias": True},
+    "ernie4_5": {},
+    "granite": {},
+    "gemma2": {"norm_placement": "around", "activation": "gelu_tanh"},
+    "gemma3": {"norm_placement": "around", "activation": "gelu_tanh", "qk_norm": True},
+    "gemma3_mm": {
+        "norm_placement": "around",
+        "activation": "gelu_tanh",
+        "qk_norm": True,
+    },
+    "gemma4": {
+        "norm_placement": "around",
+        "activation": "gelu_tanh",
+        "qk_norm": True,
+        "v_norm": True,
+        "output_scale": True,
+    },
+    "glm4": {"norm_placement": "around", "qkv_bias": True},
+    "exaone4": {"norm_placement": "after", "qk_norm": True},
+    "olmo3": {"norm_placement": "after", "qk_norm": True, "qk_norm_whole": True},
+    "cohere2": {"norm": "layer", "parallel": True},
+    "qwen3_5": {"qk_norm": True, "output_gate": True},
+    "qwen2_5_vl": {"qkv_bias": True},
+    "qwen3_vl": {"qk_norm": True},
+    "llava": {},
+    "mistral3": {},
+}
+
+
+@pytest.mark.parametrize("family", COPIED)
+def test_a_copy_is_the_target_layer(family: str, tmp_path: Path) -> None:
+    """All layers of a target as own layers draft what the target says."""
+    folder = make_tiny(family, tmp_path / family)
+    host = HFTarget(load_frozen(folder, "float32", "cpu"))
+    layers = sorted(host.encode(torch.arange(9)).keys)
+    drafter = make(folder, "own:" + ",".join(map(str, layers)), 1)
+    for layer in drafter.config.layers:
+        assert isinstance(layer, OwnLayerConfig)
+        form = layer.model_dump(exclude_defaults=True)
+        assert {
+            name: value
+            for name, value in form.items()
+            if name not in ("target_layer", "intermediate_size", "rms_norm_eps")
+        } == COPIED[family]
+    if len(layers) < NUM_LAYERS:
+        return  # the other layers of a hybrid cannot be drafted with
+    ids, lens = torch.arange(40) * 31 % 500, torch.tensor([2, 17, 39])
+    with torch.no_grad():
+        blocks = run_blocks(host.model, drafter, ids, lens, 1)
+        expected = host.encode(ids).hidden[lens]
+    torch.testing.assert_close(blocks.hidden[:, 0], expected, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("family", "prefix"),
+    [
+        ("llama", "model."),
+        ("gemma3_mm", "language_model.model."),
+        ("qwen3_vl", "model.language_model."),
+        ("nemotron_h", "backbone."),
+    ],
+)
+def test_names_are_found_in_the_weights(
+    family: str, prefix: str, tmp_path: Path
+) -> None:
+    """Of text, whatever stands in front of them and beside them."""
+    folder = make_tiny(family, tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    starts = [f"{prefix}layers.", f"{prefix}embed"]
+    assert all(any(n.startswith(start) for n in tensors) for start in starts)
+    weights = TargetWeights(folder, TargetFacts.from_folder(folder))
+    embedding = next(t for n, t in tensors.items() if n.startswith(starts[1]))
+    torch.testing.assert_close(weights.mean_embedding(), embedding.mean(0))
+    assert len(weights.layer(1)) == sum(n.startswith(f"{starts[0]}1.") for n in tensors)

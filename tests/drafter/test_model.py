@@ -24,7 +24,7 @@ from vllm_mtp.drafter.init import DrafterOptions, new_drafter
 from vllm_mtp.drafter.layout import block_positions
 from vllm_mtp.drafter.model import BoundDrafter, Drafter
 from vllm_mtp.errors import UnsupportedTargetError
-from vllm_mtp.torch_host.hf_target import HFTarget
+from vllm_mtp.torch_host.hf_target import HFTarget, load_frozen
 
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 ALL_LORA: dict[str, Any] = {"lora_rank": 2, "lora_modules": [*MODULES]}
@@ -128,28 +128,28 @@ class TestAnchor:
 WINDOWS = {"mistral": {"sliding_window": 9}, "gemma3": {"sliding_window": 9}}
 
 
-@pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"gemma2"}))
+# Not all of their layers have a cache.
+HYBRIDS = {"qwen3_next", "qwen3_5", "qwen3_5_moe", "nemotron_h"}
+
+
+@pytest.mark.parametrize("family", sorted(set(FAMILIES) - HYBRIDS))
 def test_every_family_computes_what_the_target_computes(
     family: str, tmp_path: Path
 ) -> None:
     """On the anchor's row, and on placeholders given to the target as embeddings."""
     folder = make_tiny(family, tmp_path, **WINDOWS.get(family, {}))
-    target = AutoModelForCausalLM.from_pretrained(folder).eval().requires_grad_(False)
+    target = load_frozen(folder, "float32", "cpu")
     drafter = new_drafter(folder, "shared:all", 4, DrafterOptions(dtype="float32"))
     assert drafter.placeholders is not None
     blocks = run(target, randomized(drafter, 1.0), 4)
     embeddings = target.get_input_embeddings()(TOKENS)
+    # Granite's scales what it is given for embeddings as well.
+    scale = getattr(target.config, "embedding_multiplier", 1.0)
     for row, prefix_len in enumerate(PREFIX_LENS.tolist()):
         known = embeddings[: prefix_len + 1]
-        text = torch.cat([known, drafter.placeholders.detach()])[None]
+        text = torch.cat([known, drafter.placeholders.detach() / scale])[None]
         expected = target(inputs_embeds=text, use_cache=False).logits[0, prefix_len:]
         torch.testing.assert_close(blocks.scores[row], expected, atol=1e-3, rtol=1e-3)
-
-
-def test_gemma2_is_refused(tmp_path: Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(make_tiny("gemma2", tmp_path))
-    with pytest.raises(UnsupportedTargetError, match="attn_logit_softcapping"):
-        HFTarget(model)
 
 
 class TestLoRA:
@@ -418,7 +418,7 @@ def test_drafter_state_is_the_drafters_own(make: MakeDrafter) -> None:
     )
 
 
-def test_targets_without_one_rope_are_refused(target: PreTrainedModel) -> None:
+def test_targets_that_lost_their_rope_are_refused(target: PreTrainedModel) -> None:
     del target.get_decoder().rotary_emb
-    with pytest.raises(UnsupportedTargetError, match="no `rotary_emb`"):
+    with pytest.raises(UnsupportedTargetError, match="cannot be run .*rotary_emb"):
         HFTarget(target)

@@ -7,15 +7,23 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel, Qwen3NextConfig
+from transformers import PreTrainedModel
 from transformers.models.auto import AutoModelForCausalLM
 
 from tests.tiny_targets import LONG_ROPE, VOCAB_SIZE, make_tiny
 from vllm_mtp.drafter.layers import Stream
 from vllm_mtp.drafter.target_facts import long_rope_from
 from vllm_mtp.errors import UnsupportedTargetError
-from vllm_mtp.torch_host.block_attention import attend_blocks, block_bias
-from vllm_mtp.torch_host.hf_target import HFTarget, _attend_in_layer, _InLayer
+from vllm_mtp.torch_host.block_attention import (
+    Scoring,
+    attend_blocks,
+    block_bias,
+)
+from vllm_mtp.torch_host.hf_target import (
+    HFTarget,
+    _attend_in_layer,
+    _InLayer,
+)
 
 LoadTiny = Callable[..., PreTrainedModel]
 
@@ -69,7 +77,7 @@ class TestSinks:
         past = torch.randn(2, kv_heads, prefix_len, size, generator=generator)
         sinks = torch.tensor([-1.0, 0.0, 1.0, 3.0])
         bias = block_bias(torch.tensor([prefix_len]), k)
-        found = attend_blocks(query, key, value, *past, bias, 0.5, sinks)
+        found = attend_blocks(query, key, value, *past, bias, Scoring(0.5, sinks))
         keys = torch.cat([past[0], key], 1).repeat_interleave(2, 0)
         values = torch.cat([past[1], value], 1).repeat_interleave(2, 0)
         for head in range(heads):
@@ -145,18 +153,50 @@ class TestRoPE:
         assert LONG_ROPE["original_max_position_embeddings"] == 32
         assert long_rope_from(load("phi3").config) is None
 
-    def test_dynamic_scaling_is_refused(self, load: LoadTiny) -> None:
+    def test_dynamic_scaling_is_that_of_a_short_text(self, load: LoadTiny) -> None:
+        """vLLM's never scales, transformers' does behind the first length."""
         rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
-        model = load("llama", rope_parameters=rope)
-        with pytest.raises(UnsupportedTargetError, match="'dynamic'.*text's length"):
-            HFTarget(model)
+        dynamic = load("llama", rope_parameters=rope, max_position_embeddings=64)
+        short = HFTarget(dynamic).encode(tokens(150)).hidden[:60]
+        with torch.no_grad():
+            expected = load("llama").get_decoder()(tokens(60)[None]).last_hidden_state
+        torch.testing.assert_close(short, expected[0], atol=1e-4, rtol=1e-4)
+
+
+class TestFollowed:
+    def test_scaled_embeddings(self, load: LoadTiny) -> None:
+        model = load("llama")
+        forward = model.get_decoder().forward
+
+        def scaled(input_ids: torch.Tensor, **settings: Any) -> Any:
+            embedded = model.get_input_embeddings()(input_ids)
+            return forward(**settings | {"inputs_embeds": embedded * 30.0})
+
+        ids = tokens(3)
+        before = HFTarget(model).embed(ids)
+        model.get_decoder().forward = scaled
+        torch.testing.assert_close(HFTarget(model).embed(ids), before * 30.0)
+
+    @pytest.mark.parametrize("family", ["qwen3_next", "nemotron_h"])
+    def test_hybrids_keep_what_their_attention_read(
+        self, family: str, load: LoadTiny
+    ) -> None:
+        host = HFTarget(load(family))
+        states = host.encode(tokens(60))
+        assert sorted(states.keys) == [1, 3]
+        assert states.keys[3].shape == (2, 60, 32)
+
+
+def _with_half_the_hidden_states(_: Any, __: Any, out: Any) -> Any:
+    out.last_hidden_state = out.last_hidden_state * 0.5
+    return out
 
 
 class TestRefused:
     @pytest.mark.parametrize(
         ("given", "named"),
         [
-            ({"softcap": 5.0}, "softcap=5.0"),
+            ({"logit_bias": 5.0}, "logit_bias=5.0"),
             ({"alibi": torch.ones(4)}, "alibi"),
             ({"sliding_window": 7}, "sliding_window=7"),
             ({"is_causal": False}, "is_causal=False"),
@@ -173,41 +213,53 @@ class TestRefused:
             torch.ones(1, 2, 2, 32),
         )
         stand_in = _InLayer(lambda query, *_: query.transpose(0, 1).flatten(1), None)
-        _attend_in_layer(attention, *heads, stand_in, 1.0, softcap=None)
+        _attend_in_layer(attention, *heads, stand_in, 1.0, logit_bias=None)
         with pytest.raises(UnsupportedTargetError, match=f"gives its .* {named}"):
             _attend_in_layer(attention, *heads, stand_in, 1.0, **given)
 
     def test_a_window_that_no_text_reaches_is_none(self, load: LoadTiny) -> None:
         HFTarget(load("mistral", sliding_window=512, max_position_embeddings=512))
 
-    def test_hybrids(self) -> None:
-        config = Qwen3NextConfig(
-            vocab_size=64,
-            hidden_size=32,
-            num_hidden_layers=4,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            head_dim=16,
-            num_experts=2,
-            moe_intermediate_size=16,
-            shared_expert_intermediate_size=16,
-        )
-        model = AutoModelForCausalLM.from_config(config).eval()
-        with pytest.raises(UnsupportedTargetError, match="linear_attention") as error:
-            HFTarget(model)
-        assert "\n" not in str(error.value)
-
     def test_something_in_front_of_the_layers(self, load: LoadTiny) -> None:
         model = load("llama")
         forward = model.get_decoder().forward
 
-        def scaled(input_ids: torch.Tensor, **settings: Any) -> Any:
+        def moved(input_ids: torch.Tensor, **settings: Any) -> Any:
             embedded = model.get_input_embeddings()(input_ids)
-            return forward(**settings | {"inputs_embeds": embedded * 30.0})
+            return forward(**settings | {"inputs_embeds": embedded + 1.0})
 
         HFTarget(model)  # good before
-        model.get_decoder().forward = scaled
-        with pytest.raises(UnsupportedTargetError, match="hidden states differ by"):
+        model.get_decoder().forward = moved
+        with pytest.raises(UnsupportedTargetError, match="enters its layers differ by"):
+            HFTarget(model)
+
+    def test_something_between_the_layers(self, load: LoadTiny) -> None:
+        model = load("llama")
+        model.get_decoder().layers[2].register_forward_pre_hook(
+            lambda _, args: (args[0] * 0.5, *args[1:])
+        )
+        with pytest.raises(UnsupportedTargetError, match="between its layers 1 and 2"):
+            HFTarget(model)
+
+    def test_something_behind_the_last_norm(self, load: LoadTiny) -> None:
+        model = load("llama")
+        model.get_decoder().register_forward_hook(_with_half_the_hidden_states)
+        with pytest.raises(UnsupportedTargetError, match="its last hidden states"):
+            HFTarget(model)
+
+    def test_a_layer_that_is_given_something_of_the_text(self, load: LoadTiny) -> None:
+        model = load("llama")
+        layer = model.get_decoder().layers[1]
+        forward = layer.forward
+
+        def more(hidden_states: Any, extra: Any = None, **settings: Any) -> Any:
+            return forward(hidden_states, **settings)
+
+        layer.forward = more
+        layer.register_forward_pre_hook(
+            lambda _, args, given: (args, given | {"extra": args[0]}), with_kwargs=True
+        )
+        with pytest.raises(UnsupportedTargetError, match="gives its layers extra"):
             HFTarget(model)
 
     def test_something_behind_the_head(self, load: LoadTiny) -> None:

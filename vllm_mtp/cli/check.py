@@ -196,17 +196,15 @@ class Check:
 def _bind(folder: str, target: Path, dtype: str) -> "BoundDrafter":
     """The drafter on its target in plain torch."""
     import torch
-    from transformers import AutoModelForCausalLM
 
     from vllm_mtp.drafter.checkpoint import load_drafter
     from vllm_mtp.drafter.model import BoundDrafter
-    from vllm_mtp.torch_host.hf_target import HFTarget
+    from vllm_mtp.torch_host.hf_target import HFTarget, load_frozen
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch_dtype = getattr(torch, dtype)
-    model = AutoModelForCausalLM.from_pretrained(target, dtype=torch_dtype)
-    host = HFTarget(model.eval().requires_grad_(False).to(device))
-    return BoundDrafter(load_drafter(folder, dtype=torch_dtype, device=device), host)
+    host = HFTarget(load_frozen(target, dtype, device))
+    drafter = load_drafter(folder, dtype=getattr(torch, dtype), device=device)
+    return BoundDrafter(drafter, host)
 
 
 def _free_memory() -> None:

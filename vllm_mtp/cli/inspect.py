@@ -48,7 +48,9 @@ def describe(config: DrafterConfig, speed: "SpeedRecord | None" = None) -> str:
                 f"drafter for      {facts.name or facts.model_type}: "
                 f"{facts.model_type}, {facts.num_hidden_layers} layers, "
                 f"hidden {facts.hidden_size}, {heads}, "
-                f"head size {facts.head_dim}, vocabulary {facts.vocab_size}"
+                f"head size {facts.head_dim}"
+                + ("" if facts.layer_heads is None else " (not in all layers)")
+                + f", vocabulary {facts.vocab_size}"
             ),
             (
                 f"tokens per draft {config.num_speculative_tokens} (1 anchor, "

@@ -88,7 +88,9 @@ class SharedLayerConfig(Strict):
 
 
 class OwnLayerConfig(Strict):
-    """A draft layer with weights of its own: RMSNorm, GQA, SwiGLU."""
+    """A draft layer with weights of its own. By default it is Llama's: RMSNorm before
+    attention and MLP, GQA, SwiGLU. The other forms are for copies of other families'
+    layers."""
 
     kind: Literal["own"] = Field(
         default="own", description="A layer with weights of its own."
@@ -96,16 +98,55 @@ class OwnLayerConfig(Strict):
     target_layer: int = Field(
         ge=0, description="The target layer whose KV cache this layer reads."
     )
-    intermediate_size: int = Field(
-        ge=1, le=MAX_SIZE, description="Width of the SwiGLU MLP."
+    intermediate_size: int = Field(ge=1, le=MAX_SIZE, description="Width of the MLP.")
+    rms_norm_eps: float = Field(gt=0, le=1, description="Epsilon of its norms.")
+    norm: Literal["rms", "layer"] = Field(
+        default="rms",
+        description="RMSNorm, or LayerNorm without a bias (it takes the mean off).",
     )
-    rms_norm_eps: float = Field(gt=0, le=1, description="Epsilon of its RMSNorms.")
+    norm_placement: Literal["before", "after", "around"] = Field(
+        default="before",
+        description="Where attention and MLP have a norm: on what they read, on what "
+        "they give before that is added to the stream, or both.",
+    )
+    parallel: bool = Field(
+        default=False,
+        description="Whether attention and MLP read the same normed stream, and are "
+        "added to it together. Norms are before them then.",
+    )
     qkv_bias: bool = Field(
         default=False, description="Whether q, k and v projections have a bias."
     )
+    o_bias: bool = Field(
+        default=False, description="Whether the output projection has a bias."
+    )
     qk_norm: bool = Field(
         default=False,
-        description="Whether queries and keys pass an RMSNorm per head.",
+        description="Whether queries and keys pass a norm: RMSNorm per head before "
+        "RoPE, if the next two do not say otherwise.",
+    )
+    qk_norm_whole: bool = Field(
+        default=False,
+        description="Whether that norm is over all heads together.",
+    )
+    qk_norm_after_rope: bool = Field(
+        default=False, description="Whether that norm comes after RoPE."
+    )
+    v_norm: bool = Field(
+        default=False,
+        description="Whether values pass an RMSNorm per head, without weights.",
+    )
+    output_gate: bool = Field(
+        default=False,
+        description="Whether attention's output is multiplied by the sigmoid of "
+        "another projection of its input.",
+    )
+    activation: Literal["silu", "gelu_tanh"] = Field(
+        default="silu", description="Of the MLP's gate."
+    )
+    output_scale: bool = Field(
+        default=False,
+        description="Whether the stream behind the layer is multiplied by a number.",
     )
     boundary_hidden: bool = Field(
         default=False,
@@ -117,6 +158,18 @@ class OwnLayerConfig(Strict):
         description="Whether the stream passes a linear map before the layer, in "
         "place of the target layers that are left out there.",
     )
+
+    @model_validator(mode="after")
+    def _goes_together(self) -> "OwnLayerConfig":
+        if self.parallel and self.norm_placement != "before":
+            raise ValueError(
+                f"norm_placement: got {self.norm_placement!r}, expected 'before' where "
+                "parallel is true"
+            )
+        for name in ("qk_norm_whole", "qk_norm_after_rope"):
+            if getattr(self, name) and not self.qk_norm:
+                raise ValueError(f"{name}: got true, expected false without qk_norm")
+        return self
 
 
 LayerConfig = Annotated[SharedLayerConfig | OwnLayerConfig, Field(discriminator="kind")]
@@ -192,15 +245,19 @@ class DrafterConfig(Strict):
         return tuple(sorted({layer.target_layer for layer in self.layers}))
 
     @property
-    def shares_whole_target(self) -> bool:
-        """Whether the layers are the target's own, all of them and in order."""
-        return [
+    def shared_layers(self) -> tuple[int, ...]:
+        """Target layers that the drafter runs, in the order it does."""
+        return tuple(
             layer.target_layer
             for layer in self.layers
             if isinstance(layer, SharedLayerConfig)
-        ] == list(range(self.target.num_hidden_layers)) and all(
-            isinstance(layer, SharedLayerConfig) for layer in self.layers
         )
+
+    @property
+    def shares_whole_target(self) -> bool:
+        """Whether the layers are the target's own, all of them and in order."""
+        whole = tuple(range(self.target.num_hidden_layers))
+        return len(self.layers) == len(whole) and self.shared_layers == whole
 
     @property
     def uses_boundary_hidden(self) -> bool:

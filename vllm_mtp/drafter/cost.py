@@ -6,7 +6,7 @@ from typing import NamedTuple, get_args
 
 import torch
 
-from vllm_mtp.drafter.config import DrafterConfig, LinearName, SharedLayerConfig
+from vllm_mtp.drafter.config import DrafterConfig, LinearName
 from vllm_mtp.drafter.lora import linear_sizes
 from vllm_mtp.drafter.model import Drafter
 from vllm_mtp.drafter.target_facts import TargetFacts
@@ -84,9 +84,7 @@ class DraftCost:
 def draft_cost(config: DrafterConfig) -> DraftCost:
     """Count what a draft reads."""
     facts = config.target
-    layer = _layer_parameters(facts)
-    kv_layer = 2 * facts.num_key_value_heads * facts.head_dim * 2
-    shared = sum(isinstance(item, SharedLayerConfig) for item in config.layers)
+    all_layers = range(facts.num_hidden_layers)
     head = facts.vocab_size * facts.hidden_size
     out_size = config.draft_vocab_size or facts.vocab_size
     with torch.device("meta"):
@@ -96,15 +94,25 @@ def draft_cost(config: DrafterConfig) -> DraftCost:
     return DraftCost(
         drafter_parameters=own,
         looked_up_parameters=markov.looked_up,
-        shared_parameters=shared * layer,
+        shared_parameters=sum(
+            _layer_parameters(facts, i) for i in config.shared_layers
+        ),
         head_parameters=out_size * facts.hidden_size,
-        target_parameters=facts.num_hidden_layers * layer + head,
-        kv_bytes_read_per_token=len(config.layers) * kv_layer,
-        target_kv_bytes_per_token=facts.num_hidden_layers * kv_layer,
+        target_parameters=sum(_layer_parameters(facts, i) for i in all_layers) + head,
+        kv_bytes_read_per_token=sum(
+            _kv_bytes(facts, layer.target_layer) for layer in config.layers
+        ),
+        target_kv_bytes_per_token=sum(_kv_bytes(facts, i) for i in all_layers),
     )
 
 
-def _layer_parameters(facts: TargetFacts) -> int:
-    """Weights of one dense Llama-like target layer."""
-    sizes = [linear_sizes(facts, name) for name in get_args(LinearName)]
+def _layer_parameters(facts: TargetFacts, index: int) -> int:
+    """Weights of one target layer, as if it were dense and Llama-like."""
+    sizes = [linear_sizes(facts.of_layer(index), name) for name in get_args(LinearName)]
     return sum(a * b for a, b in sizes) + 2 * facts.hidden_size
+
+
+def _kv_bytes(facts: TargetFacts, index: int) -> int:
+    """What one token takes in the cache of one layer, in 16 bits."""
+    heads = facts.of_layer(index)
+    return 2 * heads.num_key_value_heads * heads.head_dim * 2

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A new drafter for a target: untrained, but loadable."""
 
+import re
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from vllm_mtp.drafter.config import (
     SharedLayerConfig,
     require_window,
 )
+from vllm_mtp.drafter.layer_copy import LayerCopy
 from vllm_mtp.drafter.layer_spec import BoundLayer, parse_layers
 from vllm_mtp.drafter.layers import OwnLayer
 from vllm_mtp.drafter.model import Drafter
@@ -70,15 +73,19 @@ def new_drafter(
     _require_token_ids(draft_token_ids, knobs["draft_vocab_size"], facts.vocab_size)
     if draft_token_ids is not None:
         knobs["draft_vocab_size"] = len(draft_token_ids)
-    hf_config = AutoConfig.from_pretrained(target).get_text_config()
+    whole_config = AutoConfig.from_pretrained(target)
+    hf_config = whole_config.get_text_config()
     bound_layers = parse_layers(layers, facts.num_hidden_layers)
     _require_caches(bound_layers, hf_config)
-    weights = TargetWeights(target)
+    weights = TargetWeights(target, facts)
+    copies = {}
+    if options.own_init == "copy":
+        copies = _copies(bound_layers, weights, whole_config, facts)
     config = DrafterConfig(
         model_type="mtp_placeholder",
         format_version=1,
         num_speculative_tokens=num_speculative_tokens,
-        layers=_layer_configs(bound_layers, options, weights, hf_config),
+        layers=_layer_configs(bound_layers, options, copies, hf_config),
         markov=options.markov_config(),
         target=facts,
         **knobs,
@@ -87,7 +94,7 @@ def new_drafter(
     drafter = Drafter(config).to(DTYPES[config.dtype])
     if drafter.draft_vocab is not None:
         drafter.draft_vocab.token_ids.copy_(torch.tensor(draft_token_ids))
-    _fill(drafter, weights, options, _embedding_scale(hf_config))
+    _fill(drafter, weights, options, copies, _embedding_scale(hf_config))
     return drafter
 
 
@@ -120,17 +127,44 @@ def _require_caches(layers: list[BoundLayer], hf_config: object) -> None:
         )
 
 
+# How families call their input embedding.
+_EMBEDDING = re.compile(
+    r"(?P<base>.*?)(?:embed_tokens|embeddings|wte|word_embeddings|embed_in"
+    r"|tok_embeddings)\.weight"
+)
+# Parts of a folder that are not the target's text part.
+_OTHER_PARTS = re.compile(r"(^|\.)(visual|vision|audio|mtp|speech|eagle)")
+
+
 class TargetWeights:
-    """Single tensors of a target's folder, read when asked for."""
+    """Single tensors of a target's folder, read when asked for.
 
-    _EMBEDDINGS = ("model.embed_tokens.weight", "embed_tokens.weight")
+    Args:
+        folder: The target's.
+        facts: Its facts, by which the text part is told from others.
+    """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, facts: TargetFacts) -> None:
         self._folder = folder
         self._file_of: dict[str, Path] = {}
+        shapes: dict[str, list[int]] = {}
         for file in safetensors_files(folder):
             with safe_open(file, framework="pt") as tensors:
-                self._file_of |= dict.fromkeys(tensors.keys(), file)
+                for name in tensors.keys():  # noqa: SIM118 (not a dict)
+                    self._file_of[name] = file
+                    if _EMBEDDING.fullmatch(name):
+                        shapes[name] = tensors.get_slice(name).get_shape()
+        fitting = [
+            name
+            for name, shape in shapes.items()
+            if len(shape) == 2
+            and shape[0] >= facts.vocab_size
+            and shape[1] == facts.hidden_size
+            and not _OTHER_PARTS.search(name)
+        ]
+        self._embedding = min(fitting, key=len, default=None)
+        match = _EMBEDDING.fullmatch(self._embedding or "")
+        self._base = match["base"] if match else "model."
 
     def get(self, name: str) -> torch.Tensor | None:
         """The tensor called ``name``, or None."""
@@ -141,7 +175,7 @@ class TargetWeights:
 
     def layer(self, index: int) -> dict[str, torch.Tensor]:
         """Tensors of one decoder layer, named from the layer on."""
-        prefix = f"model.layers.{index}."
+        prefix = f"{self._base}layers.{index}."
         found = {
             name.removeprefix(prefix): self.get(name)
             for name in self._file_of
@@ -151,36 +185,41 @@ class TargetWeights:
 
     def mean_embedding(self) -> torch.Tensor:
         """Mean input embedding. ``[hidden_size]`` float32."""
-        for name in self._EMBEDDINGS:
-            if (embeddings := self.get(name)) is not None:
-                return embeddings.float().mean(dim=0)
-        raise UnsupportedTargetError(
-            f"{self._folder}: no tensor {' or '.join(self._EMBEDDINGS)} in its "
-            "*.safetensors files; a drafter's placeholders start from the target's "
-            "embeddings. Give a folder with safetensors weights."
+        embeddings = None if self._embedding is None else self.get(self._embedding)
+        if embeddings is None:
+            raise UnsupportedTargetError(
+                f"{self._folder}: no tensor in its *.safetensors files is named and "
+                "shaped like an input embedding (such as model.embed_tokens.weight), "
+                "which a drafter's placeholders start from. Give a folder with "
+                "safetensors weights."
+            )
+        return embeddings.float().mean(dim=0)
+
+
+def _copies(
+    bound: list[BoundLayer], weights: TargetWeights, hf_config: Any, facts: TargetFacts
+) -> dict[int, LayerCopy]:
+    """Copies of the target layers that own layers read, by layer."""
+    # Its transformers is only needed here.
+    from vllm_mtp.torch_host.one_layer import copy_of_layer
+
+    wanted = {layer.target_layer for layer in bound if layer.kind == "own"}
+    return {
+        index: copy_of_layer(
+            hf_config,
+            index,
+            weights.layer(index),
+            partial(_own_layer_config, index, hf_config.get_text_config()),
+            facts,
         )
-
-
-# Names in a drafter's own layer -> names in a Llama-like target layer.
-_COPIED = {
-    "input_norm": "input_layernorm",
-    "mlp_norm": "post_attention_layernorm",
-    "q_proj": "self_attn.q_proj",
-    "k_proj": "self_attn.k_proj",
-    "v_proj": "self_attn.v_proj",
-    "o_proj": "self_attn.o_proj",
-    "q_norm": "self_attn.q_norm",
-    "k_norm": "self_attn.k_norm",
-    "gate_proj": "mlp.gate_proj",
-    "up_proj": "mlp.up_proj",
-    "down_proj": "mlp.down_proj",
-}
+        for index in sorted(wanted)
+    }
 
 
 def _layer_configs(
     bound: list[BoundLayer],
     options: DrafterOptions,
-    weights: TargetWeights,
+    copies: dict[int, LayerCopy],
     hf_config: object,
 ) -> tuple[LayerConfig, ...]:
     own = [index for index, layer in enumerate(bound) if layer.kind == "own"]
@@ -191,49 +230,47 @@ def _layer_configs(
             "can read it and the layer list has none; use 'none', or own layers"
         )
     lora = options.lora_config()
+
+    def own_layer(index: int, layer: BoundLayer) -> OwnLayerConfig:
+        copied = copies.get(layer.target_layer)
+        form = copied.form if copied else {}
+        boundary = {"boundary_hidden": index in reads_boundary}
+        form = form | boundary | {"bridge": options.bridges}
+        return _own_layer_config(layer.target_layer, hf_config, form)
+
     return tuple(
         SharedLayerConfig(target_layer=layer.target_layer, lora=lora)
         if layer.kind == "shared"
-        else _own_layer_config(
-            layer, options, weights, hf_config, index in reads_boundary
-        )
+        else own_layer(index, layer)
         for index, layer in enumerate(bound)
     )
 
 
 def _own_layer_config(
-    bound: BoundLayer,
-    options: DrafterOptions,
-    weights: TargetWeights,
-    hf_config: object,
-    boundary_hidden: bool,
+    target_layer: int, hf_config: Any, form: dict[str, Any]
 ) -> OwnLayerConfig:
-    layer = weights.layer(bound.target_layer)
-    copy = options.own_init == "copy"
-    if copy:
-        _require_copyable(hf_config)
-    intermediate_size = getattr(hf_config, "intermediate_size", None)
-    if not intermediate_size:
+    size = getattr(hf_config, "intermediate_size", None)
+    if not size:  # of a mixture of experts: as wide as those that a token goes through
+        expert = getattr(hf_config, "moe_intermediate_size", None) or 0
+        size = expert * (getattr(hf_config, "num_experts_per_tok", None) or 1)
+    if not size:
         raise UnsupportedTargetError(
-            f"layers: own layers take the width of their MLP from the target's dense "
-            f"one (intermediate_size), and {getattr(hf_config, 'model_type', '?')!r} "
-            "has none. Use shared layers."
+            "layers: own layers take the width of their MLP from the target's "
+            "(intermediate_size or moe_intermediate_size), and "
+            f"{getattr(hf_config, 'model_type', '?')!r} has none. Use shared layers."
         )
+    names = ("rms_norm_eps", "layer_norm_eps", "norm_eps", "layer_norm_epsilon")
+    eps = next((e for name in names if (e := getattr(hf_config, name, None))), 1e-6)
     return OwnLayerConfig(
-        target_layer=bound.target_layer,
-        intermediate_size=intermediate_size,
-        rms_norm_eps=getattr(hf_config, "rms_norm_eps", 1e-6),
-        qkv_bias=copy and "self_attn.q_proj.bias" in layer,
-        qk_norm=copy and "self_attn.q_norm.weight" in layer,
-        boundary_hidden=boundary_hidden,
-        bridge=options.bridges,
+        target_layer=target_layer, intermediate_size=size, rms_norm_eps=eps, **form
     )
 
 
 def _embedding_scale(hf_config: Any) -> float:
     """Factor from a stored embedding to what enters the target's first layer."""
-    scaled = hf_config.model_type.startswith("gemma")
-    return hf_config.hidden_size**0.5 if scaled else 1.0
+    if hf_config.model_type.startswith("gemma"):
+        return hf_config.hidden_size**0.5
+    return getattr(hf_config, "embedding_multiplier", None) or 1.0
 
 
 @torch.no_grad()
@@ -241,49 +278,18 @@ def _fill(
     drafter: Drafter,
     weights: TargetWeights,
     options: DrafterOptions,
+    copies: dict[int, LayerCopy],
     embedding_scale: float,
 ) -> None:
     drafter.init_weights(torch.Generator().manual_seed(options.seed))
     if drafter.placeholders is not None:
         drafter.placeholders.copy_(weights.mean_embedding() * embedding_scale)
-    if options.own_init == "copy":
-        for layer in drafter.layers:
-            if isinstance(layer, OwnLayer):
-                _copy_layer(layer, weights)
-    if options.boundary_init == "identity":
-        for layer in drafter.layers:
-            if isinstance(layer, OwnLayer) and layer.boundary_proj is not None:
-                torch.nn.init.eye_(layer.boundary_proj.weight)
-
-
-# Families whose layers compute exactly what an own layer computes.
-_COPYABLE = ("llama", "mistral", "qwen2", "qwen3")
-
-
-def _require_copyable(hf_config: Any) -> None:
-    activation = getattr(hf_config, "hidden_act", None)
-    if hf_config.model_type not in _COPYABLE or activation not in ("silu", "swish"):
-        raise UnsupportedTargetError(
-            f"layers of {hf_config.model_type!r} (activation {activation!r}) are not "
-            "known to compute what an own layer computes (RMSNorm, GQA, SwiGLU), so "
-            f"a copy could be wrong; known are {', '.join(_COPYABLE)} with 'silu'. "
-            "Use shared layers, or --own-init random."
-        )
-
-
-def _copy_layer(layer: OwnLayer, weights: TargetWeights) -> None:
-    source = weights.layer(layer.target_layer)
-    renamed = {
-        f"{_COPIED[name.partition('.')[0]]}.{name.partition('.')[2]}": weight
-        for name, weight in layer.named_parameters()
-        if not name.startswith(("boundary_proj", "bridge"))
-    }
-    if set(renamed) != set(source):
-        odd = sorted(set(renamed) ^ set(source))
-        raise UnsupportedTargetError(
-            f"layer {layer.target_layer} of the target cannot be copied into an own "
-            f"layer (RMSNorm, GQA, SwiGLU): differing weights {odd}. Use shared "
-            "layers, or --own-init random."
-        )
-    for name, weight in renamed.items():
-        weight.copy_(source[name])
+    for layer in drafter.layers:
+        if not isinstance(layer, OwnLayer):
+            continue
+        if (copied := copies.get(layer.target_layer)) is not None:
+            ours = dict(layer.named_parameters())
+            for name, weight in copied.weights.items():
+                ours[name].copy_(weight)
+        if options.boundary_init == "identity" and layer.boundary_proj is not None:
+            torch.nn.init.eye_(layer.boundary_proj.weight)

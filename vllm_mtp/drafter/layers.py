@@ -32,13 +32,17 @@ class Stream(NamedTuple):
         return self.hidden + self.residual
 
 
-class RMSNorm(nn.Module):
-    """RMSNorm, rounding where vLLM and transformers round: before the weight."""
+class Norm(nn.Module):
+    """RMSNorm, or LayerNorm without a bias.
 
-    def __init__(self, size: int, eps: float) -> None:
+    It rounds where vLLM and transformers round: before the weight.
+    """
+
+    def __init__(self, size: int, eps: float, *, centered: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(size))
         self.eps = eps
+        self.centered = centered
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``[..., size]``, same shape and dtype out."""
@@ -60,8 +64,13 @@ class RMSNorm(nn.Module):
         return self._scaled(wide, dtype), wide.to(dtype)
 
     def _scaled(self, wide: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
-        return (wide * scale).to(dtype) * self.weight
+        if self.centered:
+            wide = wide - wide.mean(-1, keepdim=True)
+        return _unit_rms(wide, self.eps).to(dtype) * self.weight
+
+
+def _unit_rms(wide: torch.Tensor, eps: float) -> torch.Tensor:
+    return wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
 
 
 class SharedLayer(nn.Module):
@@ -70,7 +79,7 @@ class SharedLayer(nn.Module):
     def __init__(self, config: SharedLayerConfig, facts: TargetFacts) -> None:
         super().__init__()
         self.target_layer = config.target_layer
-        self.facts = facts
+        self.facts = facts = facts.of_layer(config.target_layer)
         self.lora = nn.ModuleDict()
         if lora := config.lora:
             for name in lora.modules:
@@ -110,34 +119,52 @@ class SharedLayer(nn.Module):
 
 
 class OwnLayer(nn.Module):
-    """A Llama-like layer that reads the KV cache of the target layer it is bound to."""
+    """A layer that reads the KV cache of the target layer it is bound to."""
 
     def __init__(self, config: OwnLayerConfig, facts: TargetFacts) -> None:
         super().__init__()
         self.target_layer = config.target_layer
+        self.config = config
+        facts = facts.of_layer(config.target_layer)
         self.head_dim = facts.head_dim
-        hidden, mlp, eps = (
-            facts.hidden_size,
-            config.intermediate_size,
-            config.rms_norm_eps,
-        )
+        hidden, mlp = facts.hidden_size, config.intermediate_size
         queries = facts.num_attention_heads * facts.head_dim
         keys = facts.num_key_value_heads * facts.head_dim
-        self.boundary_proj = (
-            nn.Linear(hidden, hidden, bias=False) if config.boundary_hidden else None
+
+        def norm(size: int, *, wanted: bool = True, centered: bool = False) -> Any:
+            eps = config.rms_norm_eps
+            return Norm(size, eps, centered=centered) if wanted else None
+
+        def linear(inputs: int, outputs: int, *, bias: bool = False) -> nn.Linear:
+            return nn.Linear(inputs, outputs, bias=bias)
+
+        centered, placement = config.norm == "layer", config.norm_placement
+        before = placement in ("before", "around")
+        after = placement in ("after", "around")
+        self.boundary_proj = linear(hidden, hidden) if config.boundary_hidden else None
+        self.bridge = linear(hidden, hidden, bias=True) if config.bridge else None
+        self.input_norm = norm(hidden, wanted=before, centered=centered)
+        self.q_proj = linear(hidden, queries, bias=config.qkv_bias)
+        self.k_proj = linear(hidden, keys, bias=config.qkv_bias)
+        self.v_proj = linear(hidden, keys, bias=config.qkv_bias)
+        self.output_gate_proj = linear(hidden, queries) if config.output_gate else None
+        self.o_proj = linear(queries, hidden)
+        # Apart, since the projection's parts are summed over ranks first.
+        self.o_bias = nn.Parameter(torch.empty(hidden)) if config.o_bias else None
+        whole = config.qk_norm_whole
+        self.q_norm = norm(queries if whole else self.head_dim, wanted=config.qk_norm)
+        self.k_norm = norm(keys if whole else self.head_dim, wanted=config.qk_norm)
+        self.attention_out_norm = norm(hidden, wanted=after, centered=centered)
+        self.mlp_norm = norm(
+            hidden, wanted=before and not config.parallel, centered=centered
         )
-        self.bridge = nn.Linear(hidden, hidden) if config.bridge else None
-        self.input_norm = RMSNorm(hidden, eps)
-        self.q_proj = nn.Linear(hidden, queries, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(hidden, keys, bias=config.qkv_bias)
-        self.v_proj = nn.Linear(hidden, keys, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(queries, hidden, bias=False)
-        self.q_norm = RMSNorm(facts.head_dim, eps) if config.qk_norm else None
-        self.k_norm = RMSNorm(facts.head_dim, eps) if config.qk_norm else None
-        self.mlp_norm = RMSNorm(hidden, eps)
-        self.gate_proj = nn.Linear(hidden, mlp, bias=False)
-        self.up_proj = nn.Linear(hidden, mlp, bias=False)
-        self.down_proj = nn.Linear(mlp, hidden, bias=False)
+        self.gate_proj = linear(hidden, mlp)
+        self.up_proj = linear(hidden, mlp)
+        self.down_proj = linear(mlp, hidden)
+        self.mlp_out_norm = norm(hidden, wanted=after, centered=centered)
+        self.output_scale = (
+            nn.Parameter(torch.empty(1)) if config.output_scale else None
+        )
 
     def forward(
         self,
@@ -161,34 +188,66 @@ class OwnLayer(nn.Module):
             assert boundary is not None, "the caller gives what the config asks for"
             added = stream.hidden + self.boundary_proj(boundary)
             stream = Stream(added, stream.residual)
-        x, residual = self.input_norm.of_stream(stream)
-        stream = Stream(self._attention(target, x, positions), residual)
-        x, residual = self.mlp_norm.of_stream(stream)
-        return Stream(self._mlp(target, x), residual)
+        x, residual = _normed(self.input_norm, stream)
+        attended = self._attention(target, x, positions)
+        if self.attention_out_norm is not None:
+            attended = self.attention_out_norm(attended)
+        if self.config.parallel:
+            stream = Stream(attended + self._mlp(target, x), residual)
+        else:
+            x, residual = _normed(self.mlp_norm, Stream(attended, residual))
+            stream = Stream(self._mlp(target, x), residual)
+        if self.output_scale is not None:
+            stream = Stream(stream.summed() * self.output_scale)
+        return stream
 
     def _attention(
         self, target: "TargetHost", x: torch.Tensor, positions: torch.Tensor
     ) -> torch.Tensor:
-        query = self._per_head(self.q_norm, self.q_proj(x))
-        key = self._per_head(self.k_norm, self.k_proj(x))
+        query, key, value = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        if not self.config.qk_norm_after_rope:
+            query, key = self._qk_normed(query, key)
         query, key = target.rotate(self.target_layer, positions, query, key)
-        heads = target.attend(self.target_layer, query, key, self.v_proj(x))
-        return target.all_reduce(self.o_proj(heads))
+        if self.config.qk_norm_after_rope:
+            query, key = self._qk_normed(query, key)
+        if self.config.v_norm:
+            heads = value.unflatten(-1, (-1, self.head_dim)).float()
+            value = (
+                _unit_rms(heads, self.config.rms_norm_eps).to(value.dtype).flatten(-2)
+            )
+        attended = target.attend(self.target_layer, query, key, value)
+        if self.output_gate_proj is not None:
+            attended = attended * torch.sigmoid(self.output_gate_proj(x))
+        out = target.all_reduce(self.o_proj(attended))
+        return out if self.o_bias is None else out + self.o_bias
 
-    def _per_head(self, norm: nn.Module | None, x: torch.Tensor) -> torch.Tensor:
-        if norm is None:
-            return x
-        return norm(x.unflatten(-1, (-1, self.head_dim))).flatten(-2)
+    def _qk_normed(
+        self, query: torch.Tensor, key: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.q_norm is None:
+            return query, key
+        if self.config.qk_norm_whole:
+            return self.q_norm(query), self.k_norm(key)
+        per_head = (-1, self.head_dim)
+        return (
+            self.q_norm(query.unflatten(-1, per_head)).flatten(-2),
+            self.k_norm(key.unflatten(-1, per_head)).flatten(-2),
+        )
 
     def _mlp(self, target: "TargetHost", x: torch.Tensor) -> torch.Tensor:
-        inner = F.silu(self.gate_proj(x)) * self.up_proj(x)
-        return target.all_reduce(self.down_proj(inner))
+        gate = self.gate_proj(x)
+        if self.config.activation == "silu":
+            gate = F.silu(gate)
+        else:
+            gate = F.gelu(gate, approximate="tanh")
+        out = target.all_reduce(self.down_proj(gate * self.up_proj(x)))
+        return out if self.mlp_out_norm is None else self.mlp_out_norm(out)
 
     def init_weights(self, generator: torch.Generator) -> None:
         """Small random weights; the outputs start at zero, so an untrained layer
         passes its input through."""
         for name, weight in self.named_parameters():
-            if "norm" in name:
+            if "norm" in name or name == "output_scale":
                 nn.init.ones_(weight)
             elif name == "bridge.weight":
                 nn.init.eye_(weight)
@@ -198,3 +257,10 @@ class OwnLayer(nn.Module):
                 nn.init.zeros_(weight)
             else:
                 nn.init.normal_(weight, std=0.02, generator=generator)
+
+
+def _normed(norm: Any, stream: Stream) -> tuple[torch.Tensor, torch.Tensor]:
+    """What attention or MLP reads, and the stream that it is added to."""
+    if norm is None:
+        return (summed := stream.summed()), summed
+    return norm.of_stream(stream)

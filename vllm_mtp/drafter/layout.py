@@ -132,6 +132,9 @@ class DraftInputs(NamedTuple):
     query_ends: torch.Tensor  # [B] integer; the step's row behind each request's last
     num_rejected: torch.Tensor | None  # [B] integer; None where none was verified
     tables: Sequence[CacheTable]  # of each KV-cache group that the drafter reads
+    # [B] integer; what M-RoPE adds to the positions behind a prompt with images. None
+    # for ordinary RoPE.
+    rope_deltas: torch.Tensor | None = None
 
 
 class DraftLayout(NamedTuple):
@@ -144,6 +147,8 @@ class DraftLayout(NamedTuple):
     slots: tuple[torch.Tensor, ...]  # by table, [B * k] int64; `PAD_SLOT` for none
     read_tables: tuple[torch.Tensor, ...]  # by table, [B, M'], windows cut out
     most_read: int  # bound of ``seq_lens`` that is known without a look at them
+    # [B, k] int64; text has the same position on all axes of M-RoPE
+    rope_positions: torch.Tensor
 
 
 def lay_out(
@@ -186,6 +191,9 @@ def lay_out(
         slots_of_positions(positions, *table).masked_fill(beyond, PAD_SLOT).flatten()
         for table in tables
     )
+    rope_positions = positions
+    if inputs.rope_deltas is not None:
+        rope_positions = (positions + inputs.rope_deltas[:, None]).clamp(min=0)
     return DraftLayout(
         prefix_lens,
         (ends - 1).long(),
@@ -194,6 +202,7 @@ def lay_out(
         slots,
         read_tables,
         most,
+        rope_positions,
     )
 
 

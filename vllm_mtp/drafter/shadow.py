@@ -8,6 +8,7 @@ exists once in memory, and its own forward never sees the replacement.
 
 import copy
 from collections.abc import Mapping
+from types import MethodType
 
 from torch import nn
 
@@ -27,7 +28,11 @@ def shadow(module: nn.Module, replacements: Mapping[str, nn.Module]) -> nn.Modul
     """
     if "" in replacements:
         return replacements[""]
-    if "forward" in vars(module):
+    forward = vars(module).get("forward")
+    # A method of the module itself, as vLLM's fusions of transformers' modules are, can
+    # be one of the copy as well.
+    is_method = isinstance(forward, MethodType) and forward.__self__ is module
+    if forward is not None and not is_method:
         raise UnsupportedTargetError(
             f"{type(module).__name__} has a patched forward (an accelerate device "
             "map?); LoRA on shared layers needs an unpatched target. Load it "
@@ -35,6 +40,8 @@ def shadow(module: nn.Module, replacements: Mapping[str, nn.Module]) -> nn.Modul
         )
     clone = copy.copy(module)
     clone._modules = dict(module._modules)
+    if is_method:
+        clone.forward = MethodType(forward.__func__, clone)
     for child in {path.partition(".")[0] for path in replacements}:
         clone._modules[child] = shadow(
             module.get_submodule(child), _below(child, replacements)

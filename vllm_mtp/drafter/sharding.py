@@ -11,6 +11,7 @@ Markov correction, and one per drafted position, since each waits for the token 
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -19,7 +20,13 @@ from vllm_mtp.drafter.model import Drafter
 from vllm_mtp.errors import UnsupportedTargetError
 
 _KEYS_AND_VALUES = ("k_proj", "v_proj")
-_BY_OUTPUTS = ("q_proj", *_KEYS_AND_VALUES, "gate_proj", "up_proj")
+_BY_OUTPUTS = (
+    "q_proj",
+    *_KEYS_AND_VALUES,
+    "output_gate_proj",
+    "gate_proj",
+    "up_proj",
+)
 _BY_INPUTS = ("o_proj", "down_proj")
 
 
@@ -50,7 +57,12 @@ def require_divisible(config: DrafterConfig, size: int) -> None:
 
 def _indivisible(config: DrafterConfig, size: int) -> list[str]:
     facts = config.target
-    sizes: dict[str, int] = {"target.num_attention_heads": facts.num_attention_heads}
+    heads: list[tuple[str, Any]] = [("target", facts)]
+    if facts.layer_heads is not None:
+        heads = [
+            (f"target.layer_heads.{i}", h) for i, h in enumerate(facts.layer_heads)
+        ]
+    sizes = {f"{key}.num_attention_heads": h.num_attention_heads for key, h in heads}
     for index, layer in enumerate(config.layers):
         if isinstance(layer, OwnLayerConfig):
             sizes[f"layers.{index}.intermediate_size"] = layer.intermediate_size
@@ -61,12 +73,18 @@ def _indivisible(config: DrafterConfig, size: int) -> list[str]:
         for key, value in sizes.items()
         if value % size
     ]
-    kv_heads = facts.num_key_value_heads
-    if max(kv_heads, size) % min(kv_heads, size):
-        problems.append(
-            f"target.num_key_value_heads: got {kv_heads}, expected a multiple or a "
-            f"divisor of {size}"
-        )
+    problems += [
+        f"layers.{index}.qk_norm_whole: got true, which needs all heads on one rank"
+        for index, layer in enumerate(config.layers)
+        if size > 1 and isinstance(layer, OwnLayerConfig) and layer.qk_norm_whole
+    ]
+    for key, of_layer in heads:
+        kv_heads = of_layer.num_key_value_heads
+        if max(kv_heads, size) % min(kv_heads, size):
+            problems.append(
+                f"{key}.num_key_value_heads: got {kv_heads}, expected a multiple or a "
+                f"divisor of {size}"
+            )
     return problems
 
 
@@ -88,9 +106,16 @@ def part_of(drafter: Drafter, rank: Rank) -> Drafter:
     require_divisible(drafter.config, rank.size)
     with torch.device("meta"):
         part = Drafter(_config_of_a_part(drafter.config, rank.size))
-    kv_heads = drafter.config.target.num_key_value_heads
+    facts, layers = drafter.config.target, drafter.config.layers
+
+    def kv_heads(name: str) -> int:
+        """Of the layer that a tensor belongs to."""
+        number = name.split(".")[1] if name.startswith("layers.") else None
+        index = 0 if number is None else layers[int(number)].target_layer
+        return facts.of_layer(index).num_key_value_heads
+
     weights = {
-        name: _cut(name, weight, rank, kv_heads)
+        name: _cut(name, weight, rank, kv_heads(name))
         for name, weight in drafter.state_dict().items()
     }
     part.load_state_dict(weights, strict=True, assign=True)
@@ -100,12 +125,21 @@ def part_of(drafter: Drafter, rank: Rank) -> Drafter:
 def _config_of_a_part(config: DrafterConfig, size: int) -> DrafterConfig:
     facts = config.target
     mlp = facts.intermediate_size
-    share = {
-        "num_attention_heads": facts.num_attention_heads // size,
-        # Fewer KV heads than ranks: several ranks keep the same one.
-        "num_key_value_heads": max(1, facts.num_key_value_heads // size),
-        "intermediate_size": mlp and mlp // size,
+
+    def of_a_part(heads: Any) -> dict[str, int]:
+        return {
+            "num_attention_heads": heads.num_attention_heads // size,
+            # Fewer KV heads than ranks: several ranks keep the same one.
+            "num_key_value_heads": max(1, heads.num_key_value_heads // size),
+        }
+
+    share: dict[str, Any] = of_a_part(facts) | {
+        "intermediate_size": mlp and mlp // size
     }
+    if facts.layer_heads is not None:
+        share["layer_heads"] = tuple(
+            heads.model_copy(update=of_a_part(heads)) for heads in facts.layer_heads
+        )
     layers = tuple(
         layer.model_copy(update={"intermediate_size": layer.intermediate_size // size})
         if isinstance(layer, OwnLayerConfig)

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 
 from vllm_mtp.errors import MTPError, TargetMismatchError, UnsupportedTargetError
 
@@ -20,6 +20,18 @@ MAX_COUNT = 1 << 16
 # Not part of the comparison: a copy of the target in another folder is the
 # same target, and weights are compared by `weights_fingerprint` on their own.
 _INFORMATIVE = frozenset({"name", "weights_fingerprint"})
+
+
+class LayerHeads(BaseModel):
+    """The attention heads of one target layer."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    num_attention_heads: int = Field(ge=1, le=MAX_COUNT, description="Query heads.")
+    num_key_value_heads: int = Field(
+        ge=1, le=MAX_COUNT, description="Key and value heads."
+    )
+    head_dim: int = Field(ge=1, le=MAX_COUNT, description="Size of one head.")
 
 
 class TargetFacts(BaseModel):
@@ -49,6 +61,13 @@ class TargetFacts(BaseModel):
         ge=1, le=MAX_COUNT, description="Key and value heads."
     )
     head_dim: int = Field(ge=1, le=MAX_COUNT, description="Size of one head.")
+    layer_heads: tuple[LayerHeads, ...] | None = Field(
+        default=None,
+        min_length=1,
+        max_length=MAX_COUNT,
+        description="The heads of every layer, where not all layers have the above; "
+        "else null.",
+    )
     vocab_size: int = Field(ge=1, le=MAX_SIZE, description="Size of the vocabulary.")
     rope_parameters: dict[str, JsonValue] = Field(
         description="RoPE settings as in the target's config."
@@ -58,6 +77,23 @@ class TargetFacts(BaseModel):
         description="SHA-256 over the sorted names and shapes of the target's "
         "weights; used to find the drafter when none is named.",
     )
+
+    @model_validator(mode="after")
+    def _one_for_each_layer(self) -> "TargetFacts":
+        of_layers = self.layer_heads
+        if of_layers is not None and len(of_layers) != self.num_hidden_layers:
+            raise ValueError(
+                f"layer_heads: got {len(of_layers)} entries, expected one for each of "
+                f"the {self.num_hidden_layers} layers, or null"
+            )
+        return self
+
+    def of_layer(self, index: int) -> "TargetFacts":
+        """These facts with the heads of one layer, as if all had them."""
+        if self.layer_heads is None:
+            return self
+        heads = self.layer_heads[index].model_dump()
+        return self.model_copy(update={"layer_heads": None, **heads})
 
     @classmethod
     def from_hf_config(
@@ -135,7 +171,7 @@ def layers_with_attention(text_config: Any) -> list[int]:
         UnsupportedTargetError: The config does not say.
     """
     with _named_config_errors(text_config):
-        kinds = getattr(text_config, "layer_types", None)
+        kinds = _layer_kinds(text_config)
         if kinds is None:
             return list(range(text_config.num_hidden_layers))
         return [index for index, kind in enumerate(kinds) if _is_attention(kind)]
@@ -160,6 +196,13 @@ def long_rope_from(text_config: Any) -> int | None:
             return None
         longest = text_config.max_position_embeddings
         return original + 1 if longest > original else None
+
+
+def _layer_kinds(text_config: Any) -> list[str] | None:
+    """What each layer is, where the config says."""
+    names = ("layer_types", "layers_block_type")
+    found = (getattr(text_config, name, None) for name in names)
+    return next((kinds for kinds in found if kinds), None)
 
 
 def _is_attention(kind: str) -> bool:
@@ -188,40 +231,39 @@ def _named_config_errors(config: Any) -> Iterator[None]:
 
 def _sliding_windows(text_config: Any) -> list[int | None]:
     longest = getattr(text_config, "max_position_embeddings", None) or math.inf
-    window = getattr(text_config, "sliding_window", None)
-    if window is not None and window >= longest:
-        window = None  # some configs give one that no text reaches
-    kinds = getattr(text_config, "layer_types", None)
+    kinds = _layer_kinds(text_config)
     if kinds is None:
         kinds = ["sliding_attention"] * text_config.num_hidden_layers
-    return [window if kind == "sliding_attention" else None for kind in kinds]
+    windows = [
+        getattr(layer, "sliding_window", None) if kind == "sliding_attention" else None
+        for layer, kind in zip(_layer_configs(text_config), kinds, strict=True)
+    ]
+    # Some configs give one that no text reaches.
+    return [w if w is None or w < longest else None for w in windows]
 
 
-# What some families do between their layers, in the model's own forward.
-_BETWEEN_LAYERS = (
-    "embedding_multiplier",
-    "residual_multiplier",
-    "mup_enabled",
-    "hidden_size_per_layer_input",
-)
+def _layer_configs(text_config: Any) -> list[Any]:
+    """A config for each layer; where all layers are alike, the same one."""
+    if getattr(text_config, "is_heterogeneous", False):
+        return list(text_config.per_layer_config)
+    return [text_config] * text_config.num_hidden_layers
 
 
 def _refuse_unsupported(text: Any) -> None:
     name = getattr(text, "model_type", "?")
-    for setting in _BETWEEN_LAYERS:
-        if getattr(text, setting, None) not in (None, 0, 1):
-            raise UnsupportedTargetError(
-                f"target {name!r} sets {setting}={getattr(text, setting)!r}, so it "
-                "computes something between its layers that a drafter would leave "
-                "out. Use another target."
-            )
+    if size := getattr(text, "hidden_size_per_layer_input", None):
+        raise UnsupportedTargetError(
+            f"target {name!r} sets hidden_size_per_layer_input={size!r}: each of its "
+            "layers reads an embedding of its own, which placeholders do not have. Use "
+            "another target."
+        )
     if getattr(text, "kv_lora_rank", None):
         raise UnsupportedTargetError(
             f"target {name!r} uses multi-head latent attention (kv_lora_rank="
             f"{text.kv_lora_rank}); its cache holds no keys and values per head, "
             "which our drafters read. Use a target with ordinary attention."
         )
-    kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
+    kinds = set(_layer_kinds(text) or ["full_attention"])
     if not any(map(_is_attention, kinds)):
         raise UnsupportedTargetError(
             f"target {name!r} has no attention layer (layer_types: "
@@ -237,18 +279,32 @@ def _refuse_unsupported(text: Any) -> None:
 
 
 def _facts(text: Any) -> dict[str, Any]:
-    heads = text.num_attention_heads
+    heads = [_heads(layer) for layer in _layer_configs(text)]
+    if (numbers := getattr(text, "num_attention_heads_per_layer", None)) is not None:
+        heads = [
+            of_layer.model_copy(update={"num_attention_heads": number})
+            for of_layer, number in zip(heads, numbers, strict=True)
+        ]
+    differ = any(of_layer != heads[0] for of_layer in heads)
     return {
         "model_type": text.model_type,
         "num_hidden_layers": text.num_hidden_layers,
         "hidden_size": text.hidden_size,
         "intermediate_size": getattr(text, "intermediate_size", None) or None,
-        "num_attention_heads": heads,
-        "num_key_value_heads": getattr(text, "num_key_value_heads", None) or heads,
-        "head_dim": getattr(text, "head_dim", None) or text.hidden_size // heads,
+        **heads[0].model_dump(),
+        "layer_heads": tuple(heads) if differ else None,
         "vocab_size": text.vocab_size,
         "rope_parameters": _rope_parameters(text),
     }
+
+
+def _heads(config: Any) -> LayerHeads:
+    heads = config.num_attention_heads
+    return LayerHeads(
+        num_attention_heads=heads,
+        num_key_value_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+    )
 
 
 def _rope_parameters(text: Any) -> dict[str, JsonValue]:

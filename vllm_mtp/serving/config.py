@@ -246,10 +246,10 @@ def _require_supported(engine_args: Any, model: Any, parallel: Any) -> None:
                 f"method {METHOD!r}: {setting} is set: {reason}. Leave it out, or "
                 "serve without this method."
             )
-    if getattr(model, "uses_mrope", False):
+    if getattr(model, "uses_xdrope_dim", 0):
         raise UnsupportedTargetError(
-            f"method {METHOD!r}: the target uses M-RoPE (several position axes), "
-            "which is not supported. Serve it without this method."
+            f"method {METHOD!r}: the target uses XD-RoPE (text with several position "
+            "axes of its own), which is not supported. Serve it without this method."
         )
 
 

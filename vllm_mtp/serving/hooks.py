@@ -4,6 +4,7 @@
 Each function takes the original and gives the replacement.
 """
 
+import copy
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -170,3 +171,58 @@ def apply_sampling_constraints(original: Callable[..., Any]) -> Callable[..., An
         return apply_top_k_top_p(logits, top_k, top_p)
 
     return wrapper
+
+
+def spec_forward(original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Ledger entry ``cpu-gdn``."""
+
+    @functools.wraps(original)
+    def wrapper(
+        layer: Any,
+        attn_metadata_i: Any,
+        mixed_qkv_spec: torch.Tensor,
+        b_spec: torch.Tensor,
+        a_spec: torch.Tensor,
+        conv_buf: torch.Tensor,
+        ssm_state: torch.Tensor,
+        width: int,
+        state_len: int,
+    ) -> torch.Tensor:
+        count = attn_metadata_i.num_spec_decodes
+        slots = attn_metadata_i.spec_state_indices_tensor[:count].long()
+        accepted = attn_metadata_i.num_accepted_tokens[:count].long()
+        lengths = attn_metadata_i.spec_query_start_loc[: count + 1].long().diff()
+        first = slots[:, 0]
+        # The state behind the last accepted token becomes that of the first slot, so
+        # that the step goes on as behind a step without drafts.
+        behind = slots.gather(1, accepted[:, None] - 1)[:, 0]
+        ssm_state[first] = ssm_state[behind]
+        column = torch.arange(state_len)
+        conv_buf[first] = _columns(conv_buf[first], column + accepted[:, None] - 1)
+        step = copy.copy(attn_metadata_i)
+        step.num_accepted_tokens = torch.ones_like(attn_metadata_i.num_accepted_tokens)
+        out = original(
+            layer,
+            step,
+            mixed_qkv_spec,
+            b_spec,
+            a_spec,
+            conv_buf,
+            ssm_state,
+            width,
+            state_len,
+        )
+        # The step's rows are at the buffer's end, and are looked for behind those that
+        # the first one's window reaches back to, where a step with all drafts has them.
+        gap = (state_len - width + 2 - lengths)[:, None] * (column >= width - 2)
+        conv_buf[first] = _columns(conv_buf[first], column + gap)
+        return out
+
+    return wrapper
+
+
+def _columns(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """Some columns ``[B, columns]`` of ``[B, dim, columns]``; what is behind the last
+    one does not matter."""
+    columns = columns.clamp(max=rows.shape[-1] - 1)
+    return rows.gather(-1, columns[:, None].expand_as(rows))

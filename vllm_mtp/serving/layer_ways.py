@@ -1,13 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """How the target's layers and its last norm treat the residual stream, measured.
 
-vLLM's models share a signature and not its meaning. Most layers take and give a
-stream in two parts that the next norm adds up. Others give the whole stream beside
-a residual that nobody reads any more, and some rotate no keys. A name tells nothing
-of it, so each module runs once on a few rows, without the KV cache.
+vLLM's models share neither a signature nor what it means. Most layers take and give a
+stream in two parts that the next norm adds up. Others give the whole stream, alone or
+beside a residual that nobody reads any more, and some rotate no keys. A name tells
+nothing of it. So the target runs once over a few tokens, which shows how it calls its
+layers, and each layer that a drafter reads runs alone on a few rows. All that happens
+without the KV cache: attention gives every row its own values.
 """
 
 import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -16,16 +21,46 @@ from vllm.config import VllmConfig
 from vllm.forward_context import set_forward_context
 from vllm.model_executor.layers.attention import Attention
 
-from vllm_mtp.drafter.shadow import shadow
+from vllm_mtp.drafter.followed import (
+    NUM_TOKENS,
+    LayerCall,
+    difference,
+    some_tokens,
+    watched,
+)
 from vllm_mtp.errors import UnsupportedTargetError
 
-_ROWS = 8
 # A part that is read changes the result by about its own size, one that is not read
 # by what kernels differ from run to run.
 _NOISE = 0.05
 # The same sum, rounded before or behind the norm, and quantised from there.
 _CLOSE = 0.5
 _FAR = 1000
+
+_HIDDEN, _RESIDUAL = "hidden_states", "residual"
+
+
+class LayerForm(NamedTuple):
+    """How the target calls one of its layers."""
+
+    hidden: str  # the parameter with the stream, or with its first part
+    residual: str | None  # the parameter with the second
+    positions: str | None
+    constants: dict[str, Any]
+
+    def arguments(
+        self,
+        hidden: torch.Tensor,
+        residual: torch.Tensor | None,
+        positions: torch.Tensor,
+    ) -> dict[str, Any]:
+        """Of a call for other rows."""
+        given = self.constants | {self.hidden: hidden}
+        if self.residual is not None:
+            given[self.residual] = residual
+        if self.positions is not None:
+            given[self.positions] = positions
+        return given
 
 
 class LayerWays(NamedTuple):
@@ -37,13 +72,154 @@ class LayerWays(NamedTuple):
     """Whether its keys depend on their positions."""
 
 
+class TargetRun(NamedTuple):
+    """What the target computed for `NUM_TOKENS` tokens, T."""
+
+    token_ids: torch.Tensor  # [T] int64
+    positions: torch.Tensor  # [T] int64
+    calls: dict[int, LayerCall]  # by layer
+    hidden: torch.Tensor  # [T, hidden_size], what the model gives
+    logits: torch.Tensor  # [T, V]
+
+
+@torch.inference_mode()
+def run_target(
+    model: Any, language_model: Any, vocab_size: int, vllm_config: VllmConfig
+) -> TargetRun:
+    """Run the target over a few tokens and keep what its layers are given and give.
+
+    Args:
+        model: The runner's target.
+        language_model: Its text part, with ``model.layers``.
+        vocab_size: Of the target.
+        vllm_config: The target's.
+
+    Raises:
+        UnsupportedTargetError: It cannot be run so.
+    """
+    layers = language_model.model.layers
+    device = next(language_model.parameters()).device
+    ids = some_tokens(vocab_size, device)
+    positions = torch.arange(len(ids), device=device)
+    try:
+        with (
+            watched(layers) as calls,
+            attention_of_values(language_model),
+            # Compiled for these few rows it would be compiled anew for a step's.
+            set_forward_context(
+                None, vllm_config, num_tokens=len(ids), skip_compiled=True
+            ),
+        ):
+            hidden = first_of(language_model(ids, positions))
+            logits = model.compute_logits(hidden)
+    except Exception as error:  # of the model's own code
+        raise UnsupportedTargetError(
+            f"{type(model).__name__} cannot be run over a few tokens to see how it "
+            f"calls its layers ({type(error).__name__}: {_first_line(error)}); this "
+            "architecture is not supported"
+        ) from None
+    if missing := sorted(set(range(len(layers))) - set(calls)):
+        raise UnsupportedTargetError(
+            f"{type(model).__name__} does not run its layers {missing} for every "
+            "token; this architecture is not supported"
+        )
+    return TargetRun(ids, positions, calls, hidden, logits)
+
+
+@contextmanager
+def attention_of_values(
+    module: nn.Module, keys: list[torch.Tensor] | None = None
+) -> Iterator[None]:
+    """Let the attention in ``module`` give each row its own values.
+
+    Args:
+        module: Its `Attention` modules are meant.
+        keys: What they are given is kept here, ``[rows, kv_heads * head_dim]`` each.
+    """
+    attentions = [part for part in module.modules() if isinstance(part, Attention)]
+    for attention in attentions:
+        # Not a hook, which a direct call of `forward` goes around.
+        attention.forward = partial(_own_values, attention, keys)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for attention in attentions:
+            del attention.forward
+
+
+def _own_values(
+    attention: Any,
+    keys: list[torch.Tensor] | None,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *_: Any,
+    **__: Any,
+) -> torch.Tensor:
+    rows, kv_heads = len(query), attention.num_kv_heads
+    if value is None:  # it reads another layer's
+        return query.new_zeros(rows, attention.num_heads * attention.head_size_v)
+    if keys is not None:
+        keys.append(key.reshape(rows, -1).clone())
+    values = value.reshape(rows, kv_heads, -1)
+    return values.repeat_interleave(attention.num_heads // kv_heads, dim=1).flatten(1)
+
+
+def layer_form(call: LayerCall, positions: torch.Tensor, name: str) -> LayerForm:
+    """Which of a layer's arguments means what.
+
+    Args:
+        call: As the target called it.
+        positions: ``[T]`` int64, of the call's rows.
+        name: The layer's, for messages.
+
+    Raises:
+        UnsupportedTargetError: It is given something that belongs to the text.
+    """
+    hidden = residual = where = None
+    constants: dict[str, Any] = {}
+    odd = []
+    for parameter, value in call.arguments.items():
+        if not isinstance(value, torch.Tensor):
+            constants[parameter] = value
+        elif not value.is_floating_point() and value.flatten().equal(positions):
+            where = parameter
+        elif hidden is None and parameter != _RESIDUAL:
+            hidden = parameter
+        elif residual is None and value.shape == call.arguments[hidden or ""].shape:
+            residual = parameter
+        else:
+            odd.append(parameter)
+    if odd or hidden is None or not _is_plain(constants):
+        odd += [key for key in constants if not _is_plain({key: constants[key]})]
+        raise UnsupportedTargetError(
+            f"the target gives its layers ({name}) more than a stream and positions: "
+            f"{', '.join(odd) or 'no stream'}, which a drafter does not have; this "
+            "architecture is not supported"
+        )
+    if residual is None and constants.get(_RESIDUAL, 0) is None:
+        residual = _RESIDUAL  # of the first layer, which has none yet
+        del constants[_RESIDUAL]
+    return LayerForm(hidden, residual, where, constants)
+
+
+def _is_plain(constants: dict[str, Any]) -> bool:
+    plain = (bool, int, float, str, type(None))
+    return all(isinstance(value, plain) for value in constants.values())
+
+
 def layer_ways(
-    layer: nn.Module, hidden_size: int, dtype: torch.dtype, vllm_config: VllmConfig
+    layer: nn.Module,
+    call: Callable[..., Any],
+    hidden_size: int,
+    dtype: torch.dtype,
+    vllm_config: VllmConfig,
 ) -> LayerWays:
     """Measure a decoder layer with ordinary attention.
 
     Args:
         layer: The target's; left as it is.
+        call: Runs it on ``hidden``, ``residual`` (or None) and ``positions``.
         hidden_size: Width of the stream.
         dtype: Of the stream.
         vllm_config: The target's.
@@ -53,13 +229,17 @@ def layer_ways(
             a third way.
     """
     name = type(layer).__name__
-    run = _Run(layer, vllm_config)
+    run = _Run(layer, call, vllm_config)
     hidden, residual, other = _random_rows(3, hidden_size, dtype, _device(layer))
     try:
-        given = run(hidden, residual, 0)
-        given_other = run(hidden, other, 0)
         summed = run(hidden + residual, None, 0)
         far = run(hidden + residual, None, _far_position(vllm_config))
+        rotates = difference(far.keys, summed.keys) > _NOISE
+        if not summed.is_pair:
+            _require_finite(name, dtype, summed.stream, far.keys)
+            return LayerWays(carries_residual=False, rotates=rotates)
+        given = run(hidden, residual, 0)
+        given_other = run(hidden, other, 0)
     except UnsupportedTargetError:
         raise
     except Exception as error:  # of the model's own code
@@ -68,15 +248,9 @@ def layer_ways(
             f"({type(error).__name__}: {_first_line(error)}); this architecture is "
             "not supported"
         ) from None
+    _require_finite(name, dtype, summed.stream, given.stream, far.keys)
     unread = difference(given_other.stream, given.stream)
     added = difference(summed.stream, given.stream)
-    turned = difference(far.keys, summed.keys)
-    if not math.isfinite(unread + added + turned):
-        raise UnsupportedTargetError(
-            f"a layer of the target ({name}) gives NaN or infinity for random rows, so "
-            f"how it treats its residual cannot be seen; use another dtype than {dtype}"
-        )
-    rotates = turned > _NOISE
     if unread < added and unread <= _NOISE:
         return LayerWays(carries_residual=False, rotates=rotates)
     if added < unread and added <= _CLOSE:
@@ -85,6 +259,14 @@ def layer_ways(
         f"a layer of the target ({name}) neither adds the residual that it is given "
         "nor leaves it out; this architecture is not supported"
     )
+
+
+def _require_finite(name: str, dtype: torch.dtype, *found: torch.Tensor) -> None:
+    if not all(math.isfinite(float(rows.float().abs().max())) for rows in found):
+        raise UnsupportedTargetError(
+            f"a layer of the target ({name}) gives NaN or infinity for random rows, so "
+            f"how it treats its residual cannot be seen; use another dtype than {dtype}"
+        )
 
 
 def norm_adds_residual(
@@ -113,94 +295,60 @@ def first_of(result: Any) -> torch.Tensor:
     return result[0] if isinstance(result, tuple) else result
 
 
-def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """Relative difference of the rows, in the middle.
-
-    One row may differ by much: a mixture of experts can be close to another choice.
-    """
-    found, expected = found.float().flatten(1), expected.float().flatten(1)
-    relative = (found - expected).norm(dim=1) / expected.norm(dim=1)
-    return float(relative.median())
+def stream_of(result: Any, carries_residual: bool) -> torch.Tensor:
+    """The whole stream in a layer's result. ``[rows, hidden_size]``."""
+    if carries_residual and result[1] is not None:
+        return result[0].float() + result[1].float()
+    return first_of(result)
 
 
 class _Result(NamedTuple):
     stream: torch.Tensor  # [rows, hidden_size], with the residual
     keys: torch.Tensor  # [rows, kv_heads * head_dim]
+    is_pair: bool  # of hidden states and residual
 
 
 class _Run:
-    """One layer, on its own, with a stand-in for its attention."""
+    """One layer, on its own."""
 
-    def __init__(self, layer: nn.Module, vllm_config: VllmConfig) -> None:
-        self._name = type(layer).__name__
+    def __init__(
+        self, layer: nn.Module, call: Callable[..., Any], vllm_config: VllmConfig
+    ) -> None:
+        self._layer = layer
+        self._call = call
         self._vllm_config = vllm_config
-        self._keys: list[torch.Tensor] = []
-        stand_ins = {
-            path: _OwnValue(module, self._keys)
-            for path, module in layer.named_modules()
-            if isinstance(module, Attention)
-        }
-        self._layer = shadow(layer, stand_ins)
 
     @torch.inference_mode()
     def __call__(
         self, hidden: torch.Tensor, residual: torch.Tensor | None, position: int
     ) -> _Result:
-        self._keys.clear()
+        keys: list[torch.Tensor] = []
         rows = len(hidden)
-        with set_forward_context(None, self._vllm_config, num_tokens=rows):
-            result = self._layer(
-                positions=torch.full((rows,), position, device=hidden.device),
+        with (
+            attention_of_values(self._layer, keys),
+            set_forward_context(None, self._vllm_config, num_tokens=rows),
+        ):
+            result = self._call(
                 # Fused norms write into what they are given.
-                hidden_states=hidden.clone(),
-                residual=None if residual is None else residual.clone(),
+                hidden.clone(),
+                None if residual is None else residual.clone(),
+                torch.full((rows,), position, device=hidden.device),
             )
-        if not (isinstance(result, tuple) and len(result) == 2) or not self._keys:
+        is_pair = isinstance(result, tuple) and len(result) == 2
+        if not (is_pair or isinstance(result, torch.Tensor)) or not keys:
             raise UnsupportedTargetError(
-                f"a layer of the target ({self._name}) does not give a pair (hidden "
-                "states, residual) from one attention; this architecture is not "
-                "supported"
+                f"a layer of the target ({type(self._layer).__name__}) does not give "
+                "hidden states from one attention; this architecture is not supported"
             )
-        hidden, residual = result
-        stream = hidden if residual is None else hidden.float() + residual.float()
-        return _Result(stream, self._keys[0])
-
-
-class _OwnValue(nn.Module):
-    """Attention of rows that read themselves alone; keeps the keys."""
-
-    def __init__(self, attention: Attention, keys: list[torch.Tensor]) -> None:
-        super().__init__()
-        self._modules["attention"] = attention
-        self._keys = keys
-
-    def forward(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        *_: Any,
-        **__: Any,
-    ) -> torch.Tensor:
-        rows, heads = len(value), self.attention.num_heads
-        kv_heads = self.attention.num_kv_heads
-        self._keys.append(key.reshape(rows, -1).clone())
-        values = value.reshape(rows, kv_heads, -1)
-        return values.repeat_interleave(heads // kv_heads, dim=1).flatten(1)
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("attention"), name)
+        return _Result(stream_of(result, is_pair), keys[0], is_pair)
 
 
 def _random_rows(
     count: int, hidden_size: int, dtype: torch.dtype, device: torch.device
 ) -> list[torch.Tensor]:
-    """The same on every rank. ``[_ROWS, hidden_size]`` each."""
+    """The same on every rank. ``[NUM_TOKENS, hidden_size]`` each."""
     generator = torch.Generator().manual_seed(0)
-    rows = torch.randn(count, _ROWS, hidden_size, generator=generator)
+    rows = torch.randn(count, NUM_TOKENS, hidden_size, generator=generator)
     return list(rows.to(device, dtype))
 
 

@@ -127,6 +127,19 @@ CPU_SAMPLING = Patch(
     "`apply_top_k_only` takes no rows.",
     cpu_only=True,
 )
+CPU_GDN = Patch(
+    name="cpu-gdn",
+    symbol="vllm.model_executor.layers.mamba.ops.cpu.gdn_attention:_spec_forward",
+    parameters=("layer", "attn_metadata_i", "conv_buf", "ssm_state", "state_len"),
+    wrapper="vllm_mtp.serving.hooks:spec_forward",
+    what="Lets linear-attention layers take up their state behind the accepted tokens "
+    "also where a step verified fewer drafts than it could, or than the one before.",
+    why="vLLM's CPU code looks for that state where it is after a step with all "
+    "drafts: with fewer, verified tokens differ from the target's, or the engine ends "
+    "(docs/upstream/).",
+    remove_when="vLLM's `_spec_forward` rolls its buffer by the drafts of the step.",
+    cpu_only=True,
+)
 REQUESTS = Patch(
     name="requests",
     symbol="vllm.sampling_params:SamplingParams._validate_spec_decode",
@@ -148,6 +161,7 @@ PATCHES = (
     V1_NO_DRAFTS,
     V2_SPECULATOR,
     CPU_SAMPLING,
+    CPU_GDN,
 )
 
 # Names of patches that are applied in this process, or that it does not need.
@@ -167,7 +181,8 @@ def install_for_requests() -> None:
 def install_for_runner() -> None:
     """Apply what the runner of this process needs, for modules already loaded.
 
-    Called by our config until the runner has its drafter.
+    Called by our config until the runner has its drafter, and once more behind the
+    target's modules.
     """
     for patch in PATCHES:
         if patch.name in _settled or _split(patch.symbol)[0] not in sys.modules:

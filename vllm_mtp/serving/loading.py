@@ -12,6 +12,7 @@ from vllm_mtp.drafter.sharding import part_of
 from vllm_mtp.serving.compiled import compile_layers
 from vllm_mtp.serving.config import require_no_connector
 from vllm_mtp.serving.kernels import use_vllm_kernels
+from vllm_mtp.serving.ledger import install_for_runner
 from vllm_mtp.serving.vllm_target import VllmTarget, this_rank
 
 
@@ -30,6 +31,7 @@ def load_bound_drafter(
             connector is in use.
     """
     require_no_connector(vllm_config)
+    install_for_runner()  # of the target's modules, which were not loaded before
     spec_config = vllm_config.speculative_config
     assert spec_config is not None
     assert spec_config.model is not None
@@ -40,7 +42,13 @@ def load_bound_drafter(
     drafter = part_of(whole, this_rank()).to(device)
     use_vllm_kernels(drafter)
     config = drafter.config
-    host = VllmTarget(target_model, vllm_config, config.target, config.bound_layers)
+    host = VllmTarget(
+        target_model,
+        vllm_config,
+        config.target,
+        config.bound_layers,
+        config.shared_layers,
+    )
     bound = BoundDrafter(drafter, host)
     compile_layers(bound, vllm_config)
     return bound, host

@@ -381,6 +381,7 @@ class MTPPlaceholderProposer(DraftModelProposer):
                     )
                     for t in tables
                 ],
+                self._rope_deltas(rows),
             ),
             num_tokens,
             # vLLM may lower it after start-up, to what the cache holds.
@@ -405,6 +406,20 @@ class MTPPlaceholderProposer(DraftModelProposer):
             _metadata_of(layout, metadata),
             step.sampling,
         )
+
+    def _rope_deltas(self, rows: torch.Tensor | None) -> torch.Tensor | None:
+        """As in `DraftInputs`, of the step's requests or only of ``rows``."""
+        if not self.uses_mrope:
+            return None
+        names = self._runner.input_batch.req_ids
+        if rows is not None:
+            names = [names[row] for row in rows.tolist()]
+        requests = self._runner.requests
+        deltas = [requests[name].mrope_position_delta or 0 for name in names]
+        return torch.tensor(deltas, device=self.device)
+
+    def _raise_if_mrope(self) -> None:
+        """The base class knows no positions for it; `_rope_deltas` does."""
 
     def _draft(self, batch: _Batch) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Run the drafter, and choose the tokens.
@@ -439,7 +454,7 @@ class MTPPlaceholderProposer(DraftModelProposer):
             ),
         ):
             hidden = self._bound.forward(
-                batch.anchor_ids, layout.positions, batch.boundary
+                batch.anchor_ids, layout.rope_positions, batch.boundary
             )
             return self._choose(hidden, batch)
 

@@ -73,6 +73,9 @@ class MTPPlaceholderSpeculator(DraftModelSpeculator):
             2, self.max_num_reqs, dtype=torch.int64, device=device
         )
         self._boundary: torch.Tensor | None = None
+        # With M-RoPE: by request slot, what a prompt's images add to positions.
+        self._rope_deltas: torch.Tensor | None = None
+        self._rope_positions = self.input_buffers.positions
         self._graphs: CudaGraphManager | None = None
         self.faults = DraftGuard(alone=vllm_config.parallel_config.world_size == 1)
 
@@ -103,6 +106,10 @@ class MTPPlaceholderSpeculator(DraftModelSpeculator):
     ) -> None:
         """Build attention metadata of our own over the target's layers."""
         super().set_attn(model_state, kv_cache_config, block_tables, *args, **kwargs)
+        rope_state = getattr(model_state, "rope_state", None)
+        if rope_state is not None:
+            self._rope_deltas = rope_state.prefill_delta.gpu
+            self._rope_positions = torch.zeros_like(self.input_buffers.positions)
         # Not by the base class, which has no layers of a draft model to build it for:
         # the runner would leave such layers out of the target's own bookkeeping.
         names = self._host.attention_layer_names
@@ -249,7 +256,7 @@ class MTPPlaceholderSpeculator(DraftModelSpeculator):
         self, input_batch: InputBatch, num_rejected: torch.Tensor
     ) -> DraftLayout:
         """vLLM's batch of this step, with a block behind every request's prefix."""
-        num_reqs = input_batch.num_reqs
+        num_reqs, deltas = input_batch.num_reqs, self._rope_deltas
         tables = [
             CacheTable(table[:num_reqs], size) for table, size in self._target_tables()
         ]
@@ -259,6 +266,7 @@ class MTPPlaceholderSpeculator(DraftModelSpeculator):
                 input_batch.query_start_loc[1 : num_reqs + 1],
                 num_rejected,
                 tables,
+                None if deltas is None else deltas[input_batch.idx_mapping[:num_reqs]],
             ),
             self.num_speculative_steps,
             # As it is now: vLLM may have lowered it to what the cache holds, while the
@@ -281,6 +289,8 @@ class MTPPlaceholderSpeculator(DraftModelSpeculator):
         num_rows = layout.positions.numel()
         self._prefix_lens[:num_reqs].copy_(layout.prefix_lens)
         buffers.positions[:num_rows].copy_(layout.positions.flatten())
+        if self._rope_deltas is not None:
+            self._rope_positions[:num_rows].copy_(layout.rope_positions.flatten())
         buffers.seq_lens[:num_reqs].copy_(layout.seq_lens)
         buffers.seq_lens[num_reqs:].zero_()
         torch.clamp(self._starts, max=num_rows, out=buffers.query_start_loc)
@@ -355,7 +365,7 @@ class MTPPlaceholderSpeculator(DraftModelSpeculator):
             slots_by_layer: ``[num_reqs * k]`` each; None without a cache.
         """
         num_rows = num_reqs * self.num_speculative_steps
-        positions = self.input_buffers.positions[:num_rows].view(num_reqs, -1)
+        positions = self._rope_positions[:num_rows].view(num_reqs, -1)
         with set_forward_context(
             metadata,
             self.vllm_config,

@@ -98,7 +98,7 @@ class Installed:
 
 _V1_HOOKS = (
     *("config", "requests", "v1-proposer", "v1-late-drafts", "v1-no-drafts"),
-    "cpu-sampling",
+    *("cpu-sampling", "cpu-gdn"),
 )
 _ALL_HOOKS = (*_V1_HOOKS, "v2-speculator")
 _WORKS = Runner(Status.TESTED)

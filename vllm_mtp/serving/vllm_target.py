@@ -7,8 +7,8 @@ scales of the cache are vLLM's business, whatever the backend.
 """
 
 import copy
-import inspect
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from vllm.distributed import (
     tensor_model_parallel_all_gather,
     tensor_model_parallel_all_reduce,
 )
+from vllm.forward_context import set_forward_context
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.vocab_parallel_embedding import (
@@ -28,20 +29,29 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 )
 from vllm.model_executor.models.utils import extract_layer_index
 
+from vllm_mtp.drafter.followed import (
+    Seen,
+    embedding_scale,
+    last_norm_of,
+    require_followed,
+)
 from vllm_mtp.drafter.layers import Stream
 from vllm_mtp.drafter.shadow import shadow
 from vllm_mtp.drafter.sharding import Rank
 from vllm_mtp.drafter.target_facts import TargetFacts
 from vllm_mtp.errors import UnsupportedTargetError
 from vllm_mtp.serving.kernels import product_with
+from vllm_mtp.serving.layer_calls import NativeLayer, TransformersLayer, layer_of
 from vllm_mtp.serving.layer_ways import (
     LayerWays,
+    TargetRun,
+    attention_of_values,
     first_of,
     layer_ways,
     norm_adds_residual,
+    run_target,
+    stream_of,
 )
-
-_LAYER_PARAMETERS = ("positions", "hidden_states", "residual")
 
 
 def this_rank() -> Rank:
@@ -59,10 +69,11 @@ class VllmTarget:
         vllm_config: The target's config.
         facts: What the drafter was made for.
         bound_layers: Target layers that the drafter reads.
+        shared_layers: Those of them that it runs.
 
     Raises:
         UnsupportedTargetError: A bound layer has no ordinary attention, or the
-            model's layers cannot be run one by one.
+            model's layers, one by one, do not give what the model gives.
     """
 
     def __init__(
@@ -71,6 +82,7 @@ class VllmTarget:
         vllm_config: VllmConfig,
         facts: TargetFacts,
         bound_layers: Iterable[int],
+        shared_layers: Iterable[int] = (),
     ) -> None:
         self._model = _language_model(model)
         dtype = vllm_config.model_config.dtype
@@ -81,14 +93,17 @@ class VllmTarget:
         self._decoder = self._model.model
         attention = _attention_by_layer(vllm_config)
         self._attention: dict[int, Attention] = {}
-        self._rotary: dict[int, nn.Module] = {}
+        self._layers: dict[int, NativeLayer | TransformersLayer] = {}
         self._ways: dict[int, LayerWays] = {}
+        self._embedding_scale = 1.0
+        run = run_target(model, self._model, facts.vocab_size, vllm_config)
         for index in bound_layers:
-            self._bind(index, attention, facts)
+            self._bind(index, attention, facts, run)
         device = next(self._decoder.parameters()).device
         self._norm_adds = norm_adds_residual(
-            self._decoder.norm, facts.hidden_size, dtype, device
+            last_norm_of(self._decoder), facts.hidden_size, dtype, device
         )
+        self._require_followed(run, shared_layers, facts)
 
     @property
     def attention_layer_names(self) -> set[str]:
@@ -96,9 +111,13 @@ class VllmTarget:
         return {attention.layer_name for attention in self._attention.values()}
 
     def _bind(
-        self, index: int, attention: dict[int, Attention], facts: TargetFacts
+        self,
+        index: int,
+        attention: dict[int, Attention],
+        facts: TargetFacts,
+        run: TargetRun,
     ) -> None:
-        layer = self.layer(index)
+        layer = self._decoder.layers[index]
         if index not in attention:
             raise UnsupportedTargetError(
                 f"target layer {index} ({type(layer).__name__}) has no ordinary "
@@ -106,31 +125,64 @@ class VllmTarget:
                 f"attention?). Bind to one of the layers {sorted(attention)}."
             )
         _require_heads(index, attention[index], facts)
-        rotary: list[Any] = [
-            module.rotary_emb
-            for module in layer.modules()
-            if hasattr(module, "rotary_emb")
-        ]
         if attention[index].kv_sharing_target_layer_name is not None:
             raise UnsupportedTargetError(
                 f"target layer {index} reads the KV cache of "
                 f"{attention[index].kv_sharing_target_layer_name!r} and writes none of "
                 "its own; bind to that layer instead"
             )
-        if len(rotary) != 1 or rotary[0] is None:
+        self._attention[index] = attention[index]
+        how = layer_of(self._decoder, index, run.calls[index], run.positions)
+        ways = layer_ways(
+            layer,
+            partial(how.run, layer),
+            facts.hidden_size,
+            self._dtype,
+            self._vllm_config,
+        )
+        if ways.rotates and isinstance(how, NativeLayer) and how.rotary is None:
             raise UnsupportedTargetError(
                 f"target layer {index} ({type(layer).__name__}) has no single "
                 "`rotary_emb`, which a drafter's queries need; this architecture is "
                 "not supported"
             )
-        self._attention[index] = attention[index]
-        self._rotary[index] = rotary[0]
-        self._ways[index] = layer_ways(
-            self._decoder.layers[index],
-            facts.hidden_size,
-            self._dtype,
-            self._vllm_config,
+        self._layers[index], self._ways[index] = how, ways
+
+    @torch.inference_mode()
+    def _require_followed(
+        self, run: TargetRun, shared_layers: Iterable[int], facts: TargetFacts
+    ) -> None:
+        """Refuse a target of which the layers, one by one, give something else."""
+        # All layers of a model treat the residual alike.
+        carries = any(ways.carries_residual for ways in self._ways.values())
+
+        def stream(values: dict[str, Any]) -> torch.Tensor:
+            rows = [
+                value
+                for value in values.values()
+                if isinstance(value, torch.Tensor) and value.is_floating_point()
+            ]
+            hidden = rows[0].flatten(0, -2)
+            return hidden + rows[1] if carries and len(rows) > 1 else hidden
+
+        calls = [run.calls[index] for index in range(len(run.calls))]
+        seen = Seen(
+            run.token_ids,
+            run.positions,
+            [stream(call.arguments) for call in calls],
+            [stream_of(call.result, carries).flatten(0, -2) for call in calls],
+            run.hidden,
+            run.logits,
         )
+        self._embedding_scale = embedding_scale(
+            self.embed(seen.token_ids), seen.entering[0]
+        )
+        with (
+            attention_of_values(self._model),
+            set_forward_context(None, self._vllm_config, num_tokens=len(seen.hidden)),
+        ):
+            name = facts.name or facts.model_type
+            require_followed(self, seen, shared_layers, slice(None), name)
 
     def all_reduce(self, partial: torch.Tensor) -> torch.Tensor:
         return tensor_model_parallel_all_reduce(partial)
@@ -148,16 +200,12 @@ class VllmTarget:
         return None if window is None or window >= self._max_model_len else window
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
-        return self._model.embed_input_ids(token_ids)
+        embedded = self._model.embed_input_ids(token_ids)
+        scale = self._embedding_scale
+        return embedded if scale == 1.0 else embedded * scale
 
     def layer(self, index: int) -> nn.Module:
         layer = self._decoder.layers[index]
-        found = inspect.signature(type(layer).forward).parameters
-        if not all(name in found for name in _LAYER_PARAMETERS):
-            raise UnsupportedTargetError(
-                f"{type(layer).__name__}.forward takes {list(found)[1:]}, expected "
-                f"{list(_LAYER_PARAMETERS)}; this architecture is not supported"
-            )
         stand_ins = {
             path: _FiniteAttention(module)
             for path, module in layer.named_modules()
@@ -172,17 +220,10 @@ class VllmTarget:
         stream: Stream,
         positions: torch.Tensor,
     ) -> Stream:
+        run = self._layers[index].run
         if not self._ways[index].carries_residual:
-            hidden, _ = layer(
-                positions=positions, hidden_states=stream.summed(), residual=None
-            )
-            return Stream(hidden)
-        hidden, residual = layer(
-            positions=positions,
-            hidden_states=stream.hidden,
-            residual=stream.residual,
-        )
-        return Stream(hidden, residual)
+            return Stream(first_of(run(layer, stream.summed(), None, positions)))
+        return Stream(*run(layer, stream.hidden, stream.residual, positions))
 
     def rotate(
         self,
@@ -193,7 +234,7 @@ class VllmTarget:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if not self._ways[index].rotates:
             return query, key
-        return self._rotary[index](positions, query, key)
+        return self._layers[index].rotate(positions, query, key)
 
     def attend(
         self, index: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
@@ -201,7 +242,7 @@ class VllmTarget:
         return self._attention[index](query, _finite(key), _finite(value))
 
     def final_norm(self, stream: Stream) -> torch.Tensor:
-        norm = self._decoder.norm
+        norm = last_norm_of(self._decoder)
         if stream.residual is None or not self._norm_adds:
             return first_of(norm(stream.summed()))
         return norm(stream.hidden, stream.residual)[0]
@@ -314,10 +355,10 @@ def _language_model(model: Any) -> Any:
         model.get_language_model() if hasattr(model, "get_language_model") else model
     )
     decoder = getattr(inner, "model", None)
-    if not (hasattr(decoder, "layers") and hasattr(decoder, "norm")):
+    if not hasattr(decoder, "layers") or last_norm_of(decoder) is None:
         raise UnsupportedTargetError(
-            f"{type(inner).__name__} has no `model.layers` and `model.norm`; this "
-            "architecture is not supported"
+            f"{type(inner).__name__} has no `model.layers` with a norm behind them; "
+            "this architecture is not supported"
         )
     return inner
 
@@ -328,6 +369,7 @@ def _attention_by_layer(vllm_config: VllmConfig) -> dict[int, Attention]:
 
 
 def _require_heads(index: int, attention: Attention, facts: TargetFacts) -> None:
+    facts = facts.of_layer(index)
     got = (attention.num_heads, attention.num_kv_heads, attention.head_size)
     expected = (facts.num_attention_heads, facts.num_key_value_heads, facts.head_dim)
     if got != expected:

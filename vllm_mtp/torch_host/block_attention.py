@@ -27,6 +27,14 @@ class BlockBias(NamedTuple):
         return self.block.shape[0]
 
 
+class Scoring(NamedTuple):
+    """How a layer's attention makes weights of queries and keys."""
+
+    scale: float  # factor of the scores
+    sinks: torch.Tensor | None = None  # [H]; scores of a key each, whose value is zero
+    soft_cap: float | None = None  # bound of the scores, by tanh
+
+
 def block_bias(
     prefix_lens: torch.Tensor,
     num_draft_tokens: int,
@@ -59,8 +67,7 @@ def attend_blocks(
     prefix_key: torch.Tensor,
     prefix_value: torch.Tensor,
     bias: BlockBias,
-    scale: float,
-    sinks: torch.Tensor | None = None,
+    scoring: Scoring,
 ) -> torch.Tensor:
     """Attend to the prefix and to the own block.
 
@@ -71,14 +78,13 @@ def attend_blocks(
         prefix_key: ``[G, T', D]`` with T' >= T, as the target cached it.
         prefix_value: ``[G, T', D]``.
         bias: From `block_bias`.
-        scale: Factor of the scores.
-        sinks: ``[H]``; scores of one more key each, whose value is zero.
+        scoring: Of the layer.
 
     Returns:
         ``[R, H * D]``.
     """
     (num_rows, num_read), num_draft_tokens = bias.prefix.shape, bias.num_draft_tokens
-    query = (query * scale).unflatten(0, (key.shape[0], -1))  # [G, H/G, R, D]
+    query = (query * scoring.scale).unflatten(0, (key.shape[0], -1))  # [G, H/G, R, D]
     prefix_key = prefix_key[:, :num_read].to(query.dtype)
     prefix_value = prefix_value[:, :num_read].to(query.dtype)
     # The heads of a group share their keys, so their rows go through one product.
@@ -87,10 +93,13 @@ def attend_blocks(
     own_query, own_key, own_value = (
         rows.unflatten(-2, blocks) for rows in (query, key[:, None], value[:, None])
     )
-    own = own_query @ own_key.mT + bias.block  # [G, H/G, B, k, k]
+    own = own_query @ own_key.mT  # [G, H/G, B, k, k]
+    if (cap := scoring.soft_cap) is not None:
+        past, own = torch.tanh(past / cap) * cap, torch.tanh(own / cap) * cap
+    own = own + bias.block
     scores = torch.cat([past + bias.prefix, own.flatten(2, 3)], dim=-1)
-    if sinks is not None:
-        sinks = sinks.to(scores.dtype).unflatten(0, scores.shape[:2])
+    if scoring.sinks is not None:
+        sinks = scoring.sinks.to(scores.dtype).unflatten(0, scores.shape[:2])
         column = sinks[..., None, None].expand(*scores.shape[:-1], 1)
         scores = torch.cat([scores, column], dim=-1)
     weights = scores.float().softmax(-1).to(query.dtype)

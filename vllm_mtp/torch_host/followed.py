@@ -1,88 +1,104 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether the torch host computes what the target computes, seen before any training.
+"""What the torch host learns of its target before any training, by running it."""
 
-Models differ in more than a list of settings could name. So the target runs once over
-a few tokens, as a whole and layer by layer, and both must give the same.
-"""
-
-from typing import TYPE_CHECKING, Any
+import inspect
+from collections.abc import Mapping
+from typing import Any
 
 import torch
+from torch import nn
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from vllm_mtp.drafter.layers import Stream
+from vllm_mtp.drafter.followed import LayerCall, Seen, some_tokens, watched
 from vllm_mtp.drafter.target_facts import long_rope_from
-from vllm_mtp.errors import MTPError, UnsupportedTargetError
+from vllm_mtp.errors import UnsupportedTargetError
+from vllm_mtp.torch_host.transformers_rope import depends_on_text_length
 
-if TYPE_CHECKING:
-    from vllm_mtp.torch_host.hf_target import HFTarget
-
-_TOKENS = 8
-# Far above what kernels and low precision differ by, in the middle of the rows: of a
-# mixture of experts a row may differ by much.
-_MOST = 0.25
+# Of a layer's call: what a host sets itself, or what says nothing about rows.
+_SET_BY_US = frozenset(
+    {"attention_mask", "position_ids", "position_embeddings", "past_key_values"}
+    | {"use_cache", "cache_position", "output_attentions", "output_hidden_states"}
+)
 
 
 @torch.no_grad()
-def require_followed(host: "HFTarget") -> None:
-    """Refuse a target whose layers, one by one, do not give what it gives.
+def run_target(model: Any, decoder: Any) -> tuple[Seen, dict[int, LayerCall]]:
+    """Run the target over a few tokens, and keep what its layers are given and give.
+
+    Args:
+        model: A causal LM.
+        decoder: Its text part, with ``layers``.
 
     Raises:
-        UnsupportedTargetError: They do not, or cannot be run so.
+        UnsupportedTargetError: It does not run each of its layers.
     """
-    kind = host.decoder.config.model_type
+    embedding: nn.Module = model.get_input_embeddings()
+    weight: Any = embedding.weight
+    ids = some_tokens(weight.shape[0], weight.device)
+    last: list[torch.Tensor] = []
+
+    def keep(_: nn.Module, __: Any, result: Any) -> None:
+        last.append(result[0][0])
+
+    hook = decoder.register_forward_hook(keep)
     try:
-        states, found = _whole_and_by_layers(host)
-        ids = _some_tokens(host)
-        errors = {
-            "hidden states": _difference(found, states.hidden[1:]),
-            "logits": _difference(
-                host.logits(states.hidden), host.model(ids[None]).logits[0]
-            ),
-        }
-    except MTPError:
-        raise
-    except Exception as error:  # of the model's own code
-        reason = " ".join(str(error).split())[:300]
+        with watched(decoder.layers) as calls:
+            logits = model(ids[None], use_cache=False).logits[0]
+    finally:
+        hook.remove()
+    numbers = range(len(decoder.layers))
+    if missing := sorted(set(numbers) - set(calls)):
         raise UnsupportedTargetError(
-            f"target {kind!r} cannot be run layer by layer ({type(error).__name__}: "
-            f"{reason}), so the torch drafter does not support it; use another target"
-        ) from None
-    # As "not at most", since NaN is neither.
-    wrong = [name for name, error in errors.items() if not error <= _MOST]
-    if wrong:
-        raise UnsupportedTargetError(
-            f"target {kind!r} computes something around its layers that the torch "
-            f"drafter does not follow: layer by layer, its {wrong[0]} differ by "
-            f"{errors[wrong[0]]:.2g} (relative), expected {_MOST} at most. A drafter "
-            "would be trained on other states than it is served on; use another target"
+            f"target {decoder.config.model_type!r} does not run its layers {missing} "
+            "for every token, so the torch drafter does not support it; use another "
+            "target"
         )
+    seen = Seen(
+        ids,
+        torch.arange(len(ids), device=ids.device),
+        [next(iter(calls[index].arguments.values()))[0] for index in numbers],
+        [_first(calls[index].result)[0] for index in numbers],
+        last[0],
+        logits,
+    )
+    return seen, calls
 
 
-def _whole_and_by_layers(host: "HFTarget") -> tuple[Any, torch.Tensor]:
-    """The target's states, and the hidden states of all tokens but the first."""
-    ids = _some_tokens(host)
-    states = host.encode(ids)
-    positions = torch.arange(1, len(ids), device=ids.device)
-    with host.reading([(states, positions)], 1):
-        stream = Stream(host.embed(ids[1:]))
-        for index in range(len(host.decoder.layers)):
-            stream = host.run_layer(host.layer(index), index, stream, positions)
-        return states, host.final_norm(stream)
+def _first(result: Any) -> torch.Tensor:
+    return result[0] if isinstance(result, tuple) else result
 
 
-def _some_tokens(host: "HFTarget") -> torch.Tensor:
-    """Ids of the whole vocabulary. ``[_TOKENS]``."""
-    embedding: Any = host.model.get_input_embeddings().weight
-    size, device = embedding.shape[0], embedding.device
-    step = max(1, size // (_TOKENS + 1))
-    return (torch.arange(_TOKENS, device=device) + 1) * step % size
+def constants_of(layer: nn.Module, call: LayerCall, kind: str) -> dict[str, Any]:
+    """What a layer is given besides its stream, positions, mask and cache.
 
+    A dict is for layers to leave something to others; it starts empty in every call.
+    What its signature does not name is for attention functions, and ours needs none.
 
-def _difference(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """Relative difference of the rows, in the middle."""
-    found, expected = found.float(), expected.float()
-    return float(((found - expected).norm(dim=-1) / expected.norm(dim=-1)).median())
+    Args:
+        layer: The target's.
+        call: As the target called it.
+        kind: The target's, for messages.
+
+    Raises:
+        UnsupportedTargetError: It is given something that belongs to the text.
+    """
+    _, *others = inspect.signature(layer.forward).parameters
+    kept = {
+        name: call.arguments[name]
+        for name in others
+        if name in call.arguments and name not in _SET_BY_US
+    }
+    odd = [
+        name
+        for name, value in kept.items()
+        if not isinstance(value, (bool, int, float, str, Mapping, type(None)))
+    ]
+    if odd:
+        raise UnsupportedTargetError(
+            f"target {kind!r} gives its layers {', '.join(odd)}, which a drafter does "
+            "not have, so the torch drafter does not support it; use another target"
+        )
+    return kept
 
 
 def fix_rope(decoder: Any) -> None:
@@ -96,32 +112,28 @@ def fix_rope(decoder: Any) -> None:
         decoder: The target's; its RoPE is changed.
 
     Raises:
-        UnsupportedTargetError: The two scale it differently, or there is none.
+        UnsupportedTargetError: The two scale it differently.
     """
     rotary: Any = getattr(decoder, "rotary_emb", None)
     if rotary is None:
-        raise UnsupportedTargetError(
-            f"{type(decoder).__name__} has no `rotary_emb`; only targets with one for "
-            "all layers are supported by the torch drafter"
-        )
+        return  # no layer rotates
     kinds: Any = getattr(rotary, "rope_type", "default")
     of_layers = isinstance(kinds, dict)
-    odd = [
-        kind
-        for kind in (kinds.values() if of_layers else [kinds])
-        if "dynamic" in kind or (of_layers and kind == "longrope")
-    ]
-    if odd:
-        raise UnsupportedTargetError(
-            f"target {decoder.config.model_type!r} has rope_type {odd[0]!r}, which "
-            "transformers scales by the text's length and vLLM does not, so a drafter "
-            "would be trained on other keys than it is served on; use another target"
-        )
-    if kinds != "longrope":
+    if of_layers := isinstance(kinds, dict):
+        odd = [k for k in kinds.values() if "dynamic" in k or k == "longrope"]
+        if odd:
+            raise UnsupportedTargetError(
+                f"target {decoder.config.model_type!r} has rope_type {odd[0]!r} in "
+                "some layers, which transformers scales by the text's length and vLLM "
+                "does not, so a drafter would be trained on other keys than it is "
+                "served on; use another target"
+            )
+    if of_layers or not depends_on_text_length(rotary):
         return
-    if switch := long_rope_from(decoder.config):
+    # vLLM's "dynamic" never scales; transformers' begins to behind the first length.
+    if kinds == "longrope" and (switch := long_rope_from(decoder.config)):
         make = ROPE_INIT_FUNCTIONS["longrope"]
         long, _ = make(decoder.config, rotary.inv_freq.device, seq_len=switch)
         rotary.register_buffer("inv_freq", long, persistent=False)
     # No name that makes transformers compute the factors again.
-    rotary.rope_type = "longrope, fixed"
+    rotary.rope_type = "fixed"

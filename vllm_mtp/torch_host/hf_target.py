@@ -1,10 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A transformers model as the drafter's target host: training and offline checks."""
 
-import inspect
 import math
-import sys
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,10 +11,15 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, PreTrainedModel
-from transformers.cache_utils import DynamicCache
-from transformers.models.auto import AutoModelForCausalLM
+from transformers import AttentionInterface, AutoConfig, PreTrainedModel
+from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.models.auto import AutoModelForCausalLM, AutoModelForImageTextToText
 
+from vllm_mtp.drafter.followed import (
+    embedding_scale,
+    last_norm_of,
+    require_followed,
+)
 from vllm_mtp.drafter.host import OneRank
 from vllm_mtp.drafter.layers import Stream
 from vllm_mtp.drafter.target_facts import (
@@ -24,9 +27,15 @@ from vllm_mtp.drafter.target_facts import (
     layers_with_attention,
     sliding_windows,
 )
-from vllm_mtp.errors import UnsupportedTargetError
-from vllm_mtp.torch_host.block_attention import BlockBias, attend_blocks, block_bias
-from vllm_mtp.torch_host.followed import fix_rope, require_followed
+from vllm_mtp.errors import MTPError, UnsupportedTargetError
+from vllm_mtp.torch_host.block_attention import (
+    BlockBias,
+    Scoring,
+    attend_blocks,
+    block_bias,
+)
+from vllm_mtp.torch_host.followed import constants_of, fix_rope, run_target
+from vllm_mtp.torch_host.transformers_rope import apply_rope, cos_sin
 
 
 @dataclass(frozen=True)
@@ -61,13 +70,27 @@ def load_frozen(
         UnsupportedTargetError: Its weights cannot be loaded.
     """
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    except (OSError, ValueError) as error:
+        config = AutoConfig.from_pretrained(folder)
+        capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)
+        model = class_of(config).from_pretrained(
+            folder,
+            dtype=dtype,
+            # torch's own attention leaves the cap out.
+            attn_implementation="eager" if capped else None,
+        )
+    except (OSError, ValueError, ImportError) as error:
+        reason = " ".join(str(error).split())[:500]
         raise UnsupportedTargetError(
-            f"--target {folder}: its weights cannot be loaded ({error}); expected a "
+            f"--target {folder}: its weights cannot be loaded ({reason}); expected a "
             "Hugging Face folder of a causal language model"
         ) from None
     return model.to(device).eval().requires_grad_(False)
+
+
+def class_of(config: Any) -> Any:
+    """transformers' class for a target: of language models, or of those that see."""
+    texts_only = type(config) in AutoModelForCausalLM._model_mapping
+    return AutoModelForCausalLM if texts_only else AutoModelForImageTextToText
 
 
 class _Read(NamedTuple):
@@ -85,7 +108,7 @@ class _LayerWays(NamedTuple):
     """What a layer's attention does besides attending."""
 
     rotates: bool
-    sinks: torch.Tensor | None  # [heads]
+    scoring: Scoring
 
 
 class HFTarget(OneRank):
@@ -103,16 +126,45 @@ class HFTarget(OneRank):
     def __init__(self, model: PreTrainedModel) -> None:
         TargetFacts.from_hf_config(model.config)  # refuses what no host can follow
         config = model.config.get_text_config()
-        _refuse_unfollowed(config)
+        _refuse_chunks(config)
         self.model = model
-        self.decoder = model.get_decoder()
+        self.decoder = decoder_of(model)
         self._windows = sliding_windows(config)
+        self._with_cache = layers_with_attention(config)
         self._soft_cap: float | None = getattr(config, "final_logit_softcapping", None)
         self._logit_scale: float = getattr(config, "logit_scale", None) or 1.0
+        self._logit_scale /= getattr(config, "logits_scaling", None) or 1.0
         self._ways: dict[int, _LayerWays] = {}
         self._reads: list[_Read] = []
+        self._embedding_scale = 1.0
         fix_rope(self.decoder)
-        require_followed(self)
+        try:
+            self._look()
+        except MTPError:
+            raise
+        except Exception as error:  # of the model's own code
+            reason = " ".join(str(error).split())[:300]
+            raise UnsupportedTargetError(
+                f"target {config.model_type!r} cannot be run layer by layer "
+                f"({type(error).__name__}: {reason}), so the torch drafter does not "
+                "support it; use another target"
+            ) from None
+
+    @torch.no_grad()
+    def _look(self) -> None:
+        """Learn how the target calls its layers; refuse one that is not followed."""
+        kind = self.decoder.config.model_type
+        seen, calls = run_target(self.model, self.decoder)
+        self._constants = {
+            i: constants_of(self.layer(i), call, kind) for i, call in calls.items()
+        }
+        embedded = self.embed(seen.token_ids)
+        self._embedding_scale = embedding_scale(embedded, seen.entering[0])
+        # A block reads a prefix, so there is none for the first token.
+        rows = slice(1, None)
+        blocks = [(self.encode(seen.token_ids), seen.positions[rows])]
+        with self.reading(blocks, 1):
+            require_followed(self, seen, self._with_cache, rows, kind)
 
     @torch.no_grad()
     def encode(
@@ -129,19 +181,27 @@ class HFTarget(OneRank):
             cached: Layers whose keys and values are kept; all by default.
             streams: Layers whose output is kept too.
         """
-        # No config: every layer then keeps its whole prefix, also where the
-        # model's own sliding window would drop it.
-        cache = DynamicCache()
+        cache = self._empty_cache()
         with _outputs_of(self.decoder.layers, streams) as outputs:
             out = self.decoder(token_ids[None], past_key_values=cache, use_cache=True)
-        layers: list[Any] = cache.layers  # of attention, so with keys and values
-        kept = range(len(layers)) if cached is None else sorted(set(cached))
+        layers: list[Any] = cache.layers
+        kept = self._with_cache if cached is None else sorted(set(cached))
         return TargetStates(
             {i: layers[i].keys[0] for i in kept},
             {i: layers[i].values[0] for i in kept},
             out.last_hidden_state[0],
             outputs,
         )
+
+    def _empty_cache(self) -> DynamicCache:
+        """Every layer with keys and values keeps its whole prefix, also where the
+        model's own sliding window would drop it."""
+        if len(self._with_cache) == len(self.decoder.layers):
+            return DynamicCache()
+        cache = DynamicCache(config=self.decoder.config)
+        for index in self._with_cache:
+            cache.layers[index] = DynamicLayer()
+        return cache
 
     @contextmanager
     def reading(
@@ -169,24 +229,15 @@ class HFTarget(OneRank):
             for states, lens in blocks
         ]
         try:
-            with self._attention_is_ours():
+            with _attention_is_ours(self.decoder.config):
                 yield
         finally:
             self._reads = []
 
-    @contextmanager
-    def _attention_is_ours(self) -> Iterator[None]:
-        """Layers hand their queries to `_attend_in_layer`, not to their own kernel."""
-        config = self.decoder.config
-        before = config._attn_implementation
-        config._attn_implementation = _OURS
-        try:
-            yield
-        finally:
-            config._attn_implementation = before
-
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
-        return self.model.get_input_embeddings()(token_ids)
+        embedded = self.model.get_input_embeddings()(token_ids)
+        scale = self._embedding_scale
+        return embedded if scale == 1.0 else embedded * scale
 
     def layer(self, index: int) -> nn.Module:
         return self.decoder.layers[index]
@@ -220,7 +271,11 @@ class HFTarget(OneRank):
             position_ids=positions[None],
             past_key_values=None,
             use_cache=False,
-            position_embeddings=self._cos_sin(index, hidden, positions),
+            position_embeddings=cos_sin(self.decoder, index, hidden, positions),
+            **{
+                name: {} if isinstance(value, Mapping) else value
+                for name, value in self._constants[index].items()
+            },
         )
         return Stream((out[0] if isinstance(out, tuple) else out)[0])
 
@@ -233,20 +288,15 @@ class HFTarget(OneRank):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if not self._ways_of(index).rotates:
             return query, key
-        attention = self._attention(index)
-        apply = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb")  # noqa: B009
-        cos, sin = self._cos_sin(index, query, positions)
-        query, key = apply(
-            self._heads(index, query)[None], self._heads(index, key)[None], cos, sin
-        )
-        return _rows(query[0]), _rows(key[0])
+        factors = cos_sin(self.decoder, index, query, positions)
+        return apply_rope(self._attention(index), query, key, *factors)
 
     def attend(
         self, index: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     ) -> torch.Tensor:
         query, key, value = (self._heads(index, x) for x in (query, key, value))
-        scale, sinks = self._attention(index).scaling, self._ways_of(index).sinks
-        return self._attend_heads(index, query, key, value, scale, sinks)
+        scoring = self._ways_of(index).scoring
+        return self._attend_heads(index, query, key, value, scoring)
 
     def _attend_heads(
         self,
@@ -254,8 +304,7 @@ class HFTarget(OneRank):
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        scale: float,
-        sinks: torch.Tensor | None,
+        scoring: Scoring,
     ) -> torch.Tensor:
         """``[heads, rows, head_dim]`` each, to ``[rows, heads * head_dim]``."""
         assert self._reads, "call within HFTarget.reading()"
@@ -265,7 +314,7 @@ class HFTarget(OneRank):
         for read, q, k, v in zip(self._reads, *parts, strict=True):
             past = read.states.keys[index], read.states.values[index]
             bias = read.biases[self._windows[index]]
-            outputs.append(attend_blocks(q, k, v, *past, bias, scale, sinks))
+            outputs.append(attend_blocks(q, k, v, *past, bias, scoring))
         return torch.cat(outputs)
 
     @torch.no_grad()
@@ -273,23 +322,22 @@ class HFTarget(OneRank):
         """Seen by running the target's layer on one row, at two positions."""
         if index not in self._ways:
             keys: list[torch.Tensor] = []
-            found: list[torch.Tensor | None] = []
+            found: list[Scoring] = []
 
             def look(
                 query: torch.Tensor,
                 key: torch.Tensor,
                 value: torch.Tensor,
-                scale: float,
-                sinks: torch.Tensor | None,
+                scoring: Scoring,
             ) -> torch.Tensor:
                 keys.append(key)
-                found.append(sinks)
+                found.append(scoring)
                 return _rows(value.repeat_interleave(len(query) // len(value), dim=0))
 
             embedding: Any = self.model.get_input_embeddings().weight
             row = Stream(torch.linspace(-1, 1, embedding.shape[1]).to(embedding)[None])
             attend = _InLayer(look, self._windows[index])
-            with self._attention_is_ours():
+            with _attention_is_ours(self.decoder.config):
                 for position in (0, 100):
                     at = torch.tensor([position], device=embedding.device)
                     self._run_layer(self.layer(index), index, row, at, attend)
@@ -298,7 +346,7 @@ class HFTarget(OneRank):
         return self._ways[index]
 
     def final_norm(self, stream: Stream) -> torch.Tensor:
-        return self.decoder.norm(stream.summed())
+        return last_norm_of(self.decoder)(stream.summed())
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         logits = self.model.get_output_embeddings()(hidden)
@@ -314,20 +362,26 @@ class HFTarget(OneRank):
         rows = head.weight.detach()[token_ids]
         return _SmallHead(rows, self._soft_cap, self._logit_scale)
 
-    def _cos_sin(self, index: int, like: torch.Tensor, positions: torch.Tensor) -> Any:
-        rotary: Any = self.decoder.rotary_emb
-        if "layer_type" in inspect.signature(type(rotary).forward).parameters:
-            kind = self.decoder.config.layer_types[index]
-            return rotary(like, positions[None], kind)
-        return rotary(like, positions[None])
-
     def _attention(self, index: int) -> Any:
-        return self.layer(index).self_attn
+        return attention_of(self.layer(index))
 
     def _heads(self, index: int, rows: torch.Tensor) -> torch.Tensor:
         """``[rows, heads * head_dim]`` to ``[heads, rows, head_dim]``."""
         head_dim = self._attention(index).head_dim
         return rows.unflatten(-1, (-1, head_dim)).transpose(0, 1)
+
+
+def decoder_of(model: Any) -> Any:
+    """The part with the layers; some families take the whole model for it."""
+    decoder = model.get_decoder()
+    return decoder if hasattr(decoder, "layers") else decoder.model
+
+
+def attention_of(layer: Any) -> Any:
+    """The attention of a decoder layer."""
+    names = ("self_attn", "mixer", "attention")
+    found = (getattr(layer, name, None) for name in names)
+    return next(part for part in found if part is not None)
 
 
 class _SmallHead(nn.Module):
@@ -353,22 +407,11 @@ def _shaped(logits: torch.Tensor, soft_cap: float | None, scale: float) -> torch
     return logits if scale == 1.0 else logits * scale
 
 
-def _refuse_unfollowed(config: Any) -> None:
-    # vLLM does these in `compute_logits` and in its attention when serving.
-    names = ("logits_scaling", "attn_logit_softcapping")
-    found = [name for name in names if getattr(config, name, None) not in (None, 1.0)]
-    if config.model_type in ("gemma", "gemma2"):
-        # In some versions of transformers in the model's forward, in others not.
-        found.append("scaled embeddings")
+def _refuse_chunks(config: Any) -> None:
     kinds: list[str] = getattr(config, "layer_types", None) or []
     if any("chunked" in kind for kind in kinds):
-        found.append("chunked attention")
-    readable = layers_with_attention(config)
-    if others := sorted({kinds[i] for i in set(range(len(kinds))) - set(readable)}):
-        found.append(f"layers without keys and values per token ({', '.join(others)})")
-    if found:
         raise UnsupportedTargetError(
-            f"target {config.model_type!r} uses {', '.join(found)}, which the torch "
+            f"target {config.model_type!r} uses chunked attention, which the torch "
             "drafter does not support yet; use another target"
         )
 
@@ -396,12 +439,9 @@ def _rows(heads: torch.Tensor) -> torch.Tensor:
     return heads.transpose(0, 1).flatten(1)
 
 
-_Attend = Callable[
-    [torch.Tensor, torch.Tensor, torch.Tensor, float, torch.Tensor | None],
-    torch.Tensor,
-]
-"""From query ``[heads, rows, head_dim]``, key and value ``[kv_heads, rows, head_dim]``,
-the factor of the scores and sinks ``[heads]`` to ``[rows, heads * head_dim]``."""
+_Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Scoring], torch.Tensor]
+"""From query ``[heads, rows, head_dim]``, key and value ``[kv_heads, rows, head_dim]``
+to ``[rows, heads * head_dim]``."""
 
 
 class _InLayer(NamedTuple):
@@ -409,6 +449,33 @@ class _InLayer(NamedTuple):
 
     attend: _Attend
     window: int | None
+
+
+@contextmanager
+def _attention_is_ours(config: Any) -> Iterator[None]:
+    """Layers hand their queries to `_attend_in_layer`, not to their own kernel."""
+    before = config._attn_implementation
+    config._attn_implementation = _OURS
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+
+
+@contextmanager
+def attention_by(config: Any, attend: _Attend, window: int | None) -> Iterator[Any]:
+    """Layers attend by a function of ours.
+
+    Args:
+        config: The decoder's.
+        attend: The function.
+        window: Of the layer that runs.
+
+    Yields:
+        What a layer is given for a mask.
+    """
+    with _attention_is_ours(config):
+        yield _InLayer(attend, window)
 
 
 # Of the layer's call: what they say is in the rows already, or is nothing to attention.
@@ -429,6 +496,7 @@ def _attend_in_layer(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     s_aux: torch.Tensor | None = None,
+    softcap: float | None = None,
     is_causal: bool | None = None,
     **rest: Any,
 ) -> tuple[torch.Tensor, None]:
@@ -453,7 +521,8 @@ def _attend_in_layer(
             "torch drafter does not follow, so a drafter would be trained on other "
             "states than it is served on; use another target"
         )
-    out = in_layer.attend(query[0], key[0], value[0], scaling, s_aux)
+    scoring = Scoring(scaling, s_aux, softcap)
+    out = in_layer.attend(query[0], key[0], value[0], scoring)
     return out.unflatten(-1, (query.shape[1], -1))[None], None
 
 
