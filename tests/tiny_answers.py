@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A tiny target's own answers as a data set, and short runs on them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -29,20 +29,43 @@ MakeArguments = Callable[..., DrafterTrainingArguments]
 def tiny_answers(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of 24 greedy answers, a quarter of them held out."""
     folder = tmp_path_factory.mktemp("answers") / "data"
+    return _write(folder, tiny_llama, _answer(tiny_llama))
+
+
+def write_answers(
+    folder: Path,
+    target: Path,
+    texts: Sequence[Sequence[int]],
+    prompt_lengths: Sequence[int],
+) -> Path:
+    """Keep texts as a target's answers to their prompts, about a third held out."""
+    rows = [
+        Row(
+            prompt_id=f"{number * 2654435761 % 2**32:08x}" + 24 * "0",
+            category="",
+            input_ids=list(text),
+            loss_spans=[[length, len(text)]],
+            finish_reason="length",
+        )
+        for number, (text, length) in enumerate(zip(texts, prompt_lengths, strict=True))
+    ]
+    return _write(folder, target, rows, held_out=0.34)
+
+
+def _write(folder: Path, target: Path, rows: list[Row], held_out: float = 0.25) -> Path:
     settings = RunSettings(
-        target=TargetFacts.from_folder(tiny_llama),
+        target=TargetFacts.from_folder(target),
         source=SourceSettings(prompts="made.jsonl"),
         sampling=SamplingSettings(max_tokens=ANSWER_TOKENS),
         engine=EngineSettings(max_model_len=64),
         chat_template=False,
         max_prompt_tokens=32,
-        held_out=0.25,
+        held_out=held_out,
         vllm="none",
     )
     run = RunFile(settings=settings, prompts_sha256="")
     store = Store(folder)
     store.start(run)
-    rows = _answer(tiny_llama)
     store.write_part(0, rows)
     store.finish(
         1,

@@ -23,7 +23,6 @@ from transformers import (
     GlmOcrConfig,
     GptOssConfig,
     GraniteConfig,
-    HYV3Config,
     LagunaConfig,
     LlamaConfig,
     LlavaConfig,
@@ -43,7 +42,6 @@ from transformers import (
     Qwen3MoeConfig,
     Qwen3NextConfig,
     Qwen3VLConfig,
-    Qwen3VLMoeConfig,
     SeedOssConfig,
     SmolLM3Config,
 )
@@ -380,36 +378,17 @@ FAMILIES = {
         }
         | _IMAGES,
     ),
-    "qwen3_vl_moe": _Family(
-        Qwen3VLMoeConfig,
-        {
-            "text_config": _texts(
-                _EXPERTS
-                | {
-                    "norm_topk_prob": True,
-                    "decoder_sparse_step": 1,
-                    "mlp_only_layers": [],
-                    "rope_parameters": _ROPE
-                    | {"mrope_section": [6, 5, 5], "mrope_interleaved": True},
-                }
-            ),
-            "vision_config": _VISION
-            | {
-                "depth": 2,
-                "out_hidden_size": 64,
-                "num_position_embeddings": 16,
-                "deepstack_visual_indexes": [0],
-            },
-        }
-        | _IMAGES,
-    ),
     "glm_ocr": _Family(
         GlmOcrConfig,
         {
             "text_config": _texts(
-                {"rope_parameters": _ROPE | {"mrope_section": [4, 6, 6]}}
+                _QUOTIENT
+                | {
+                    "rope_parameters": _ROPE
+                    | {"mrope_section": [2, 3, 3], "partial_rotary_factor": 0.5}
+                }
             ),
-            "vision_config": _VISION | {"out_hidden_size": 64, "image_size": 16},
+            "vision_config": _VISION | {"out_hidden_size": 128, "image_size": 16},
             "image_token_id": 508,
             "video_token_id": 509,
             "image_start_token_id": 504,
@@ -419,18 +398,7 @@ FAMILIES = {
             "tie_word_embeddings": False,
         },
     ),
-    # Dense, since vLLM's router on CPUs does not know theirs; what else vLLM reads of a
-    # config stands in the published ones.
-    "hy_v3": _Family(
-        HYV3Config,
-        {
-            "mlp_layer_types": ["dense"] * NUM_LAYERS,
-            "first_k_dense_replace": NUM_LAYERS,
-            "qk_norm": True,
-            "expert_hidden_dim": 64,
-            "route_norm": True,
-        },
-    ),
+    # Dense, since vLLM's router on CPUs does not know theirs.
     "laguna": _Family(
         LagunaConfig,
         {

@@ -31,7 +31,7 @@ def start(
     enforce_eager: bool | None = None,
     **settings: Any,
 ) -> "Iterator[LLM]":
-    """One vLLM engine, gone when the ``with`` block ends.
+    """One vLLM engine for text, gone when the ``with`` block ends.
 
     Args:
         target: The target's folder.
@@ -52,7 +52,7 @@ def start(
     llm = LLM(
         str(target),
         enforce_eager=is_cpu() if enforce_eager is None else enforce_eager,
-        **{"use_tqdm_on_load": False} | settings,
+        **{"use_tqdm_on_load": False} | _text_only(target) | settings,
     )
     try:
         yield llm
@@ -60,6 +60,15 @@ def start(
         llm.llm_engine.engine_core.shutdown()
         del llm
         gc.collect()
+
+
+def _text_only(target: str | os.PathLike[str]) -> dict[str, Any]:
+    """Without encoders and processors of images, where the target has any."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(target)
+    sees = config.get_text_config() is not config
+    return {"language_model_only": True} if sees else {}
 
 
 def sampling(*, final_only: bool = False, **settings: Any) -> "SamplingParams":

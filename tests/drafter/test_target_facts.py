@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Facts of targets: read, compared, refused; and the weights' fingerprint."""
 
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any

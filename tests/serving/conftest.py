@@ -9,6 +9,7 @@ import pytest
 
 from checkpoints_spec.goldens import fill_weights
 from tests.tiny_targets import make_tiny, make_tiny_w8a8
+from tests.tiny_tokenizer import save_tiny_tokenizer
 from vllm_mtp.drafter.checkpoint import save_drafter
 from vllm_mtp.drafter.init import DrafterOptions, new_drafter
 from vllm_mtp.drafter.model import Drafter
@@ -55,6 +56,8 @@ class TinyTargets(dict[str, Path]):
             self[family] = make_tiny_w8a8(folder)
         else:
             self[family] = make_tiny(family, folder)
+        if family == "glm_ocr":
+            save_tiny_tokenizer(folder)  # vLLM asks for one, for its images
         return self[family]
 
 

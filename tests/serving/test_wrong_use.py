@@ -306,28 +306,6 @@ def test_target_without_keys_and_values_per_head_is_refused(tmp_path: Path) -> N
         start(target, {})
 
 
-def test_target_with_several_position_axes_is_refused(
-    tiny_drafter: Drafter, tmp_path: Path
-) -> None:
-    """M-RoPE, as in Qwen2-VL."""
-    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]}
-    target = make_tiny_llama(tmp_path / "mrope", rope_parameters=rope)
-    with pytest.raises(MTPError, match="M-RoPE .* Serve it without this method"):
-        start(target, {"model": str(tiny_drafter("llama", "shared-4"))})
-
-
-def test_target_with_scaled_embeddings_is_refused(
-    tiny_drafter: Drafter, tmp_path: Path
-) -> None:
-    target = make_tiny_llama(tmp_path / "scaled")
-    config = json.loads((target / "config.json").read_text("utf-8"))
-    (target / "config.json").write_text(
-        json.dumps(config | {"embedding_multiplier": 12.0}), "utf-8"
-    )
-    with pytest.raises(MTPError, match=r"embedding_multiplier=12\.0"):
-        start(target, {"model": str(tiny_drafter("llama", "shared-4"))})
-
-
 def test_a_flag_and_a_key_that_differ_are_refused(
     tiny_targets: dict[str, Path], tiny_drafter: Drafter
 ) -> None:

@@ -178,8 +178,10 @@ def _named(
     )
     if odd or missing or known is None or activation not in _ACTIVATIONS:
         parts = []
-        if odd or missing:
-            parts.append(f"weights {sorted([*odd, *missing])}")
+        if any("expert" in name for name in odd):
+            parts.append("a mixture of experts")
+        elif odd or missing:
+            parts.append(f"weights {sorted([*odd, *missing])[:8]}")
         if known is None:
             parts.append(f"norms {sorted(norms)}")
         if activation not in _ACTIVATIONS:

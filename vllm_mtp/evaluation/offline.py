@@ -35,7 +35,6 @@ from typing import Any, Literal
 
 import torch
 from pydantic import JsonValue, TypeAdapter, ValidationError
-from transformers.cache_utils import DynamicCache
 
 from vllm_mtp.drafter.config import DrafterConfig
 from vllm_mtp.drafter.heads import pick_greedy
@@ -349,7 +348,7 @@ def greedy_continuation(
     Returns:
         ``[count]`` int64.
     """
-    cache = DynamicCache()
+    cache = host.empty_cache()
     for layer, keys in states.keys.items():
         values = states.values[layer]
         cache.update(keys[None, :, :length], values[None, :, :length], layer)

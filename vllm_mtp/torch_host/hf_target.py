@@ -181,7 +181,7 @@ class HFTarget(OneRank):
             cached: Layers whose keys and values are kept; all by default.
             streams: Layers whose output is kept too.
         """
-        cache = self._empty_cache()
+        cache = self.empty_cache()
         with _outputs_of(self.decoder.layers, streams) as outputs:
             out = self.decoder(token_ids[None], past_key_values=cache, use_cache=True)
         layers: list[Any] = cache.layers
@@ -193,7 +193,7 @@ class HFTarget(OneRank):
             outputs,
         )
 
-    def _empty_cache(self) -> DynamicCache:
+    def empty_cache(self) -> DynamicCache:
         """Every layer with keys and values keeps its whole prefix, also where the
         model's own sliding window would drop it."""
         if len(self._with_cache) == len(self.decoder.layers):

@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every family that is said to work, from `init` to served, beside the target alone.
+
+Families whose code in vLLM imports torchvision run in a process of their own, as
+`vision/torchvision` says.
+"""
+
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from tests.nested_pytest import ROOT, run_pytest
+from tests.serving.engines import ON_V2, Run, engine, generate
+from tests.tiny_answers import write_answers
+from vllm_mtp.cli.main import main
+from vllm_mtp.families import FAMILIES, Family, Served
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
+
+HERE = Path(__file__).parent
+VISION = ROOT / ".venv" / "vision"
+# Whether this process's vLLM finds torchvision.
+SEES = os.environ.get("VLLM_MTP_TESTS_SEE") == "1"
+NEED_TORCHVISION = {
+    *("qwen2_5_vl", "qwen3_vl", "qwen3_5", "qwen3_5_moe", "glm_ocr"),
+    *("gemma3_mm", "llava", "mistral3"),
+}
+HYBRIDS = {"qwen3_next", "qwen3_5", "qwen3_5_moe"}
+# vLLM's linear attention on CPUs computes in bfloat16 alone, and its prefix cache of
+# states needs Triton.
+OF_HYBRIDS = {"dtype": "bfloat16", "enable_prefix_caching": False}
+# Logits of a tiny target in bfloat16 are of this precision; MoE layers, in which a tie
+# changes the experts of a token, are farther off.
+TIE_MARGIN = {"qwen3_5": 0.13, "qwen3_5_moe": 0.6, "qwen3_next": 0.6}
+# What other files try in every run, or what another family here does as well.
+SLOW = {"llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "seed_oss"}
+K = 3
+MAX_TOKENS = 12 if ON_V2 else 32
+PROMPTS = [[(37 * i + 11 * n) % 500 for i in range(n)] for n in (62, 33, 5)]
+
+
+class Case(NamedTuple):
+    """A tiny target that stands for a family."""
+
+    target: str
+    family: Family
+
+    @property
+    def layers(self) -> str:
+        return "shared:all" if self.family.shared else "own:1,3"
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return dict(OF_HYBRIDS) if self.target in HYBRIDS else {}
+
+
+def cases() -> list[Any]:
+    """Those that this process can run."""
+    on_v2 = {Served.EXACT, Served.TIES}
+    return [
+        pytest.param(
+            Case(name, family),
+            id=name,
+            marks=pytest.mark.slow if name in SLOW and not ON_V2 else (),
+        )
+        for family in FAMILIES
+        for name in family.tested
+        if (family.v2 if ON_V2 else family.v1) in on_v2
+        and (name in NEED_TORCHVISION) is SEES
+    ]
+
+
+@pytest.mark.parametrize("case", cases())
+def test_from_init_to_served(
+    case: Case,
+    tiny_targets: dict[str, Path],
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    target, out = tiny_targets[case.target], tmp_path / "drafter"
+    flags = ["--target", str(target), "--num-speculative-tokens", str(K)]
+    layers = ["--layers", case.layers, "--dtype", "float32", "--own-init", "random"]
+    assert main(["init", *flags, *layers, "--out", str(out)]) == 0
+    if not ON_V2:
+        # Before any engine, as in its own process: vLLM's Transformers backend changes
+        # transformers' classes for good.
+        trained = train(target, case, tmp_path)
+        capfd.readouterr()
+        code = main(["check", str(trained), "--target", str(target)])
+        printed = capfd.readouterr().out
+        assert code == 0, printed
+        assert "PASSED: files, facts, target, torch, vLLM agree" in printed
+    with engine(target, None, **case.settings) as llm:
+        alone = ask(llm)
+    with engine(target, spec_of(out), **case.settings) as llm:
+        served = ask(llm)
+    assert differences(alone, served, TIE_MARGIN.get(case.target, 0.0)) == []
+    assert served.counts.drafts > 10
+    if case.family.shared:
+        # The first draft of a drafter that is the target is the target's next token.
+        assert served.counts.accepted_per_position[0] == served.counts.drafts
+
+
+def ask(llm: Any) -> Run:
+    return generate(llm, PROMPTS, MAX_TOKENS)
+
+
+def spec_of(drafter: Path) -> dict[str, Any]:
+    return {"method": "mtp_placeholder", "model": str(drafter)}
+
+
+def differences(alone: Run, other: Run, tie_margin: float) -> list[str]:
+    """Where answers part, but for ties of two tokens."""
+    found = []
+    for row, answers in enumerate(zip(alone.token_ids, other.token_ids, strict=True)):
+        parted = [
+            i for i, pair in enumerate(zip(*answers, strict=True)) if len({*pair}) > 1
+        ]
+        if not parted:
+            continue
+        place = parted[0]
+        one, two = (answer[place] for answer in answers)
+        scores = alone.logprobs[row][place]
+        if two not in scores or scores[one].logprob - scores[two].logprob > tie_margin:
+            found.append(f"answer {row}, token {place}: {one}, got {two}")
+    return found
+
+
+def train(target: Path, case: Case, folder: Path) -> Path:
+    """A few steps of training on made-up answers; the drafter's folder."""
+    data, out = folder / "answers", folder / "trained"
+    texts = [prompt + PROMPTS[1][:20] for prompt in PROMPTS]
+    write_answers(data, target, texts, [len(prompt) for prompt in PROMPTS])
+    flags = {
+        "target": str(target),
+        "data": str(data),
+        "output-dir": str(out),
+        "layers": case.layers,
+        "own-init": "random",
+        "num-speculative-tokens": str(K),
+        "dtype": "float32",
+        "bf16": str(case.target in HYBRIDS),
+        "max-steps": "3",
+        "per-device-train-batch-size": "1",
+        "anchors-per-text": "8",
+        "report-to": "none",
+        "use-cpu": "true",
+    }
+    command = [part for name, value in flags.items() for part in (f"--{name}", value)]
+    assert main(["train", *command]) == 0
+    return out
+
+
+@pytest.mark.skipif(SEES, reason="is one of those")
+def test_families_that_see(tmp_path: Path) -> None:
+    """In a process whose vLLM finds torchvision."""
+    if not VISION.is_dir():
+        pytest.skip("`make setup` puts torchvision there")
+    path = [str(HERE / "vision"), str(VISION), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(filter(None, path)),
+        "VLLM_MTP_TESTS_SEE": "1",
+    }
+    report = run_pytest(["-m", "not slow", __file__], environment, tmp_path, 900)
+    if not report.is_good:
+        pytest.fail(str(report), pytrace=False)
+    print(report)
