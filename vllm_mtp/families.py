@@ -66,16 +66,15 @@ def _exact(
     *architectures: str,
     own: Own = Own.COPY,
     tested: tuple[str, ...],
-    v2: Served = _NOT_RUN,
     note: str = "",
 ) -> Family:
-    return Family(name, architectures, _EXACT, v2, True, own, True, tested, note)
+    return Family(name, architectures, _EXACT, _EXACT, True, own, True, tested, note)
 
 
 def _hybrid(name: str, *architectures: str, own: Own, tested: str) -> Family:
     note = "own layers on the layers with full attention; in bfloat16"
     tests = (tested,) if tested else ()
-    return Family(name, architectures, _TIES, _NOT_RUN, False, own, True, tests, note)
+    return Family(name, architectures, _TIES, _TIES, False, own, True, tests, note)
 
 
 def _refused(name: str, *architectures: str, why: str) -> Family:
@@ -99,16 +98,16 @@ def _not_run(
 
 
 FAMILIES: tuple[Family, ...] = (
-    _exact("Llama", "LlamaForCausalLM", tested=("llama",), v2=_EXACT),
+    _exact("Llama", "LlamaForCausalLM", tested=("llama",)),
     _exact(
         "Llama with dynamic or YaRN RoPE",
         "LlamaForCausalLM",
         tested=("llama_dynamic", "llama_yarn"),
         note="also by `--hf-overrides`",
     ),
-    _exact("Mistral", "MistralForCausalLM", tested=("mistral",), v2=_EXACT),
+    _exact("Mistral", "MistralForCausalLM", tested=("mistral",)),
     _exact("Qwen2", "Qwen2ForCausalLM", tested=("qwen2",)),
-    _exact("Qwen3", "Qwen3ForCausalLM", tested=("qwen3",), v2=_EXACT),
+    _exact("Qwen3", "Qwen3ForCausalLM", tested=("qwen3",)),
     _exact("Qwen3-MoE", "Qwen3MoeForCausalLM", own=Own.RANDOM, tested=("qwen3_moe",)),
     _hybrid("Qwen3-Next", "Qwen3NextForCausalLM", own=Own.RANDOM, tested="qwen3_next"),
     _hybrid(
@@ -138,7 +137,7 @@ FAMILIES: tuple[Family, ...] = (
         "GLM-4.5 to 4.7", "Glm4MoeForCausalLM", own=Own.RANDOM, tested=("glm4_moe",)
     ),
     _exact("Gemma 2", "Gemma2ForCausalLM", tested=("gemma2",)),
-    _exact("Gemma 3, text", "Gemma3ForCausalLM", tested=("gemma3",), v2=_EXACT),
+    _exact("Gemma 3, text", "Gemma3ForCausalLM", tested=("gemma3",)),
     _exact("Gemma 3", "Gemma3ForConditionalGeneration", tested=("gemma3_mm",)),
     _exact(
         "Gemma 4 without per-layer embeddings",
@@ -146,7 +145,6 @@ FAMILIES: tuple[Family, ...] = (
         "Gemma4ForConditionalGeneration",
         "Gemma4UnifiedForConditionalGeneration",
         tested=("gemma4",),
-        v2=_EXACT,
         note="two head sizes; compared as the text model alone",
     ),
     _exact("gpt-oss", "GptOssForCausalLM", own=Own.RANDOM, tested=("gpt_oss",)),
@@ -164,13 +162,12 @@ FAMILIES: tuple[Family, ...] = (
         own=Own.RANDOM,
         tested=("ernie4_5_moe",),
     ),
-    _exact("EXAONE 4", "Exaone4ForCausalLM", tested=("exaone4",), v2=_EXACT),
+    _exact("EXAONE 4", "Exaone4ForCausalLM", tested=("exaone4",)),
     _exact("Command-A, Cohere 2", "Cohere2ForCausalLM", tested=("cohere2",)),
     _exact(
         "OLMo 3",
         "Olmo3ForCausalLM",
         tested=("olmo3",),
-        v2=_EXACT,
         note="vLLM's Transformers backend",
     ),
     _exact(

@@ -6,15 +6,21 @@ Families whose code in vLLM imports torchvision run in a process of their own, a
 """
 
 import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 
 from tests.nested_pytest import ROOT, run_pytest
-from tests.serving.engines import ON_V2, Run, engine, generate
+from tests.serving.engines import ON_V2, Run, engine, generate, runner_of
+from tests.serving.host_syncs import watch_propose
+from tests.serving.test_host_syncs import host_tensors
 from tests.tiny_answers import write_answers
 from vllm_mtp.cli.main import main
+from vllm_mtp.drafter.checkpoint import save_drafter
+from vllm_mtp.drafter.init import DrafterOptions, new_drafter
 from vllm_mtp.families import FAMILIES, Family, Served
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
@@ -36,6 +42,8 @@ OF_HYBRIDS = {"dtype": "bfloat16", "enable_prefix_caching": False}
 TIE_MARGIN = {"qwen3_5": 0.13, "qwen3_5_moe": 0.6, "qwen3_next": 0.6}
 # What other files try in every run, or what another family here does as well.
 SLOW = {"llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "seed_oss"}
+# The others are slow on V2, all that see among them.
+ON_V2_IN_EVERY_RUN = {"gemma4", "gpt_oss", "glm4_moe", "olmo3", "qwen3_next"}
 K = 3
 MAX_TOKENS = 12 if ON_V2 else 32
 PROMPTS = [[(37 * i + 11 * n) % 500 for i in range(n)] for n in (62, 33, 5)]
@@ -56,6 +64,10 @@ class Case(NamedTuple):
         return dict(OF_HYBRIDS) if self.target in HYBRIDS else {}
 
 
+def is_slow(name: str) -> bool:
+    return name not in ON_V2_IN_EVERY_RUN if ON_V2 else name in SLOW
+
+
 def cases() -> list[Any]:
     """Those that this process can run."""
     on_v2 = {Served.EXACT, Served.TIES}
@@ -63,7 +75,7 @@ def cases() -> list[Any]:
         pytest.param(
             Case(name, family),
             id=name,
-            marks=pytest.mark.slow if name in SLOW and not ON_V2 else (),
+            marks=pytest.mark.slow if is_slow(name) else (),
         )
         for family in FAMILIES
         for name in family.tested
@@ -101,6 +113,89 @@ def test_from_init_to_served(
     if case.family.shared:
         # The first draft of a drafter that is the target is the target's next token.
         assert served.counts.accepted_per_position[0] == served.counts.drafts
+
+
+@pytest.mark.skipif(not ON_V2, reason="graphs are V2's")
+@pytest.mark.parametrize("case", cases())
+def test_graphs_and_waiting_on_v2(
+    case: Case,
+    tiny_targets: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What a graph would hold drafts the same, and nothing waits for the device."""
+    from tests.serving.played_graphs import play_graphs
+
+    target, out = tiny_targets[case.target], tmp_path / "drafter"
+    options = DrafterOptions(dtype="float32", own_init="random")
+    save_drafter(new_drafter(target, case.layers, K, options), out)
+    spec = spec_of(out) | {"enforce_eager": False}
+    with engine(target, spec, **case.settings) as llm:
+        speculator = runner_of(llm).speculator
+        propose = speculator.propose
+        waits, sizes = watch_propose(speculator, host_tensors)
+        eager = generate(llm, PROMPTS, 6)
+        speculator.propose = propose
+        llm.reset_prefix_cache()
+        played = play_graphs(speculator, sizes=(3, 6, 12), monkeypatch=monkeypatch)
+        graphed = generate(llm, PROMPTS, 6)
+    assert waits == []
+    assert max(sizes) == len(PROMPTS)
+    assert graphed.token_ids == eager.token_ids
+    assert graphed.counts == eager.counts
+    assert played
+
+
+# What follows an image with many tokens and few positions.
+IMAGE, SHORTER = range(10, 30), 15
+
+
+@pytest.mark.skipif(not SEES, reason="needs torchvision")
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl", "qwen3_5"])
+def test_positions_behind_an_image(
+    name: str,
+    tiny_targets: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A part of each prompt gets the positions of an image's patches."""
+    target = tiny_targets[name]
+    layers = "own:1,3" if name in HYBRIDS else "shared:all"
+    options = DrafterOptions(dtype="float32", own_init="random")
+    save_drafter(new_drafter(target, layers, K, options), tmp_path / "drafter")
+    settings = dict(OF_HYBRIDS) if name in HYBRIDS else {}
+    runs = {}
+    for spec in (None, spec_of(tmp_path / "drafter")):
+        with engine(target, spec, **settings) as llm:
+            for model in made_up_images(llm, monkeypatch):
+                runs[spec is None, model] = generate(llm, PROMPTS, MAX_TOKENS)
+    alone, served = runs[True, "image"], runs[False, "image"]
+    assert differences(alone, served, TIE_MARGIN.get(name, 0.0)) == []
+    assert alone.token_ids[0] != runs[True, "text"].token_ids[0]
+    assert served.token_ids[2] == runs[False, "text"].token_ids[2]  # it has none
+    if layers == "shared:all":
+        assert served.counts.accepted_per_position[0] == served.counts.drafts > 10
+
+
+def made_up_images(llm: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """First text alone, then with images."""
+    yield "text"
+    llm.reset_prefix_cache()
+
+    def positions(tokens: Sequence[int], *_: Any, **__: Any) -> tuple[Any, int]:
+        axes = torch.arange(len(tokens)).repeat(3, 1)
+        if len(tokens) <= IMAGE.stop:
+            return axes, 0
+        patches = torch.arange(len(IMAGE))
+        axes[0, IMAGE.start : IMAGE.stop] = IMAGE.start
+        axes[1, IMAGE.start : IMAGE.stop] = IMAGE.start + patches // 5
+        axes[2, IMAGE.start : IMAGE.stop] = IMAGE.start + patches % 5
+        axes[:, IMAGE.stop :] -= SHORTER
+        return axes, -SHORTER
+
+    model = runner_of(llm).get_model()
+    monkeypatch.setattr(model, "get_mrope_input_positions", positions, raising=False)
+    yield "image"
 
 
 def ask(llm: Any) -> Run:
@@ -154,8 +249,13 @@ def train(target: Path, case: Case, folder: Path) -> Path:
 
 
 @pytest.mark.skipif(SEES, reason="is one of those")
-def test_families_that_see(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "which", ["not slow", pytest.param("slow", marks=pytest.mark.slow)]
+)
+def test_families_that_see(which: str, tmp_path: Path) -> None:
     """In a process whose vLLM finds torchvision."""
+    if (which == "slow") is not ON_V2:
+        pytest.skip("on V1 none is slow, on V2 all are")
     if not VISION.is_dir():
         pytest.skip("`make setup` puts torchvision there")
     path = [str(HERE / "vision"), str(VISION), os.environ.get("PYTHONPATH", "")]
@@ -163,7 +263,7 @@ def test_families_that_see(tmp_path: Path) -> None:
         "PYTHONPATH": os.pathsep.join(filter(None, path)),
         "VLLM_MTP_TESTS_SEE": "1",
     }
-    report = run_pytest(["-m", "not slow", __file__], environment, tmp_path, 900)
+    report = run_pytest(["-m", which, __file__], environment, tmp_path, 900)
     if not report.is_good:
         pytest.fail(str(report), pytrace=False)
     print(report)

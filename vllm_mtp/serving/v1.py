@@ -415,8 +415,11 @@ class MTPPlaceholderProposer(DraftModelProposer):
         if rows is not None:
             names = [names[row] for row in rows.tolist()]
         requests = self._runner.requests
-        deltas = [requests[name].mrope_position_delta or 0 for name in names]
-        return torch.tensor(deltas, device=self.device)
+        deltas = torch.tensor(
+            [requests[name].mrope_position_delta or 0 for name in names],
+            pin_memory=self.device.type == "cuda",  # or the copy waits for the device
+        )
+        return deltas.to(self.device, non_blocking=True)
 
     def _raise_if_mrope(self) -> None:
         """The base class knows no positions for it; `_rope_deltas` does."""
