@@ -185,11 +185,17 @@ FAMILIES: tuple[Family, ...] = (
     _exact("Granite 3", "GraniteForCausalLM", tested=("granite",)),
     _exact("LLaVA", "LlavaForConditionalGeneration", tested=("llava",)),
     _exact(
-        "Mistral Small 3, Pixtral",
+        "Mistral Small 3",
         "Mistral3ForConditionalGeneration",
-        "PixtralForConditionalGeneration",
         tested=("mistral3",),
         note="not with Mistral 4's text part (latent attention)",
+    ),
+    _not_run(
+        "Mistral in its own format, Pixtral",
+        "PixtralForConditionalGeneration",
+        own=Own.COPY,
+        trains=False,
+        why="its text part is Mistral's; training wants a Hugging Face folder",
     ),
     _exact(
         "Phi-3 and 4",
@@ -203,6 +209,22 @@ FAMILIES: tuple[Family, ...] = (
         own=Own.RANDOM,
         tested=("laguna",),
         note=f"dense; {_SIGMOID}",
+    ),
+    _exact(
+        "MiMo-V2",
+        "MiMoV2ForCausalLM",
+        "MiMoV2FlashForCausalLM",
+        "MiMoV2OmniForCausalLM",
+        own=Own.RANDOM,
+        tested=("mimo_v2",),
+        note="dense, with values as wide as keys; own layers only then",
+    ),
+    _exact(
+        "Muse Glimmer",
+        "MuseGlimmerForConditionalGeneration",
+        own=Own.RANDOM,
+        tested=("muse_glimmer",),
+        note="some layers without RoPE",
     ),
     _not_run(
         "Phi-3.5-MoE",
@@ -247,13 +269,6 @@ FAMILIES: tuple[Family, ...] = (
         why="the model's last norm is in its head, behind what drafters read",
     ),
     _refused(
-        "MiMo-V2",
-        "MiMoV2ForCausalLM",
-        "MiMoV2FlashForCausalLM",
-        "MiMoV2OmniForCausalLM",
-        why="its config says nothing that we read of the heads of sliding layers",
-    ),
-    _refused(
         "DeepSeek V2 and V3, Kimi K2, Mistral 4, GLM-4.7-Flash",
         "DeepseekV2ForCausalLM",
         "DeepseekV3ForCausalLM",
@@ -279,11 +294,6 @@ FAMILIES: tuple[Family, ...] = (
         "MiniMax-M3",
         "MiniMaxM3SparseForConditionalGeneration",
         why=_INDEXER,
-    ),
-    _refused(
-        "Muse Glimmer",
-        "MuseGlimmerForConditionalGeneration",
-        why="transformers scales queries and logits by settings that are not read",
     ),
     _refused(
         "Inkling",

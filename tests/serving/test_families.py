@@ -6,12 +6,13 @@ Families whose code in vLLM imports torchvision run in a process of their own, a
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+from vllm.model_executor.models.llama import LlamaMLP, LlamaModel
 
 from tests.nested_pytest import ROOT, run_pytest
 from tests.serving.engines import ON_V2, Run, engine, generate, runner_of
@@ -21,6 +22,7 @@ from tests.tiny_answers import write_answers
 from vllm_mtp.cli.main import main
 from vllm_mtp.drafter.checkpoint import save_drafter
 from vllm_mtp.drafter.init import DrafterOptions, new_drafter
+from vllm_mtp.errors import UnsupportedTargetError
 from vllm_mtp.families import FAMILIES, Family, Served
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
@@ -31,7 +33,7 @@ VISION = ROOT / ".venv" / "vision"
 SEES = os.environ.get("VLLM_MTP_TESTS_SEE") == "1"
 NEED_TORCHVISION = {
     *("qwen2_5_vl", "qwen3_vl", "qwen3_5", "qwen3_5_moe", "glm_ocr"),
-    *("gemma3_mm", "llava", "mistral3"),
+    *("gemma3_mm", "llava", "mistral3", "muse_glimmer"),
 }
 HYBRIDS = {"qwen3_next", "qwen3_5", "qwen3_5_moe"}
 # vLLM's linear attention on CPUs computes in bfloat16 alone, and its prefix cache of
@@ -113,6 +115,83 @@ def test_from_init_to_served(
     if case.family.shared:
         # The first draft of a drafter that is the target is the target's next token.
         assert served.counts.accepted_per_position[0] == served.counts.drafts
+
+
+@pytest.mark.skipif(ON_V2 or SEES, reason="one runner is enough")
+def test_rope_by_overrides(
+    tiny_targets: dict[str, Path], tiny_drafter: Callable[[str, str], Path]
+) -> None:
+    target, drafter = tiny_targets["llama"], tiny_drafter("llama", "shared-4")
+    yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}
+    overrides = {"rope_parameters": yarn | {"original_max_position_embeddings": 64}}
+    runs = []
+    for spec in (None, spec_of(drafter)):
+        with engine(target, spec, hf_overrides=overrides) as llm:
+            runs.append(ask(llm))
+    with engine(target) as llm:
+        plain = ask(llm)
+    alone, served = runs
+    assert differences(alone, served, 0.0) == []
+    assert alone.token_ids[0] != plain.token_ids[0]
+    assert served.counts.accepted_per_position[0] == served.counts.drafts > 10
+
+
+class TestMadeUpFamily:
+    """Names and shapes of Llama, and something that no list of names would say."""
+
+    SHARED = "shared-4"
+
+    @pytest.fixture(autouse=True)
+    def _here(self) -> None:
+        if ON_V2 or SEES:
+            pytest.skip("one runner is enough")
+
+    def test_a_twist_inside_a_layer_is_drafted_exactly(
+        self,
+        tiny_targets: dict[str, Path],
+        tiny_drafter: Callable[[str, str], Path],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        forward = LlamaMLP.forward
+        monkeypatch.setattr(LlamaMLP, "forward", lambda *args: forward(*args) * 0.5)
+        target, drafter = tiny_targets["llama"], tiny_drafter("llama", self.SHARED)
+        with engine(target) as llm:
+            alone = ask(llm)
+        with engine(target, spec_of(drafter)) as llm:
+            served = ask(llm)
+        assert served.token_ids == alone.token_ids
+        assert served.counts.accepted_per_position[0] == served.counts.drafts > 10
+        monkeypatch.undo()
+        with engine(target) as llm:
+            assert ask(llm).token_ids != alone.token_ids
+
+    def test_a_scaled_stream_between_layers_is_refused(
+        self,
+        tiny_targets: dict[str, Path],
+        tiny_drafter: Callable[[str, str], Path],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        make = LlamaModel.__init__
+
+        def twisted(self: Any, *args: Any, **kwargs: Any) -> None:
+            make(self, *args, **kwargs)
+            self.layers[2].register_forward_pre_hook(
+                # As the model calls it; by itself it is called by names.
+                lambda _, args: (
+                    (args[0], args[1] * 0.5, args[2] * 0.5) if args else args
+                )
+            )
+
+        monkeypatch.setattr(LlamaModel, "__init__", twisted)
+        target, drafter = tiny_targets["llama"], tiny_drafter("llama", self.SHARED)
+        with engine(target) as llm:
+            ask(llm)  # vLLM serves it
+        wrong = "rows between its layers 1 and 2 differ by 1"
+        with (
+            pytest.raises(UnsupportedTargetError, match=wrong),
+            engine(target, spec_of(drafter)),
+        ):
+            pass
 
 
 @pytest.mark.skipif(not ON_V2, reason="graphs are V2's")

@@ -306,6 +306,31 @@ def test_target_without_keys_and_values_per_head_is_refused(tmp_path: Path) -> N
         start(target, {})
 
 
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 1e4,
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+
+def test_other_rope_is_refused_where_own_layers_were_trained(
+    tiny_targets: dict[str, Path], tiny_drafter: Drafter, tmp_path: Path
+) -> None:
+    """By ``--hf-overrides``, as for long texts."""
+    overrides = {"rope_parameters": YARN}
+    target = tiny_targets["llama"]
+    own = shutil.copytree(tiny_drafter("llama", "own-some"), tmp_path / "own")
+    with pytest.raises(
+        MTPError, match="hf-overrides.*'yarn'.*set target.rope_parameters"
+    ):
+        start(target, {"model": str(own)}, hf_overrides=overrides)
+    edit_config(own, lambda config: config["target"].update(overrides))
+    start(target, {"model": str(own)}, hf_overrides=overrides)
+    shared = str(tiny_drafter("llama", "shared-4"))
+    start(target, {"model": shared}, hf_overrides=overrides)
+
+
 def test_a_flag_and_a_key_that_differ_are_refused(
     tiny_targets: dict[str, Path], tiny_drafter: Drafter
 ) -> None:

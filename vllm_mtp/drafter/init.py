@@ -249,6 +249,12 @@ def _layer_configs(
 def _own_layer_config(
     target_layer: int, hf_config: Any, form: dict[str, Any]
 ) -> OwnLayerConfig:
+    values = getattr(hf_config, "v_head_dim", None)
+    if values not in (None, getattr(hf_config, "head_dim", values)):
+        raise UnsupportedTargetError(
+            f"layers: {hf_config.model_type!r} has values of another size than its "
+            f"keys (v_head_dim {values}), which own layers do not. Use shared layers."
+        )
     size = getattr(hf_config, "intermediate_size", None)
     if not size:  # of a mixture of experts: as wide as those that a token goes through
         expert = getattr(hf_config, "moe_intermediate_size", None) or 0

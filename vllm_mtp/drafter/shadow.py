@@ -31,8 +31,8 @@ def shadow(module: nn.Module, replacements: Mapping[str, nn.Module]) -> nn.Modul
     forward = vars(module).get("forward")
     # A method of the module itself, as vLLM's fusions of transformers' modules are, can
     # be one of the copy as well.
-    is_method = isinstance(forward, MethodType) and forward.__self__ is module
-    if forward is not None and not is_method:
+    method = forward if isinstance(forward, MethodType) else None
+    if forward is not None and (method is None or method.__self__ is not module):
         raise UnsupportedTargetError(
             f"{type(module).__name__} has a patched forward (an accelerate device "
             "map?); LoRA on shared layers needs an unpatched target. Load it "
@@ -40,8 +40,8 @@ def shadow(module: nn.Module, replacements: Mapping[str, nn.Module]) -> nn.Modul
         )
     clone = copy.copy(module)
     clone._modules = dict(module._modules)
-    if is_method:
-        clone.forward = MethodType(forward.__func__, clone)
+    if method is not None:
+        clone.forward = MethodType(method.__func__, clone)
     for child in {path.partition(".")[0] for path in replacements}:
         clone._modules[child] = shadow(
             module.get_submodule(child), _below(child, replacements)

@@ -280,6 +280,14 @@ def _refuse_unsupported(text: Any) -> None:
 
 def _facts(text: Any) -> dict[str, Any]:
     heads = [_heads(layer) for layer in _layer_configs(text)]
+    if (kv_heads := getattr(text, "swa_num_key_value_heads", None)) is not None:
+        sliding = LayerHeads(
+            num_attention_heads=text.swa_num_attention_heads,
+            num_key_value_heads=kv_heads,
+            head_dim=text.swa_head_dim,
+        )
+        pattern = text.hybrid_layer_pattern
+        heads = [sliding if k else h for h, k in zip(heads, pattern, strict=True)]
     if (numbers := getattr(text, "num_attention_heads_per_layer", None)) is not None:
         heads = [
             of_layer.model_copy(update={"num_attention_heads": number})

@@ -21,6 +21,7 @@ from vllm_mtp.drafter.target_facts import (
 )
 from vllm_mtp.errors import (
     MTPError,
+    TargetMismatchError,
     UnsupportedTargetError,
     UnsupportedVLLMError,
 )
@@ -158,7 +159,8 @@ def build_config(
     # still sees it, and not in a worker's stack trace.
     drafter_config = load_drafter(folder, dtype=target_model_config.dtype).config
     try:
-        drafter_config.target.require_same(facts)
+        overridden = bool(getattr(engine_args, "hf_overrides", None))
+        _require_fits(drafter_config, facts, overridden)
         _require_readable(drafter_config, engine_args, target_model_config)
         require_divisible(drafter_config, target_parallel_config.tensor_parallel_size)
         num_tokens = num_speculative_tokens(
@@ -183,6 +185,28 @@ def build_config(
     # Whoever builds the config adds the requests: `LLM`, and each API server.
     install_for_requests()
     return config
+
+
+def _require_fits(config: DrafterConfig, facts: TargetFacts, overridden: bool) -> None:
+    """Refuse another target, but not RoPE that the user has overridden, if no layer of
+    the drafter was trained with the former."""
+    made_for = config.target
+    rope = {"rope_parameters": made_for.rope_parameters} if overridden else {}
+    made_for.require_same(facts.model_copy(update=rope))
+    if facts.rope_parameters == made_for.rope_parameters:
+        return
+    difference = (
+        f"target.rope_parameters: the drafter was made for {made_for.rope_parameters}, "
+        f"--hf-overrides gives the target {facts.rope_parameters}"
+    )
+    if len(config.shared_layers) < len(config.layers):
+        raise TargetMismatchError(
+            f"{difference}, and the drafter has layers of its own that were trained "
+            "with the former. Serve the target as it was, or train a drafter on it as "
+            "it is; if fewer accepted drafts do, set target.rope_parameters in the "
+            "drafter's config.json to the latter"
+        )
+    logger.warning("%s: %s; fewer drafts may be accepted", METHOD, difference)
 
 
 def _require_readable(config: DrafterConfig, engine_args: Any, model: Any) -> None:

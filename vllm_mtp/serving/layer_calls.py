@@ -52,7 +52,7 @@ class TransformersLayer(NamedTuple):
     """A layer of a model that vLLM takes from transformers."""
 
     decoder: Any
-    index: int
+    number: int
 
     def run(
         self,
@@ -69,7 +69,7 @@ class TransformersLayer(NamedTuple):
             position_ids=positions[None],
             past_key_values=None,
             use_cache=False,
-            position_embeddings=cos_sin(self.decoder, self.index, rows, positions),
+            position_embeddings=cos_sin(self.decoder, self.number, rows, positions),
         )
         return (out[0] if isinstance(out, tuple) else out)[0]
 
@@ -77,8 +77,8 @@ class TransformersLayer(NamedTuple):
         self, positions: torch.Tensor, query: torch.Tensor, key: torch.Tensor
     ) -> Pair:
         """``[rows, heads * head_dim]`` each."""
-        attention = self.decoder.layers[self.index].self_attn
-        factors = cos_sin(self.decoder, self.index, query[None], positions)
+        attention = self.decoder.layers[self.number].self_attn
+        factors = cos_sin(self.decoder, self.number, query[None], positions)
         return apply_rope(attention, query, key, *factors)
 
 

@@ -84,33 +84,34 @@ class TargetRun(NamedTuple):
 
 @torch.inference_mode()
 def run_target(
-    model: Any, language_model: Any, vocab_size: int, vllm_config: VllmConfig
+    model: Any, text_part: Any, decoder: Any, vocab_size: int, vllm_config: VllmConfig
 ) -> TargetRun:
     """Run the target over a few tokens and keep what its layers are given and give.
 
     Args:
         model: The runner's target.
-        language_model: Its text part, with ``model.layers``.
+        text_part: What of it embeds tokens and gives logits.
+        decoder: What of that has the layers.
         vocab_size: Of the target.
         vllm_config: The target's.
 
     Raises:
         UnsupportedTargetError: It cannot be run so.
     """
-    layers = language_model.model.layers
-    device = next(language_model.parameters()).device
+    layers = decoder.layers
+    device = next(decoder.parameters()).device
     ids = some_tokens(vocab_size, device)
     positions = torch.arange(len(ids), device=device)
     try:
         with (
             watched(layers) as calls,
-            attention_of_values(language_model),
+            attention_of_values(decoder),
             # Compiled for these few rows it would be compiled anew for a step's.
             set_forward_context(
                 None, vllm_config, num_tokens=len(ids), skip_compiled=True
             ),
         ):
-            hidden = first_of(language_model(ids, positions))
+            hidden = first_of(text_part(ids, positions))
             logits = model.compute_logits(hidden)
     except Exception as error:  # of the model's own code
         raise UnsupportedTargetError(

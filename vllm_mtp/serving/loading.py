@@ -41,14 +41,7 @@ def load_bound_drafter(
     whole = load_drafter(Path(spec_config.model), dtype=dtype)
     drafter = part_of(whole, this_rank()).to(device)
     use_vllm_kernels(drafter)
-    config = drafter.config
-    host = VllmTarget(
-        target_model,
-        vllm_config,
-        config.target,
-        config.bound_layers,
-        config.shared_layers,
-    )
+    host = VllmTarget(target_model, vllm_config, drafter.config)
     bound = BoundDrafter(drafter, host)
     compile_layers(bound, vllm_config)
     return bound, host

@@ -29,8 +29,10 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 )
 from vllm.model_executor.models.utils import extract_layer_index
 
+from vllm_mtp.drafter.config import DrafterConfig, OwnLayerConfig
 from vllm_mtp.drafter.followed import (
     Seen,
+    difference,
     embedding_scale,
     last_norm_of,
     require_followed,
@@ -61,15 +63,17 @@ def this_rank() -> Rank:
     )
 
 
+# Of logits, the head's weights in 8 bits.
+_CLOSE = 0.05
+
+
 class VllmTarget:
     """A loaded vLLM model as `drafter.host.TargetHost`.
 
     Args:
         model: The runner's target model.
         vllm_config: The target's config.
-        facts: What the drafter was made for.
-        bound_layers: Target layers that the drafter reads.
-        shared_layers: Those of them that it runs.
+        config: The drafter's, of this rank.
 
     Raises:
         UnsupportedTargetError: A bound layer has no ordinary attention, or the
@@ -80,30 +84,36 @@ class VllmTarget:
         self,
         model: nn.Module,
         vllm_config: VllmConfig,
-        facts: TargetFacts,
-        bound_layers: Iterable[int],
-        shared_layers: Iterable[int] = (),
+        config: DrafterConfig,
     ) -> None:
-        self._model = _language_model(model)
+        facts = config.target
+        self._model, self._decoder = _parts_of(model)
         dtype = vllm_config.model_config.dtype
         assert isinstance(dtype, torch.dtype), "vLLM resolved it before"
         self._dtype = dtype
         self._vllm_config = vllm_config
         self._max_model_len = vllm_config.model_config.max_model_len
-        self._decoder = self._model.model
         attention = _attention_by_layer(vllm_config)
         self._attention: dict[int, Attention] = {}
         self._layers: dict[int, NativeLayer | TransformersLayer] = {}
         self._ways: dict[int, LayerWays] = {}
         self._embedding_scale = 1.0
-        run = run_target(model, self._model, facts.vocab_size, vllm_config)
-        for index in bound_layers:
+        run = run_target(
+            model, self._model, self._decoder, facts.vocab_size, vllm_config
+        )
+        self._hidden = run.hidden
+        self._own = {
+            layer.target_layer
+            for layer in config.layers
+            if isinstance(layer, OwnLayerConfig)
+        }
+        for index in config.bound_layers:
             self._bind(index, attention, facts, run)
         device = next(self._decoder.parameters()).device
         self._norm_adds = norm_adds_residual(
             last_norm_of(self._decoder), facts.hidden_size, dtype, device
         )
-        self._require_followed(run, shared_layers, facts)
+        self._require_followed(run, config.shared_layers, facts)
 
     @property
     def attention_layer_names(self) -> set[str]:
@@ -125,6 +135,12 @@ class VllmTarget:
                 f"attention?). Bind to one of the layers {sorted(attention)}."
             )
         _require_heads(index, attention[index], facts)
+        found: Any = attention[index]
+        if index in self._own and found.head_size_v != found.head_size:
+            raise UnsupportedTargetError(
+                f"target layer {index} has values of size {found.head_size_v} and keys "
+                f"of size {found.head_size}, which own layers do not; use shared layers"
+            )
         if attention[index].kv_sharing_target_layer_name is not None:
             raise UnsupportedTargetError(
                 f"target layer {index} reads the KV cache of "
@@ -178,7 +194,7 @@ class VllmTarget:
             self.embed(seen.token_ids), seen.entering[0]
         )
         with (
-            attention_of_values(self._model),
+            attention_of_values(self._decoder),
             set_forward_context(None, self._vllm_config, num_tokens=len(seen.hidden)),
         ):
             name = facts.name or facts.model_type
@@ -250,8 +266,17 @@ class VllmTarget:
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         return self._model.compute_logits(hidden)
 
+    @torch.inference_mode()
     def logits_of_tokens(self, token_ids: torch.Tensor) -> nn.Module:
-        return _SmallHead(self._model, token_ids, self._dtype)
+        small = _SmallHead(self._model, token_ids, self._dtype)
+        error = difference(small(self._hidden), self.logits(self._hidden)[:, token_ids])
+        if not error <= _CLOSE:
+            raise UnsupportedTargetError(
+                f"the target ({type(self._model).__name__}) does more behind its LM "
+                f"head than scale and cap: logits of a reduced draft vocabulary differ "
+                f"by {error:.2g} (relative). Use a drafter with draft_vocab_size null."
+            )
+        return small
 
 
 def _finite(states: torch.Tensor) -> torch.Tensor:
@@ -349,18 +374,21 @@ def _has_bias(head: Any) -> bool:
     return getattr(head, "bias", None) is not None
 
 
-def _language_model(model: Any) -> Any:
-    """The text part of a model that may be multimodal."""
+def _parts_of(model: Any) -> tuple[Any, Any]:
+    """What embeds tokens and gives logits, and the decoder with the layers.
+
+    Of a model that may be multimodal; the text part of some has no head of its own.
+    """
     inner = (
         model.get_language_model() if hasattr(model, "get_language_model") else model
     )
-    decoder = getattr(inner, "model", None)
-    if not hasattr(decoder, "layers") or last_norm_of(decoder) is None:
-        raise UnsupportedTargetError(
-            f"{type(inner).__name__} has no `model.layers` with a norm behind them; "
-            "this architecture is not supported"
-        )
-    return inner
+    for owner, decoder in ((inner, getattr(inner, "model", None)), (model, inner)):
+        if hasattr(decoder, "layers") and last_norm_of(decoder) is not None:
+            return owner, decoder
+    raise UnsupportedTargetError(
+        f"{type(inner).__name__} has no `model.layers` with a norm behind them; this "
+        "architecture is not supported"
+    )
 
 
 def _attention_by_layer(vllm_config: VllmConfig) -> dict[int, Attention]:

@@ -9,7 +9,12 @@ import torch
 from torch import nn
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from vllm_mtp.drafter.followed import LayerCall, Seen, some_tokens, watched
+from vllm_mtp.drafter.followed import (
+    LayerCall,
+    Seen,
+    some_tokens,
+    watched,
+)
 from vllm_mtp.drafter.target_facts import long_rope_from
 from vllm_mtp.errors import UnsupportedTargetError
 from vllm_mtp.torch_host.transformers_rope import depends_on_text_length

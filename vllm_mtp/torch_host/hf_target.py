@@ -131,9 +131,7 @@ class HFTarget(OneRank):
         self.decoder = decoder_of(model)
         self._windows = sliding_windows(config)
         self._with_cache = layers_with_attention(config)
-        self._soft_cap: float | None = getattr(config, "final_logit_softcapping", None)
-        self._logit_scale: float = getattr(config, "logit_scale", None) or 1.0
-        self._logit_scale /= getattr(config, "logits_scaling", None) or 1.0
+        self._shaping = _shaping_of(config)
         self._ways: dict[int, _LayerWays] = {}
         self._reads: list[_Read] = []
         self._embedding_scale = 1.0
@@ -157,6 +155,11 @@ class HFTarget(OneRank):
         seen, calls = run_target(self.model, self.decoder)
         self._constants = {
             i: constants_of(self.layer(i), call, kind) for i, call in calls.items()
+        }
+        self._without_rope = {
+            i
+            for i, call in calls.items()
+            if call.arguments.get("position_embeddings", ()) is None
         }
         embedded = self.embed(seen.token_ids)
         self._embedding_scale = embedding_scale(embedded, seen.entering[0])
@@ -264,6 +267,9 @@ class HFTarget(OneRank):
         attend: "_InLayer",
     ) -> Stream:
         hidden = stream.summed()[None]
+        factors = None
+        if index not in self._without_rope:
+            factors = cos_sin(self.decoder, index, hidden, positions)
         out = layer(
             hidden,
             # Any object passes through a layer to the attention function.
@@ -271,7 +277,7 @@ class HFTarget(OneRank):
             position_ids=positions[None],
             past_key_values=None,
             use_cache=False,
-            position_embeddings=cos_sin(self.decoder, index, hidden, positions),
+            position_embeddings=factors,
             **{
                 name: {} if isinstance(value, Mapping) else value
                 for name, value in self._constants[index].items()
@@ -350,7 +356,7 @@ class HFTarget(OneRank):
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         logits = self.model.get_output_embeddings()(hidden)
-        return _shaped(logits, self._soft_cap, self._logit_scale)
+        return self._shaping.of(logits)
 
     def logits_of_tokens(self, token_ids: torch.Tensor) -> nn.Module:
         head = self.model.get_output_embeddings()
@@ -360,7 +366,7 @@ class HFTarget(OneRank):
                 "does not support. Use a drafter with draft_vocab_size null."
             )
         rows = head.weight.detach()[token_ids]
-        return _SmallHead(rows, self._soft_cap, self._logit_scale)
+        return _SmallHead(rows, self._shaping)
 
     def _attention(self, index: int) -> Any:
         return attention_of(self.layer(index))
@@ -387,24 +393,41 @@ def attention_of(layer: Any) -> Any:
 class _SmallHead(nn.Module):
     """The rows of the target's LM head that belong to some tokens."""
 
-    def __init__(
-        self, weight: torch.Tensor, soft_cap: float | None, scale: float
-    ) -> None:
+    def __init__(self, weight: torch.Tensor, shaping: "_Shaping") -> None:
         super().__init__()
         self.weight = nn.Parameter(weight, requires_grad=False)
-        self.soft_cap, self.scale = soft_cap, scale
+        self.shaping = shaping
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """``[..., hidden_size]`` to ``[..., tokens]``."""
-        logits = nn.functional.linear(hidden, self.weight)
-        return _shaped(logits, self.soft_cap, self.scale)
+        return self.shaping.of(nn.functional.linear(hidden, self.weight))
 
 
-def _shaped(logits: torch.Tensor, soft_cap: float | None, scale: float) -> torch.Tensor:
-    """What follows the LM head, in vLLM's order."""
-    if soft_cap is not None:
-        logits = torch.tanh(logits / soft_cap) * soft_cap
-    return logits if scale == 1.0 else logits * scale
+class _Shaping(NamedTuple):
+    """What follows the LM head: a factor, a cap, and another factor."""
+
+    before: float
+    soft_cap: float | None
+    after: float
+
+    def of(self, logits: torch.Tensor) -> torch.Tensor:
+        """Same shape."""
+        if self.before != 1.0:
+            logits = logits * self.before
+        if self.soft_cap is not None:
+            logits = torch.tanh(logits / self.soft_cap) * self.soft_cap
+        return logits if self.after == 1.0 else logits * self.after
+
+
+def _shaping_of(config: Any) -> _Shaping:
+    def number(name: str) -> float:
+        return getattr(config, name, None) or 1.0
+
+    return _Shaping(
+        number("output_multiplier"),
+        getattr(config, "final_logit_softcapping", None),
+        number("logit_scale") / number("logits_scaling"),
+    )
 
 
 def _refuse_chunks(config: Any) -> None:

@@ -86,8 +86,8 @@ class OneLayer(OneRank):
         self, index: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     ) -> torch.Tensor:
         """As in `TargetHost`; the rows read each other, causally."""
-        heads = (self._per_head(rows) for rows in (query, key, value))
-        return self._attend(*heads, self._scoring)
+        query, key, value = map(self._per_head, (query, key, value))
+        return self._attend(query, key, value, self._scoring)
 
     def _per_head(self, rows: torch.Tensor) -> torch.Tensor:
         return rows.unflatten(-1, (-1, self._attention.head_dim)).transpose(0, 1)
