@@ -14,6 +14,11 @@ REQUIREMENTS := requirements/cpu.txt
 # Tests at a time; each takes up to 5 GB.
 WORKERS ?= 2
 
+# PyPI's torchvision is a CUDA build that breaks `import transformers` where Python finds
+# it. Tests of targets that see put it on the path of a process of their own.
+VISION := $(VENV)/vision
+TORCHVISION := torchvision==0.28.0
+
 # Each stamp is written only once its step is whole, so an interrupted set-up is done
 # again and a finished one costs nothing.
 PACKAGES := $(VENV)/.packages
@@ -71,6 +76,7 @@ $(PACKAGES): $(REQUIREMENTS) $(METADATA)/pyproject.toml
 	@$(PYTHON) -m venv --clear $(VENV)
 	@$(PIP) install --no-deps -r $(REQUIREMENTS)
 	@$(PIP) install --no-deps --no-build-isolation ./$(METADATA)
+	@$(PIP) install --no-deps --target $(VISION) $(TORCHVISION)
 	@touch $@
 
 # Again when a pyproject.toml changes, for the entry points and the version.

@@ -2,10 +2,11 @@
 """Write the tables that pages make from the package's data.
 
 The patches in docs/patches.md come from the ledger, the vLLM releases in docs/status.md
-from `vllm_mtp.serving.versions`.
+from `vllm_mtp.serving.versions`, the targets in docs/targets.md from
+`vllm_mtp.families` and `tools.recipes`.
 
-python tools/tables.py            write them
-python tools/tables.py --check    only say whether they are up to date
+python -m tools.tables            write them
+python -m tools.tables --check    only say whether they are up to date
 """
 
 import argparse
@@ -14,6 +15,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from tools.recipes import recipes_table
+from vllm_mtp.families import FAMILIES, Family
 from vllm_mtp.markdown import plain, table
 from vllm_mtp.serving.ledger import PATCHES, Patch
 from vllm_mtp.serving.versions import TABLE, Release, Runner, Status
@@ -88,7 +91,25 @@ def _claim(runner: Runner) -> str:
     return f"{runner.status.value}: {runner.reason}"
 
 
+def families() -> str:
+    """One row per family."""
+    head = ("Family", "vLLM's classes", "V1", "V2", "Shared", "Own", "Train", "Notes")
+    return table(head, map(_family_row, FAMILIES))
+
+
+def _family_row(family: Family) -> tuple[str, ...]:
+    classes = ", ".join(f"`{name}`" for name in family.architectures)
+    yes = {True: "yes", False: "no"}
+    texts = (
+        *(family.name, classes, family.v1.value, family.v2.value),
+        *(yes[family.shared], family.own.value, yes[family.trains], family.note),
+    )
+    return tuple(map(plain, texts))
+
+
 PARTS = (
+    Part("families", ROOT / "docs" / "targets.md", families),
+    Part("recipes", ROOT / "docs" / "targets.md", recipes_table),
     Part("patches", ROOT / "docs" / "patches.md", patches),
     Part("releases", ROOT / "docs" / "status.md", releases),
 )

@@ -4,7 +4,14 @@
 from pathlib import Path
 
 import pytest
+from transformers import (
+    DeepseekV3Config,
+    LlamaConfig,
+    PreTrainedConfig,
+    Qwen3NextConfig,
+)
 
+from vllm_mtp.cli.doctor import Finding, examine_target
 from vllm_mtp.cli.main import COMMANDS, main
 from vllm_mtp.drafter.checkpoint import load_drafter, read_config
 from vllm_mtp.drafter.config import OwnLayerConfig, SharedLayerConfig
@@ -152,3 +159,33 @@ def test_interrupt_is_no_stack_trace(
     monkeypatch.setattr(Doctor, "run", interrupted)
     assert main(["doctor"]) == 130
     assert capsys.readouterr().err == "vllm-mtp doctor: interrupted\n"
+
+
+def test_doctor_says_what_is_known_of_a_target(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    texts = [f.text for f in examine_target(str(tiny_llama)) if not f.failed]
+    assert any("llama (LlamaForCausalLM), 4 layers" in text for text in texts)
+    assert any(text.startswith("Llama: V1: exact; V2: exact") for text in texts)
+    assert any("copies of the target's" in text for text in texts)
+
+    def lines(config: PreTrainedConfig, name: str) -> dict[str, Finding]:
+        config.save_pretrained(tmp_path / name)
+        return {f.topic: f for f in examine_target(str(tmp_path / name))}
+
+    hybrid = Qwen3NextConfig(
+        num_hidden_layers=8, architectures=["Qwen3NextForCausalLM"]
+    )
+    found = lines(hybrid, "hybrid")
+    assert "of which [3, 7] have a KV cache" in found["target"].text
+    assert found["layers"].text == "no shared ones; own ones with --own-init random"
+    latent = DeepseekV3Config(architectures=["DeepseekV3ForCausalLM"])
+    found = lines(latent, "latent")
+    assert found["target"].failed
+    assert "multi-head latent attention" in found["target"].text
+    unknown = LlamaConfig(architectures=["NobodysForCausalLM"])
+    found = lines(unknown, "unknown")
+    assert found["family"].note
+    assert "not in the table" in found["family"].text
+    (missing,) = examine_target(str(tmp_path / "nowhere"))
+    assert missing.failed

@@ -30,7 +30,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 HERE = Path(__file__).parent
 VISION = ROOT / ".venv" / "vision"
 # Whether this process's vLLM finds torchvision.
-SEES = os.environ.get("VLLM_MTP_TESTS_SEE") == "1"
+SEES = os.environ.get("MTP_TESTS_SEE") == "1"
 NEED_TORCHVISION = {
     *("qwen2_5_vl", "qwen3_vl", "qwen3_5", "qwen3_5_moe", "glm_ocr"),
     *("gemma3_mm", "llava", "mistral3", "muse_glimmer"),
@@ -340,7 +340,7 @@ def test_families_that_see(which: str, tmp_path: Path) -> None:
     path = [str(HERE / "vision"), str(VISION), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(filter(None, path)),
-        "VLLM_MTP_TESTS_SEE": "1",
+        "MTP_TESTS_SEE": "1",
     }
     report = run_pytest(["-m", which, __file__], environment, tmp_path, 900)
     if not report.is_good:

@@ -8,6 +8,10 @@ from importlib.metadata import PackageNotFoundError, entry_points, version
 
 from vllm_mtp import engine
 from vllm_mtp.bench.cpu_settings import fastest_environment
+from vllm_mtp.drafter.target_facts import TargetFacts, layers_with_attention
+from vllm_mtp.errors import MTPError
+from vllm_mtp.families import Family, Own, Served, families_of
+from vllm_mtp.flags import flag
 from vllm_mtp.serving import ledger, versions
 
 
@@ -15,10 +19,18 @@ from vllm_mtp.serving import ledger, versions
 class Doctor:
     """Check whether the method can work with the vLLM that is installed here: its
     version and runner, every symbol that the plugin needs, and what is wrong with
-    the fix. Exit code 1 when the method cannot work."""
+    the fix. With a target, also what is known of its family, from its config alone.
+    Exit code 1 when the method cannot work."""
+
+    target: str | None = flag(
+        "a target's Hugging Face folder or hub id: can it be served and trained for?",
+        None,
+    )
 
     def run(self) -> int:
         findings = examine()
+        if self.target is not None:
+            findings += examine_target(self.target)
         width = max(len(finding.topic) for finding in findings)
         for finding in findings:
             print(f"{finding.mark} {finding.topic:<{width}}  {finding.text}")
@@ -58,6 +70,56 @@ def examine() -> list[Finding]:
         *_cpu_libraries(),
         *(_hook(patch) for patch in ledger.PATCHES),
     ]
+
+
+def examine_target(target: str) -> list[Finding]:
+    """What a target's config says, and what is known of its family."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(target)
+    except Exception as error:  # the hub client and configs raise many kinds
+        reason = " ".join(str(error).split())[:300]
+        return [Finding("target", f"{target}: no config to be read ({reason})", True)]
+    architectures = list(config.architectures or ())
+    name = f"{target}: {config.model_type} ({', '.join(architectures) or 'no class'})"
+    try:
+        facts = TargetFacts.from_hf_config(config)
+        readable = layers_with_attention(config.get_text_config())
+    except MTPError as error:
+        return [Finding("target", f"{name}: {error}", True)]
+    text = f"{name}, {facts.num_hidden_layers} layers"
+    if len(readable) < facts.num_hidden_layers:
+        text += f", of which {readable} have a KV cache to read"
+    findings = [Finding("target", text)]
+    families = families_of(architectures)
+    for family in families:
+        refused = family.v1 is Served.REFUSED
+        served = f"V1: {family.v1.value}; V2: {family.v2.value}"
+        note = f" ({family.note})" if family.note else ""
+        topic = "family"
+        findings.append(Finding(topic, f"{family.name}: {served}{note}", refused))
+        if not refused:
+            findings.append(Finding("layers", _layers_text(family)))
+            trains = "trains" if family.trains else "does not train"
+            findings.append(Finding("training", f"`vllm-mtp train` {trains} for it"))
+    if not families:
+        text = (
+            "not in the table of families; it is served and trained if its own forward "
+            "shows at start that its layers can be followed"
+        )
+        findings.append(Finding("family", text, note=True))
+    return findings
+
+
+def _layers_text(family: Family) -> str:
+    shared = "shared ones" if family.shared else "no shared ones"
+    own = {
+        Own.COPY: "own ones, which start as copies of the target's",
+        Own.RANDOM: "own ones with --own-init random",
+        Own.NONE: "no own ones",
+    }[family.own]
+    return f"{shared}; {own}"
 
 
 def _python() -> Finding:

@@ -263,7 +263,18 @@ def _refuse_unsupported(text: Any) -> None:
             f"{text.kv_lora_rank}); its cache holds no keys and values per head, "
             "which our drafters read. Use a target with ordinary attention."
         )
+    for setting in ("index_topk", "sparse_attention_config", "rel_extent"):
+        if getattr(text, setting, None):
+            raise UnsupportedTargetError(
+                f"target {name!r} sets {setting}: its attention is sparse or relative, "
+                "which drafters do not follow. Use another target."
+            )
     kinds = set(_layer_kinds(text) or ["full_attention"])
+    if any("chunked" in kind for kind in kinds):
+        raise UnsupportedTargetError(
+            f"target {name!r} uses chunked attention, which is not supported yet. Use "
+            "another target."
+        )
     if not any(map(_is_attention, kinds)):
         raise UnsupportedTargetError(
             f"target {name!r} has no attention layer (layer_types: "

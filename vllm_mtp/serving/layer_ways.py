@@ -10,7 +10,7 @@ without the KV cache: attention gives every row its own values.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -104,6 +104,7 @@ def run_target(
     positions = torch.arange(len(ids), device=device)
     try:
         with (
+            _finite(layers),
             watched(layers) as calls,
             attention_of_values(decoder),
             # Compiled for these few rows it would be compiled anew for a step's.
@@ -125,6 +126,30 @@ def run_target(
             "token; this architecture is not supported"
         )
     return TargetRun(ids, positions, calls, hidden, logits)
+
+
+@contextmanager
+def _finite(layers: Iterable[nn.Module]) -> Iterator[None]:
+    """Let layers without attention give numbers.
+
+    Without a cache some give what happens to be in memory.
+    """
+
+    def clean(_: nn.Module, __: Any, result: Any) -> Any:
+        if isinstance(result, tuple):
+            return tuple(clean(_, __, part) for part in result)
+        return None if result is None else result.nan_to_num(0.0, 0.0, 0.0)
+
+    hooks = [
+        layer.register_forward_hook(clean)
+        for layer in layers
+        if not any(isinstance(part, Attention) for part in layer.modules())
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @contextmanager

@@ -126,7 +126,6 @@ class HFTarget(OneRank):
     def __init__(self, model: PreTrainedModel) -> None:
         TargetFacts.from_hf_config(model.config)  # refuses what no host can follow
         config = model.config.get_text_config()
-        _refuse_chunks(config)
         self.model = model
         self.decoder = decoder_of(model)
         self._windows = sliding_windows(config)
@@ -428,15 +427,6 @@ def _shaping_of(config: Any) -> _Shaping:
         getattr(config, "final_logit_softcapping", None),
         number("logit_scale") / number("logits_scaling"),
     )
-
-
-def _refuse_chunks(config: Any) -> None:
-    kinds: list[str] = getattr(config, "layer_types", None) or []
-    if any("chunked" in kind for kind in kinds):
-        raise UnsupportedTargetError(
-            f"target {config.model_type!r} uses chunked attention, which the torch "
-            "drafter does not support yet; use another target"
-        )
 
 
 @contextmanager
