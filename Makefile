@@ -18,6 +18,7 @@ WORKERS ?= 2
 # it. Tests of targets that see put it on the path of a process of their own.
 VISION := $(VENV)/vision
 TORCHVISION := torchvision==0.28.0
+SEES := $(VISION)/.installed
 
 # Each stamp is written only once its step is whole, so an interrupted set-up is done
 # again and a finished one costs nothing.
@@ -76,10 +77,14 @@ $(PACKAGES): $(REQUIREMENTS) $(METADATA)/pyproject.toml
 	@$(PYTHON) -m venv --clear $(VENV)
 	@$(PIP) install --no-deps -r $(REQUIREMENTS)
 	@$(PIP) install --no-deps --no-build-isolation ./$(METADATA)
+	@touch $@
+
+$(SEES): $(PACKAGES)
+	@rm -rf $(VISION)
 	@$(PIP) install --no-deps --target $(VISION) $(TORCHVISION)
 	@touch $@
 
 # Again when a pyproject.toml changes, for the entry points and the version.
-$(READY): $(PACKAGES) pyproject.toml setup.py $(DRAFTERS)/pyproject.toml
+$(READY): $(PACKAGES) $(SEES) pyproject.toml setup.py $(DRAFTERS)/pyproject.toml
 	@$(PIP) install --no-deps --no-build-isolation --editable . --editable ./$(DRAFTERS)
 	@touch $@

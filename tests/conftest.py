@@ -28,6 +28,7 @@ pytest_plugins = ["tests.servers", "tests.tiny_answers"]
 # Tests of a group run one after the other in one process, for what they share; a file
 # is a group, but for these. The longest come first, so that none is left for the end.
 LONG_FIRST = (
+    "test_families",
     "v2-other",
     "v2-matrix",
     "matrix-smollm2",

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tools.recipes import recipes_table
-from vllm_mtp.families import FAMILIES, Family
+from vllm_mtp.families import FAMILIES, Family, Served
 from vllm_mtp.markdown import plain, table
 from vllm_mtp.serving.ledger import PATCHES, Patch
 from vllm_mtp.serving.versions import TABLE, Release, Runner, Status
@@ -100,6 +100,8 @@ def families() -> str:
 def _family_row(family: Family) -> tuple[str, ...]:
     classes = ", ".join(f"`{name}`" for name in family.architectures)
     yes = {True: "yes", False: "no"}
+    if family.v1 is Served.NOT_RUN:
+        yes[True] = "not tried"
     texts = (
         *(family.name, classes, family.v1.value, family.v2.value),
         *(yes[family.shared], family.own.value, yes[family.trains], family.note),

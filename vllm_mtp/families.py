@@ -26,6 +26,7 @@ class Own(Enum):
     COPY = "copy"
     RANDOM = "random"
     NONE = "none"
+    UNKNOWN = "not tried"
 
 
 class Family(NamedTuple):
@@ -87,11 +88,10 @@ def _not_run(
     name: str,
     *architectures: str,
     shared: bool = True,
-    own: Own = Own.RANDOM,
-    trains: bool = True,
     tested: tuple[str, ...] = (),
     why: str,
 ) -> Family:
+    own, trains = Own.UNKNOWN, True
     return Family(
         name, architectures, _NOT_RUN, _NOT_RUN, shared, own, trains, tested, why
     )
@@ -145,7 +145,7 @@ FAMILIES: tuple[Family, ...] = (
         "Gemma4ForConditionalGeneration",
         "Gemma4UnifiedForConditionalGeneration",
         tested=("gemma4",),
-        note="two head sizes; compared as the text model alone",
+        note="two head sizes; compared as the text model alone, without experts",
     ),
     _exact("gpt-oss", "GptOssForCausalLM", own=Own.RANDOM, tested=("gpt_oss",)),
     _exact(
@@ -193,8 +193,6 @@ FAMILIES: tuple[Family, ...] = (
     _not_run(
         "Mistral in its own format, Pixtral",
         "PixtralForConditionalGeneration",
-        own=Own.COPY,
-        trains=False,
         why="its text part is Mistral's; training wants a Hugging Face folder",
     ),
     _exact(

@@ -419,7 +419,8 @@ def wrong_value(draw: st.DrawFn, good: Good) -> Damage:
 # Keys without which a config is another, or none.
 _OPTIONAL = (
     *("name", "weights_fingerprint", "lora", "prefix_window"),
-    *("norm", "norm_placement", "activation"),
+    *("norm", "norm_placement", "activation", "cached_layers"),
+    *("parallel", "v_norm", "qk_norm_after_rope"),  # which have no tensors
 )
 
 

@@ -60,6 +60,7 @@ VALID: dict[str, Any] = {
         "num_key_value_heads": 1,
         "head_dim": 8,
         "layer_heads": None,
+        "cached_layers": [0, 1, 2, 3],
         "vocab_size": 32,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
         "weights_fingerprint": "00ff",
@@ -88,6 +89,7 @@ OPTIONAL = {
     ("target", "name"): None,
     ("target", "intermediate_size"): None,
     ("target", "layer_heads"): None,
+    ("target", "cached_layers"): None,
     ("target", "weights_fingerprint"): None,
 }
 FREE = ("target", "rope_parameters")  # whatever the target's config holds

@@ -315,7 +315,12 @@ COPIED: dict[str, dict[str, Any]] = {
     "qwen2_5_vl": {"qkv_bias": True},
     "qwen3_vl": {"qk_norm": True},
     "llava": {},
+    "mistral": {},
     "mistral3": {},
+    "llama_dynamic": {},
+    "llama_yarn": {},
+    "phi3_longrope": {},
+    "glm_ocr": {"norm_placement": "around"},
 }
 
 

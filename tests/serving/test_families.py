@@ -6,7 +6,9 @@ Families whose code in vLLM imports torchvision run in a process of their own, a
 """
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +25,7 @@ from vllm_mtp.cli.main import main
 from vllm_mtp.drafter.checkpoint import save_drafter
 from vllm_mtp.drafter.init import DrafterOptions, new_drafter
 from vllm_mtp.errors import UnsupportedTargetError
-from vllm_mtp.families import FAMILIES, Family, Served
+from vllm_mtp.families import FAMILIES, Family, Own, Served
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
@@ -115,6 +117,50 @@ def test_from_init_to_served(
     if case.family.shared:
         # The first draft of a drafter that is the target is the target's next token.
         assert served.counts.accepted_per_position[0] == served.counts.drafts
+
+
+# Every form that a copy can have, and both ways to rotate; the others are slow.
+OF_TRANSFORMERS = {"olmo3", "smollm3", "seed_oss"}
+COPIES = {"gemma4", "olmo3", "cohere2", "glm4", "exaone4"}
+
+
+@pytest.mark.skipif(ON_V2, reason="one runner is enough")
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in COPIES or SEES else pytest.mark.slow)
+        for family in FAMILIES
+        for name in family.tested
+        if family.own is Own.COPY
+        and family.shared
+        and (name in NEED_TORCHVISION) is SEES
+    ],
+)
+def test_copies_of_all_layers_are_the_target(
+    name: str, tiny_targets: dict[str, Path], tmp_path: Path
+) -> None:
+    """Also in vLLM, by its RoPE and its cache."""
+    target, out = tiny_targets[name], tmp_path / "drafter"
+    flags = ["--num-speculative-tokens", "1", "--dtype", "float32"]
+    command = [
+        "init",
+        "--target",
+        str(target),
+        "--layers",
+        "own:all",
+        "--out",
+        str(out),
+    ]
+    if name in OF_TRANSFORMERS:
+        # vLLM has changed transformers' classes if it ran such a target before.
+        run = "import sys; from vllm_mtp.cli.main import main; sys.exit(main())"
+        subprocess.run([sys.executable, "-c", run, *command, *flags], check=True)
+    else:
+        assert main([*command, *flags]) == 0
+    with engine(target, spec_of(out)) as llm:
+        counts = ask(llm).counts
+    # Two tokens can be as likely, up to rounding.
+    assert counts.accepted_per_position[0] >= counts.drafts - 1 > 10
 
 
 @pytest.mark.skipif(ON_V2 or SEES, reason="one runner is enough")
@@ -243,38 +289,42 @@ def test_positions_behind_an_image(
     options = DrafterOptions(dtype="float32", own_init="random")
     save_drafter(new_drafter(target, layers, K, options), tmp_path / "drafter")
     settings = dict(OF_HYBRIDS) if name in HYBRIDS else {}
-    runs = {}
-    for spec in (None, spec_of(tmp_path / "drafter")):
+    alone, served, texts = [], [], []
+    for spec, runs in ((None, alone), (spec_of(tmp_path / "drafter"), served)):
         with engine(target, spec, **settings) as llm:
-            for model in made_up_images(llm, monkeypatch):
-                runs[spec is None, model] = generate(llm, PROMPTS, MAX_TOKENS)
-    alone, served = runs[True, "image"], runs[False, "image"]
-    assert differences(alone, served, TIE_MARGIN.get(name, 0.0)) == []
-    assert alone.token_ids[0] != runs[True, "text"].token_ids[0]
-    assert served.token_ids[2] == runs[False, "text"].token_ids[2]  # it has none
-    if layers == "shared:all":
-        assert served.counts.accepted_per_position[0] == served.counts.drafts > 10
+            texts.append(ask(llm))
+            llm.reset_prefix_cache()
+            model = runner_of(llm).get_model()
+            monkeypatch.setattr(model, MROPE, positions_with_image, raising=False)
+            # The same slots of the batch get other offsets, one request after another.
+            for prompts in IN_TURN:
+                runs.append(generate(llm, prompts, MAX_TOKENS))
+                llm.reset_prefix_cache()
+    margin = TIE_MARGIN.get(name, 0.0)
+    for one, other in zip(alone, served, strict=True):
+        assert differences(one, other, margin) == []
+        if layers == "shared:all":
+            assert other.counts.accepted_per_position[0] == other.counts.drafts > 3
+    assert alone[0].token_ids[0] != texts[0].token_ids[0]
+    assert served[2].token_ids == [texts[1].token_ids[2]]  # it has no image
 
 
-def made_up_images(llm: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """First text alone, then with images."""
-    yield "text"
-    llm.reset_prefix_cache()
+MROPE = "get_mrope_input_positions"
+IN_TURN = (PROMPTS[:1], PROMPTS[1:2], PROMPTS[2:], PROMPTS)
 
-    def positions(tokens: Sequence[int], *_: Any, **__: Any) -> tuple[Any, int]:
-        axes = torch.arange(len(tokens)).repeat(3, 1)
-        if len(tokens) <= IMAGE.stop:
-            return axes, 0
-        patches = torch.arange(len(IMAGE))
-        axes[0, IMAGE.start : IMAGE.stop] = IMAGE.start
-        axes[1, IMAGE.start : IMAGE.stop] = IMAGE.start + patches // 5
-        axes[2, IMAGE.start : IMAGE.stop] = IMAGE.start + patches % 5
-        axes[:, IMAGE.stop :] -= SHORTER
-        return axes, -SHORTER
 
-    model = runner_of(llm).get_model()
-    monkeypatch.setattr(model, "get_mrope_input_positions", positions, raising=False)
-    yield "image"
+def positions_with_image(tokens: Sequence[int], *_: Any, **__: Any) -> tuple[Any, int]:
+    """Positions on three axes, and what is added to those behind the prompt."""
+    axes = torch.arange(len(tokens)).repeat(3, 1)
+    if len(tokens) <= IMAGE.stop:
+        return axes, 0
+    shorter = SHORTER if len(tokens) > 40 else SHORTER // 2
+    patches = torch.arange(len(IMAGE))
+    axes[0, IMAGE.start : IMAGE.stop] = IMAGE.start
+    axes[1, IMAGE.start : IMAGE.stop] = IMAGE.start + patches // 5
+    axes[2, IMAGE.start : IMAGE.stop] = IMAGE.start + patches % 5
+    axes[:, IMAGE.stop :] -= shorter
+    return axes, -shorter
 
 
 def ask(llm: Any) -> Run:
@@ -335,8 +385,7 @@ def test_families_that_see(which: str, tmp_path: Path) -> None:
     """In a process whose vLLM finds torchvision."""
     if (which == "slow") is not ON_V2:
         pytest.skip("on V1 none is slow, on V2 all are")
-    if not VISION.is_dir():
-        pytest.skip("`make setup` puts torchvision there")
+    assert VISION.is_dir(), "`make setup` puts torchvision there"
     path = [str(HERE / "vision"), str(VISION), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(filter(None, path)),

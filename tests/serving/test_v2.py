@@ -36,6 +36,7 @@ RUNS: dict[str, tuple[Sequence[str], str]] = {
         ),
         EVERY_RUN,
     ),
+    "families": (("test_families.py",), EVERY_RUN),
 }
 SLOW_RUNS: dict[str, tuple[Sequence[str], str]] = {
     "tensor-parallel": (("test_tensor_parallel.py",), EVERY_RUN),
@@ -43,6 +44,7 @@ SLOW_RUNS: dict[str, tuple[Sequence[str], str]] = {
         ("test_parity.py", "test_host_syncs.py", "test_faults.py", "v2_cases.py"),
         "slow",
     ),
+    "slow-families": (("test_families.py",), "slow"),
     "slow-others": (("test_async.py", "test_distribution.py"), EVERY_RUN),
 }
 WHOLE_MATRIX = (("test_matrix.py",), "matrix")

@@ -12,9 +12,6 @@ from vllm_mtp.families import FAMILIES, Own, Served
 from vllm_mtp.serving.ledger import PATCHES
 from vllm_mtp.serving.versions import TABLE
 
-# Of the same layers as others that are copied.
-OF_OTHERS = {"mistral", "llama_dynamic", "llama_yarn", "phi3_longrope", "glm_ocr"}
-
 
 @pytest.mark.parametrize("part", tables.PARTS, ids=lambda part: part.name)
 def test_the_page_is_up_to_date(part: tables.Part) -> None:
@@ -36,10 +33,10 @@ def test_every_family_stands_for_tiny_targets() -> None:
         ran = family.v1 in (Served.EXACT, Served.TIES)
         assert set(family.tested) <= set(TINY), family.name
         assert bool(family.tested) or not ran, family.name
-        copied = [name in COPIED for name in family.tested if name not in OF_OTHERS]
-        assert not ran or all(found is (family.own is Own.COPY) for found in copied)
     named = {name for family in FAMILIES for name in family.tested}
     assert named == set(TINY)
+    copied = {n for family in FAMILIES if family.own is Own.COPY for n in family.tested}
+    assert copied == set(COPIED)
 
 
 def test_every_recipe_has_a_family() -> None:

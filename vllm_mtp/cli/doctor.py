@@ -97,12 +97,9 @@ def examine_target(target: str) -> list[Finding]:
         refused = family.v1 is Served.REFUSED
         served = f"V1: {family.v1.value}; V2: {family.v2.value}"
         note = f" ({family.note})" if family.note else ""
-        topic = "family"
-        findings.append(Finding(topic, f"{family.name}: {served}{note}", refused))
-        if not refused:
-            findings.append(Finding("layers", _layers_text(family)))
-            trains = "trains" if family.trains else "does not train"
-            findings.append(Finding("training", f"`vllm-mtp train` {trains} for it"))
+        findings.append(Finding("family", f"{family.name}: {served}{note}", refused))
+    if families and families[0].v1 in (Served.EXACT, Served.TIES):
+        findings.append(Finding("layers", _layers_text(families[0])))
     if not families:
         text = (
             "not in the table of families; it is served and trained if its own forward "
@@ -117,9 +114,8 @@ def _layers_text(family: Family) -> str:
     own = {
         Own.COPY: "own ones, which start as copies of the target's",
         Own.RANDOM: "own ones with --own-init random",
-        Own.NONE: "no own ones",
     }[family.own]
-    return f"{shared}; {own}"
+    return f"{shared}; {own}; `vllm-mtp train` takes it"
 
 
 def _python() -> Finding:

@@ -298,6 +298,12 @@ def _check_layer(
             f"layers.{index}.target_layer: got {layer.target_layer}, the target "
             f"has layers 0 to {last}"
         )
+    cached = target.cached_layers
+    if cached is not None and layer.target_layer not in cached:
+        raise ValueError(
+            f"layers.{index}.target_layer: got {layer.target_layer}, which has no keys "
+            f"and values per token to read; the target's layers {list(cached)} have"
+        )
     lora = layer.lora if isinstance(layer, SharedLayerConfig) else None
     if lora and target.intermediate_size is None and MLP_LINEARS & set(lora.modules):
         raise ValueError(

@@ -102,12 +102,14 @@ def draft_cost(config: DrafterConfig) -> DraftCost:
         kv_bytes_read_per_token=sum(
             _kv_bytes(facts, layer.target_layer) for layer in config.layers
         ),
-        target_kv_bytes_per_token=sum(_kv_bytes(facts, i) for i in all_layers),
+        target_kv_bytes_per_token=sum(
+            _kv_bytes(facts, i) for i in facts.cached_layers or all_layers
+        ),
     )
 
 
 def _layer_parameters(facts: TargetFacts, index: int) -> int:
-    """Weights of one target layer, as if it were dense and Llama-like."""
+    """Weights of one target layer, as if it were dense and had attention."""
     sizes = [linear_sizes(facts.of_layer(index), name) for name in get_args(LinearName)]
     return sum(a * b for a, b in sizes) + 2 * facts.hidden_size
 

@@ -250,7 +250,7 @@ def _own_layer_config(
     target_layer: int, hf_config: Any, form: dict[str, Any]
 ) -> OwnLayerConfig:
     values = getattr(hf_config, "v_head_dim", None)
-    if values is not None and values != getattr(hf_config, "head_dim", values):
+    if values is not None and values != (getattr(hf_config, "head_dim", 0) or values):
         raise UnsupportedTargetError(
             f"layers: {hf_config.model_type!r} has values of another size than its "
             f"keys (v_head_dim {values}), which own layers do not. Use shared layers."

@@ -68,6 +68,13 @@ class TargetFacts(BaseModel):
         description="The heads of every layer, where not all layers have the above; "
         "else null.",
     )
+    cached_layers: tuple[int, ...] | None = Field(
+        default=None,
+        min_length=1,
+        max_length=MAX_COUNT,
+        description="The layers that have keys and values of every token, where not "
+        "all have; else null.",
+    )
     vocab_size: int = Field(ge=1, le=MAX_SIZE, description="Size of the vocabulary.")
     rope_parameters: dict[str, JsonValue] = Field(
         description="RoPE settings as in the target's config."
@@ -304,6 +311,7 @@ def _facts(text: Any) -> dict[str, Any]:
             of_layer.model_copy(update={"num_attention_heads": number})
             for of_layer, number in zip(heads, numbers, strict=True)
         ]
+    cached = tuple(layers_with_attention(text))
     differ = any(of_layer != heads[0] for of_layer in heads)
     return {
         "model_type": text.model_type,
@@ -312,6 +320,7 @@ def _facts(text: Any) -> dict[str, Any]:
         "intermediate_size": getattr(text, "intermediate_size", None) or None,
         **heads[0].model_dump(),
         "layer_heads": tuple(heads) if differ else None,
+        "cached_layers": cached if len(cached) < len(heads) else None,
         "vocab_size": text.vocab_size,
         "rope_parameters": _rope_parameters(text),
     }

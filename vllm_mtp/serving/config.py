@@ -16,6 +16,7 @@ from vllm_mtp.drafter.layout import require_whole_blocks
 from vllm_mtp.drafter.sharding import require_divisible
 from vllm_mtp.drafter.target_facts import (
     TargetFacts,
+    layers_with_attention,
     long_rope_from,
     sliding_windows,
 )
@@ -35,6 +36,7 @@ logger = logging.getLogger("vllm.mtp_placeholder")
 
 # With one of these, the user chooses how much is drafted.
 _LENGTHS = ("num_speculative_tokens", "num_speculative_tokens_per_batch_size")
+_FIRST_FOR_HYBRIDS = "0.32.0"
 _PARALLEL_SIZES = (
     "pipeline_parallel_size",
     "decode_context_parallel_size",
@@ -159,7 +161,7 @@ def build_config(
     # still sees it, and not in a worker's stack trace.
     drafter_config = load_drafter(folder, dtype=target_model_config.dtype).config
     try:
-        overridden = bool(getattr(engine_args, "hf_overrides", None))
+        overridden = _overrides_rope(getattr(engine_args, "hf_overrides", None))
         _require_fits(drafter_config, facts, overridden)
         _require_readable(drafter_config, engine_args, target_model_config)
         require_divisible(drafter_config, target_parallel_config.tensor_parallel_size)
@@ -207,6 +209,17 @@ def _require_fits(config: DrafterConfig, facts: TargetFacts, overridden: bool) -
             "drafter's config.json to the latter"
         )
     logger.warning("%s: %s; fewer drafts may be accepted", METHOD, difference)
+
+
+def _overrides_rope(overrides: Any) -> bool:
+    """Whether ``--hf-overrides`` may change RoPE; a function may change anything."""
+    if not isinstance(overrides, dict):
+        return callable(overrides)
+    return any(
+        "rope" in str(key) or _overrides_rope(value)
+        for key, value in overrides.items()
+        if "rope" in str(key) or isinstance(value, dict)
+    )
 
 
 def _require_readable(config: DrafterConfig, engine_args: Any, model: Any) -> None:
@@ -270,6 +283,14 @@ def _require_supported(engine_args: Any, model: Any, parallel: Any) -> None:
                 f"method {METHOD!r}: {setting} is set: {reason}. Leave it out, or "
                 "serve without this method."
             )
+    text = model.hf_config.get_text_config()
+    is_hybrid = len(layers_with_attention(text)) < text.num_hidden_layers
+    if is_hybrid and versions.is_older_than(_FIRST_FOR_HYBRIDS):
+        raise UnsupportedTargetError(
+            f"method {METHOD!r}: some layers of the target have a state in place of a "
+            f"cache, which vLLM before {_FIRST_FOR_HYBRIDS} takes up wrongly after a "
+            f"step without drafts. Install vLLM {_FIRST_FOR_HYBRIDS} or newer."
+        )
     if getattr(model, "uses_xdrope_dim", 0):
         raise UnsupportedTargetError(
             f"method {METHOD!r}: the target uses XD-RoPE (text with several position "

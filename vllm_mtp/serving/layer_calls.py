@@ -11,15 +11,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from vllm.model_executor.layers.attention import Attention
 
 from vllm_mtp.drafter.followed import LayerCall
 from vllm_mtp.errors import UnsupportedTargetError
 from vllm_mtp.serving.layer_ways import LayerForm, layer_form
-from vllm_mtp.torch_host.transformers_rope import (
-    apply_rope,
-    cos_sin,
-    depends_on_text_length,
-)
+from vllm_mtp.torch_host.transformers_layers import Rope, depends_on_text_length
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 
@@ -51,8 +48,7 @@ class NativeLayer(NamedTuple):
 class TransformersLayer(NamedTuple):
     """A layer of a model that vLLM takes from transformers."""
 
-    decoder: Any
-    number: int
+    rope: Rope
 
     def run(
         self,
@@ -69,7 +65,7 @@ class TransformersLayer(NamedTuple):
             position_ids=positions[None],
             past_key_values=None,
             use_cache=False,
-            position_embeddings=cos_sin(self.decoder, self.number, rows, positions),
+            position_embeddings=self.rope.factors(rows, positions),
         )
         return (out[0] if isinstance(out, tuple) else out)[0]
 
@@ -77,9 +73,7 @@ class TransformersLayer(NamedTuple):
         self, positions: torch.Tensor, query: torch.Tensor, key: torch.Tensor
     ) -> Pair:
         """``[rows, heads * head_dim]`` each."""
-        attention = self.decoder.layers[self.number].self_attn
-        factors = cos_sin(self.decoder, self.number, query[None], positions)
-        return apply_rope(attention, query, key, *factors)
+        return self.rope.rotate(positions, query, key)
 
 
 def layer_of(
@@ -105,9 +99,13 @@ def layer_of(
                 f"({decoder.rotary_emb.rope_type!r}) hangs on the longest text of a "
                 "batch; this architecture is not supported"
             )
-        return TransformersLayer(decoder, index)
-    rotary: list[Any] = [
-        module.rotary_emb for module in layer.modules() if hasattr(module, "rotary_emb")
-    ]
-    found = rotary[0] if len(rotary) == 1 else None
+        if not any(isinstance(module, Attention) for module in layer.modules()):
+            raise UnsupportedTargetError(
+                f"{type(decoder).__name__} comes from transformers, and this vLLM "
+                "keeps its attention outside of its layers. Install vLLM 0.31 or newer."
+            )
+        return TransformersLayer(Rope(decoder, index))
+    rotary = {getattr(module, "rotary_emb", None) for module in layer.modules()}
+    rotary.discard(None)
+    found = rotary.pop() if len(rotary) == 1 else None
     return NativeLayer(layer_form(call, positions, name), found)

@@ -104,7 +104,7 @@ def run_target(
     positions = torch.arange(len(ids), device=device)
     try:
         with (
-            _finite(layers),
+            _finite_states(layers),
             watched(layers) as calls,
             attention_of_values(decoder),
             # Compiled for these few rows it would be compiled anew for a step's.
@@ -129,19 +129,21 @@ def run_target(
 
 
 @contextmanager
-def _finite(layers: Iterable[nn.Module]) -> Iterator[None]:
+def _finite_states(layers: Iterable[nn.Module]) -> Iterator[None]:
     """Let layers without attention give numbers.
 
     Without a cache some give what happens to be in memory.
     """
 
-    def clean(_: nn.Module, __: Any, result: Any) -> Any:
+    def clean(result: Any) -> Any:
         if isinstance(result, tuple):
-            return tuple(clean(_, __, part) for part in result)
-        return None if result is None else result.nan_to_num(0.0, 0.0, 0.0)
+            return tuple(map(clean, result))
+        if isinstance(result, torch.Tensor) and result.is_floating_point():
+            return result.nan_to_num(0.0, 0.0, 0.0).clamp(-_FAR, _FAR)
+        return result
 
     hooks = [
-        layer.register_forward_hook(clean)
+        layer.register_forward_hook(lambda _, __, result: clean(result))
         for layer in layers
         if not any(isinstance(part, Attention) for part in layer.modules())
     ]
@@ -256,7 +258,7 @@ def layer_ways(
     """
     name = type(layer).__name__
     run = _Run(layer, call, vllm_config)
-    hidden, residual, other = _random_rows(3, hidden_size, dtype, _device(layer))
+    hidden, residual, other = random_rows(3, hidden_size, dtype, _device(layer))
     try:
         summed = run(hidden + residual, None, 0)
         far = run(hidden + residual, None, _far_position(vllm_config))
@@ -306,7 +308,7 @@ def norm_adds_residual(
         dtype: Of the stream.
         device: Where the target is.
     """
-    hidden, residual = _random_rows(2, hidden_size, dtype, device)
+    hidden, residual = random_rows(2, hidden_size, dtype, device)
     with torch.inference_mode():
         expected = first_of(norm(hidden + residual))
         try:
@@ -369,7 +371,7 @@ class _Run:
         return _Result(stream_of(result, is_pair), keys[0], is_pair)
 
 
-def _random_rows(
+def random_rows(
     count: int, hidden_size: int, dtype: torch.dtype, device: torch.device
 ) -> list[torch.Tensor]:
     """The same on every rank. ``[NUM_TOKENS, hidden_size]`` each."""

@@ -38,6 +38,8 @@ class Patch:
         why: Why no extension point of vLLM serves.
         remove_when: When this entry can go.
         cpu_only: Applies on the CPU platform only.
+        fixed_in: First release of vLLM that needs it no more, and would be wrong with
+            it.
     """
 
     name: str
@@ -49,6 +51,7 @@ class Patch:
     remove_when: str
     aliases: tuple[str, ...] = ()
     cpu_only: bool = False
+    fixed_in: str | None = None
 
     @property
     def seen(self) -> str:
@@ -137,8 +140,9 @@ CPU_GDN = Patch(
     why="vLLM's CPU code looks for that state where it is after a step with all "
     "drafts: with fewer, verified tokens differ from the target's, or the engine ends "
     "(docs/upstream/).",
-    remove_when="vLLM's `_spec_forward` rolls its buffer by the drafts of the step.",
+    remove_when="0.33 is the oldest vLLM that is supported; it needs no patch.",
     cpu_only=True,
+    fixed_in="0.33.0",
 )
 REQUESTS = Patch(
     name="requests",
@@ -282,6 +286,8 @@ def _missing(patch: Patch, reason: str) -> str:
 
 
 def _applies_here(patch: Patch) -> bool:
+    if patch.fixed_in is not None and not versions.is_older_than(patch.fixed_in):
+        return False
     if not patch.cpu_only:
         return True
     from vllm.platforms import current_platform

@@ -414,9 +414,9 @@ class MTPPlaceholderProposer(DraftModelProposer):
         names = self._runner.input_batch.req_ids
         if rows is not None:
             names = [names[row] for row in rows.tolist()]
-        requests = self._runner.requests
+        requests = map(self._runner.requests.get, names)
         deltas = torch.tensor(
-            [requests[name].mrope_position_delta or 0 for name in names],
+            [(request and request.mrope_position_delta) or 0 for request in requests],
             pin_memory=self.device.type == "cuda",  # or the copy waits for the device
         )
         return deltas.to(self.device, non_blocking=True)

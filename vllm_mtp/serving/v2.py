@@ -73,8 +73,7 @@ class MTPPlaceholderSpeculator(DraftModelSpeculator):
             2, self.max_num_reqs, dtype=torch.int64, device=device
         )
         self._boundary: torch.Tensor | None = None
-        # With M-RoPE: by request slot, what a prompt's images add to positions.
-        self._rope_deltas: torch.Tensor | None = None
+        self._rope_state: Any = None  # the runner's, with M-RoPE
         self._rope_positions = self.input_buffers.positions
         self._graphs: CudaGraphManager | None = None
         self.faults = DraftGuard(alone=vllm_config.parallel_config.world_size == 1)
@@ -108,7 +107,7 @@ class MTPPlaceholderSpeculator(DraftModelSpeculator):
         super().set_attn(model_state, kv_cache_config, block_tables, *args, **kwargs)
         rope_state = getattr(model_state, "rope_state", None)
         if rope_state is not None:
-            self._rope_deltas = rope_state.prefill_delta.gpu
+            self._rope_state = rope_state
             self._rope_positions = torch.zeros_like(self.input_buffers.positions)
         # Not by the base class, which has no layers of a draft model to build it for:
         # the runner would leave such layers out of the target's own bookkeeping.
@@ -256,7 +255,11 @@ class MTPPlaceholderSpeculator(DraftModelSpeculator):
         self, input_batch: InputBatch, num_rejected: torch.Tensor
     ) -> DraftLayout:
         """vLLM's batch of this step, with a block behind every request's prefix."""
-        num_reqs, deltas = input_batch.num_reqs, self._rope_deltas
+        num_reqs, deltas = input_batch.num_reqs, None
+        if self._rope_state is not None:
+            # By request slot; another buffer whenever requests have come.
+            deltas = self._rope_state.prefill_delta.gpu
+            deltas = deltas[input_batch.idx_mapping[:num_reqs]]
         tables = [
             CacheTable(table[:num_reqs], size) for table, size in self._target_tables()
         ]
@@ -266,7 +269,7 @@ class MTPPlaceholderSpeculator(DraftModelSpeculator):
                 input_batch.query_start_loc[1 : num_reqs + 1],
                 num_rejected,
                 tables,
-                None if deltas is None else deltas[input_batch.idx_mapping[:num_reqs]],
+                deltas,
             ),
             self.num_speculative_steps,
             # As it is now: vLLM may have lowered it to what the cache holds, while the
@@ -289,7 +292,7 @@ class MTPPlaceholderSpeculator(DraftModelSpeculator):
         num_rows = layout.positions.numel()
         self._prefix_lens[:num_reqs].copy_(layout.prefix_lens)
         buffers.positions[:num_rows].copy_(layout.positions.flatten())
-        if self._rope_deltas is not None:
+        if self._rope_state is not None:
             self._rope_positions[:num_rows].copy_(layout.rope_positions.flatten())
         buffers.seq_lens[:num_reqs].copy_(layout.seq_lens)
         buffers.seq_lens[num_reqs:].zero_()

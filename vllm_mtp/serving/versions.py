@@ -101,6 +101,7 @@ _V1_HOOKS = (
     *("cpu-sampling", "cpu-gdn"),
 )
 _ALL_HOOKS = (*_V1_HOOKS, "v2-speculator")
+_WITHOUT_GDN = tuple(hook for hook in _ALL_HOOKS if hook != "cpu-gdn")
 _WORKS = Runner(Status.TESTED)
 _ONLY_V1 = Runner(
     Status.ABSENT, "V2 of this release takes no draft models, so vLLM takes V1"
@@ -115,7 +116,7 @@ TABLE = (
     Release("0.30.0", _NO_SAMPLER, _ONLY_V1, Files.CPU_WHEEL, _V1_HOOKS),
     Release("0.31.0", _WORKS, _WORKS, Files.CPU_WHEEL, _ALL_HOOKS),
     Release("0.32.0", _WORKS, _WORKS, Files.CPU_WHEEL, _ALL_HOOKS),
-    Release("0.33.0", _WORKS, _WORKS, Files.PYTHON_ONLY, _ALL_HOOKS),
+    Release("0.33.0", _WORKS, _WORKS, Files.PYTHON_ONLY, _WITHOUT_GDN),
 )
 FLOOR = Version(TABLE[0].version)
 TESTED = tuple(row.version for row in TABLE if row.is_tested)
@@ -126,6 +127,12 @@ def installed() -> Installed | None:
     """The vLLM that Python would import; None when there is none."""
     names = packages_distributions().get("vllm", [])
     return Installed(names[0], version(names[0])) if names else None
+
+
+def is_older_than(release: str) -> bool:
+    """Whether the installed vLLM is; one that tells no version counts as new."""
+    found = installed()
+    return found is not None and Version(found.version) < Version(release)
 
 
 def forced_runner() -> str | None:

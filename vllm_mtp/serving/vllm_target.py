@@ -51,6 +51,7 @@ from vllm_mtp.serving.layer_ways import (
     first_of,
     layer_ways,
     norm_adds_residual,
+    random_rows,
     run_target,
     stream_of,
 )
@@ -101,7 +102,6 @@ class VllmTarget:
         run = run_target(
             model, self._model, self._decoder, facts.vocab_size, vllm_config
         )
-        self._hidden = run.hidden
         self._own = {
             layer.target_layer
             for layer in config.layers
@@ -156,7 +156,8 @@ class VllmTarget:
             self._dtype,
             self._vllm_config,
         )
-        if ways.rotates and isinstance(how, NativeLayer) and how.rotary is None:
+        needs_rope = index in self._own and ways.rotates
+        if needs_rope and isinstance(how, NativeLayer) and how.rotary is None:
             raise UnsupportedTargetError(
                 f"target layer {index} ({type(layer).__name__}) has no single "
                 "`rotary_emb`, which a drafter's queries need; this architecture is "
@@ -269,7 +270,10 @@ class VllmTarget:
     @torch.inference_mode()
     def logits_of_tokens(self, token_ids: torch.Tensor) -> nn.Module:
         small = _SmallHead(self._model, token_ids, self._dtype)
-        error = difference(small(self._hidden), self.logits(self._hidden)[:, token_ids])
+        (rows,) = random_rows(
+            1, self._model.lm_head.weight.shape[1], self._dtype, token_ids.device
+        )
+        error = difference(small(rows), self.logits(rows)[:, token_ids])
         if not error <= _CLOSE:
             raise UnsupportedTargetError(
                 f"the target ({type(self._model).__name__}) does more behind its LM "

@@ -17,7 +17,7 @@ from vllm_mtp.drafter.followed import (
 )
 from vllm_mtp.drafter.target_facts import long_rope_from
 from vllm_mtp.errors import UnsupportedTargetError
-from vllm_mtp.torch_host.transformers_rope import depends_on_text_length
+from vllm_mtp.torch_host.transformers_layers import depends_on_text_length
 
 # Of a layer's call: what a host sets itself, or what says nothing about rows.
 _SET_BY_US = frozenset(
@@ -123,18 +123,15 @@ def fix_rope(decoder: Any) -> None:
     if rotary is None:
         return  # no layer rotates
     kinds: Any = getattr(rotary, "rope_type", "default")
-    of_layers = isinstance(kinds, dict)
-    if of_layers := isinstance(kinds, dict):
-        odd = [k for k in kinds.values() if "dynamic" in k or k == "longrope"]
-        if odd:
-            raise UnsupportedTargetError(
-                f"target {decoder.config.model_type!r} has rope_type {odd[0]!r} in "
-                "some layers, which transformers scales by the text's length and vLLM "
-                "does not, so a drafter would be trained on other keys than it is "
-                "served on; use another target"
-            )
-    if of_layers or not depends_on_text_length(rotary):
+    if not depends_on_text_length(rotary):
         return
+    if isinstance(kinds, dict):
+        raise UnsupportedTargetError(
+            f"target {decoder.config.model_type!r} has layers of rope_type "
+            f"{sorted(set(kinds.values()))}, one of which transformers scales by the "
+            "text's length and vLLM does not, so a drafter would be trained on other "
+            "keys than it is served on; use another target"
+        )
     # vLLM's "dynamic" never scales; transformers' begins to behind the first length.
     if kinds == "longrope" and (switch := long_rope_from(decoder.config)):
         make = ROPE_INIT_FUNCTIONS["longrope"]

@@ -35,7 +35,7 @@ from vllm_mtp.torch_host.block_attention import (
     block_bias,
 )
 from vllm_mtp.torch_host.followed import constants_of, fix_rope, run_target
-from vllm_mtp.torch_host.transformers_rope import apply_rope, cos_sin
+from vllm_mtp.torch_host.transformers_layers import Rope, attention_of
 
 
 @dataclass(frozen=True)
@@ -135,6 +135,7 @@ class HFTarget(OneRank):
         self._reads: list[_Read] = []
         self._embedding_scale = 1.0
         fix_rope(self.decoder)
+        self._ropes = {index: Rope(self.decoder, index) for index in self._with_cache}
         try:
             self._look()
         except MTPError:
@@ -268,7 +269,7 @@ class HFTarget(OneRank):
         hidden = stream.summed()[None]
         factors = None
         if index not in self._without_rope:
-            factors = cos_sin(self.decoder, index, hidden, positions)
+            factors = self._ropes[index].factors(hidden, positions)
         out = layer(
             hidden,
             # Any object passes through a layer to the attention function.
@@ -293,8 +294,7 @@ class HFTarget(OneRank):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if not self._ways_of(index).rotates:
             return query, key
-        factors = cos_sin(self.decoder, index, query, positions)
-        return apply_rope(self._attention(index), query, key, *factors)
+        return self._ropes[index].rotate(positions, query, key)
 
     def attend(
         self, index: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
@@ -380,13 +380,6 @@ def decoder_of(model: Any) -> Any:
     """The part with the layers; some families take the whole model for it."""
     decoder = model.get_decoder()
     return decoder if hasattr(decoder, "layers") else decoder.model
-
-
-def attention_of(layer: Any) -> Any:
-    """The attention of a decoder layer."""
-    names = ("self_attn", "mixer", "attention")
-    found = (getattr(layer, name, None) for name in names)
-    return next(part for part in found if part is not None)
 
 
 class _SmallHead(nn.Module):

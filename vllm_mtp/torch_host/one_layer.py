@@ -22,11 +22,10 @@ from vllm_mtp.errors import UnsupportedTargetError
 from vllm_mtp.torch_host.block_attention import Scoring
 from vllm_mtp.torch_host.hf_target import (
     attention_by,
-    attention_of,
     class_of,
     decoder_of,
 )
-from vllm_mtp.torch_host.transformers_rope import apply_rope, cos_sin
+from vllm_mtp.torch_host.transformers_layers import Rope, attention_of
 
 _ROWS = 8
 _SAME = 1e-4
@@ -50,8 +49,9 @@ class OneLayer(OneRank):
         with torch.device("meta"):
             model = class_of(hf_config).from_config(hf_config, dtype=torch.float32)
         self._decoder = decoder_of(model.eval())
-        self._index = index
-        self._layer = self._decoder.layers[index].to_empty(device="cpu")
+        # Made anew, with what else a layer may hold besides its weights.
+        self._layer = type(self._decoder.layers[index])(self._decoder.config, index)
+        self._layer = self._layer.float().eval()
         found = {name: weight.float() for name, weight in weights.items()}
         problems = self._layer.load_state_dict(found, strict=False)
         if odd := sorted([*problems.missing_keys, *problems.unexpected_keys]):
@@ -62,6 +62,7 @@ class OneLayer(OneRank):
         rotary = getattr(self._decoder, "rotary_emb", None)
         if rotary is not None:  # its factors are no weights
             self._decoder.rotary_emb = type(rotary)(config=self._decoder.config)
+        self._rope = Rope(self._decoder, index)
         self._attention = attention_of(self._layer)
         self._scoring = Scoring(self._attention.scaling)
         self._window = sliding_windows(self._decoder.config)[index]
@@ -79,8 +80,7 @@ class OneLayer(OneRank):
         """As in `TargetHost`."""
         if not self._rotates:
             return query, key
-        factors = cos_sin(self._decoder, self._index, query, positions)
-        return apply_rope(self._attention, query, key, *factors)
+        return self._rope.rotate(positions, query, key)
 
     def attend(
         self, index: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
@@ -128,9 +128,7 @@ class OneLayer(OneRank):
                 position_ids=positions[None],
                 past_key_values=None,
                 use_cache=False,
-                position_embeddings=cos_sin(
-                    self._decoder, self._index, rows[None], positions
-                ),
+                position_embeddings=self._rope.factors(rows[None], positions),
                 **extra,
             )
         return (out[0] if isinstance(out, tuple) else out)[0]
