@@ -12,7 +12,7 @@ PACKAGE = Path(vllm_mtp.__file__).parent
 # From the ground up. Rooms of one floor stand side by side and do not know each other.
 FLOORS = (
     # `engine` uses vLLM, so it needs nothing of ours; `plugin` has the method's name.
-    {"engine", "errors", "files", "flags", "interrupts"}
+    {"engine", "errors", "families", "files", "flags", "interrupts"}
     | {"installed", "markdown", "metrics", "plugin"},
     {"drafter"},
     {"torch_host", "serving", "data"},  # two hosts of a drafter, and texts

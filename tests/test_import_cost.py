@@ -37,7 +37,7 @@ def test_the_drafter_in_torch_does_not_load_vllm() -> None:
     """By no detour either: training must run where vLLM is not installed."""
     loaded = _loaded_by(
         "import vllm_mtp.drafter.checkpoint, vllm_mtp.metrics, "
-        "vllm_mtp.drafter.init, vllm_mtp.torch_host.hf_target"
+        "vllm_mtp.torch_host.new_drafter, vllm_mtp.torch_host.hf_target"
     )
     assert {"torch", "transformers"} <= loaded
     assert "vllm" not in loaded

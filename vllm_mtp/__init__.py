@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vllm_mtp.drafter.checkpoint import load_drafter, read_config, save_drafter
     from vllm_mtp.drafter.config import DrafterConfig
-    from vllm_mtp.drafter.init import new_drafter
     from vllm_mtp.drafter.model import Drafter
     from vllm_mtp.drafter.options import DrafterOptions
     from vllm_mtp.metrics import AcceptanceCounts, read_vllm_counters
     from vllm_mtp.sharing.hub import push_to_hub, save_pretrained
+    from vllm_mtp.torch_host.new_drafter import new_drafter
 
 _HOME = {
     "AcceptanceCounts": "vllm_mtp.metrics",
@@ -23,7 +23,7 @@ _HOME = {
     "DrafterConfig": "vllm_mtp.drafter.config",
     "DrafterOptions": "vllm_mtp.drafter.options",
     "load_drafter": "vllm_mtp.drafter.checkpoint",
-    "new_drafter": "vllm_mtp.drafter.init",
+    "new_drafter": "vllm_mtp.torch_host.new_drafter",
     "push_to_hub": "vllm_mtp.sharing.hub",
     "read_config": "vllm_mtp.drafter.checkpoint",
     "read_vllm_counters": "vllm_mtp.metrics",

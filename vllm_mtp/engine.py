@@ -66,7 +66,10 @@ def _text_only(target: str | os.PathLike[str]) -> dict[str, Any]:
     """Without encoders and processors of images, where the target has any."""
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(target)
+    try:
+        config = AutoConfig.from_pretrained(target)
+    except (OSError, ValueError):  # vLLM says better what is wrong
+        return {}
     sees = config.get_text_config() is not config
     return {"language_model_only": True} if sees else {}
 

@@ -20,9 +20,9 @@ from vllm_mtp.data.settings import (
 )
 from vllm_mtp.data.store import Store
 from vllm_mtp.drafter.checkpoint import save_drafter
-from vllm_mtp.drafter.init import DrafterOptions, new_drafter
 from vllm_mtp.drafter.target_facts import TargetFacts
 from vllm_mtp.evaluation.offline import OfflineResult
+from vllm_mtp.torch_host.new_drafter import DrafterOptions, new_drafter
 
 ANSWER_TOKENS = 8
 

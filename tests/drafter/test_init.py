@@ -16,11 +16,11 @@ from checkpoints_spec.goldens import run_blocks
 from tests.tiny_targets import NUM_LAYERS, make_tiny
 from vllm_mtp.drafter.checkpoint import load_drafter, save_drafter
 from vllm_mtp.drafter.config import LoRAConfig, OwnLayerConfig, SharedLayerConfig
-from vllm_mtp.drafter.init import DrafterOptions, TargetWeights, new_drafter
 from vllm_mtp.drafter.model import Drafter
 from vllm_mtp.drafter.target_facts import TargetFacts
 from vllm_mtp.errors import LayerSpecError, UnsupportedTargetError
 from vllm_mtp.torch_host.hf_target import HFTarget, load_frozen
+from vllm_mtp.torch_host.new_drafter import DrafterOptions, TargetWeights, new_drafter
 
 LORA = LoRAConfig(rank=2, alpha=4.0, modules=("q_proj", "down_proj"))
 WITH_LORA: dict[str, Any] = {"lora_rank": 2, "lora_modules": ["q_proj", "down_proj"]}

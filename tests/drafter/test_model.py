@@ -20,11 +20,11 @@ from vllm_mtp.drafter.heads import (
     pick_block,
     pick_greedy,
 )
-from vllm_mtp.drafter.init import DrafterOptions, new_drafter
 from vllm_mtp.drafter.layout import block_positions
 from vllm_mtp.drafter.model import BoundDrafter, Drafter
 from vllm_mtp.errors import UnsupportedTargetError
 from vllm_mtp.torch_host.hf_target import HFTarget, load_frozen
+from vllm_mtp.torch_host.new_drafter import DrafterOptions, new_drafter
 
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 ALL_LORA: dict[str, Any] = {"lora_rank": 2, "lora_modules": [*MODULES]}

@@ -10,9 +10,9 @@ import pytest
 from vllm_mtp.cli.init import Init
 from vllm_mtp.cli.train import Train
 from vllm_mtp.drafter.config import DrafterConfig, Knob
-from vllm_mtp.drafter.init import new_drafter
 from vllm_mtp.drafter.options import DrafterOptions, help_of
 from vllm_mtp.errors import MTPError
+from vllm_mtp.torch_host.new_drafter import new_drafter
 
 # What is no plain value of the whole drafter, or is asked for by name.
 NO_KNOBS = {

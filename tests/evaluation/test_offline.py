@@ -16,7 +16,6 @@ from transformers.models.auto import AutoModelForCausalLM
 from checkpoints_spec.goldens import fill_weights, run_blocks
 from tests.tiny_targets import make_tiny_llama
 from vllm_mtp.drafter.checkpoint import save_drafter
-from vllm_mtp.drafter.init import DrafterOptions, new_drafter
 from vllm_mtp.drafter.model import BoundDrafter, Drafter
 from vllm_mtp.errors import DataError, MTPError
 from vllm_mtp.evaluation.offline import (
@@ -30,6 +29,7 @@ from vllm_mtp.evaluation.offline import (
 )
 from vllm_mtp.metrics import AcceptanceCounts
 from vllm_mtp.torch_host.hf_target import HFTarget
+from vllm_mtp.torch_host.new_drafter import DrafterOptions, new_drafter
 from vllm_mtp.torch_host.texts import TextBlocks
 
 # So few tokens that drafts of an untrained drafter are often right by chance.

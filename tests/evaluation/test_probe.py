@@ -16,7 +16,6 @@ from tests.evaluation.drafter_faults import FAULTS, Fault
 from tests.tiny_targets import VOCAB_SIZE
 from vllm_mtp.drafter.checkpoint import load_drafter, read_config, save_drafter
 from vllm_mtp.drafter.config import DrafterConfig
-from vllm_mtp.drafter.init import DrafterOptions, new_drafter
 from vllm_mtp.drafter.model import BoundDrafter, Drafter
 from vllm_mtp.errors import CheckpointError, MTPError
 from vllm_mtp.evaluation.blocks import (
@@ -42,6 +41,7 @@ from vllm_mtp.evaluation.probe import (
 )
 from vllm_mtp.evaluation.sketch import relative_errors, sketch
 from vllm_mtp.torch_host.hf_target import HFTarget
+from vllm_mtp.torch_host.new_drafter import DrafterOptions, new_drafter
 
 ROWS: list[dict[str, Any]] = [
     {

@@ -11,8 +11,8 @@ from checkpoints_spec.goldens import fill_weights
 from tests.tiny_targets import make_tiny, make_tiny_w8a8
 from tests.tiny_tokenizer import save_tiny_tokenizer
 from vllm_mtp.drafter.checkpoint import save_drafter
-from vllm_mtp.drafter.init import DrafterOptions, new_drafter
 from vllm_mtp.drafter.model import Drafter
+from vllm_mtp.torch_host.new_drafter import DrafterOptions, new_drafter
 
 # Everything that can stand around a list of layers, at once.
 ALL_OPTIONS = DrafterOptions(

@@ -7,7 +7,7 @@ import pytest
 
 from vllm_mtp.cli.main import main
 from vllm_mtp.drafter.checkpoint import save_drafter
-from vllm_mtp.drafter.init import DrafterOptions, new_drafter
+from vllm_mtp.torch_host.new_drafter import DrafterOptions, new_drafter
 
 pytestmark = pytest.mark.engine
 

@@ -13,9 +13,9 @@ from tests.serving.conftest import PLAIN
 from tests.serving.engines import ON_V2
 from vllm_mtp.cli.main import main
 from vllm_mtp.drafter.checkpoint import save_drafter
-from vllm_mtp.drafter.init import new_drafter
 from vllm_mtp.drafter.layout import table_without
 from vllm_mtp.evaluation.probe import PROBE_FILE
+from vllm_mtp.torch_host.new_drafter import new_drafter
 
 pytestmark = pytest.mark.engine
 

@@ -23,9 +23,9 @@ from tests.serving.test_host_syncs import host_tensors
 from tests.tiny_answers import write_answers
 from vllm_mtp.cli.main import main
 from vllm_mtp.drafter.checkpoint import save_drafter
-from vllm_mtp.drafter.init import DrafterOptions, new_drafter
 from vllm_mtp.errors import UnsupportedTargetError
 from vllm_mtp.families import FAMILIES, Family, Own, Served
+from vllm_mtp.torch_host.new_drafter import DrafterOptions, new_drafter
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 

@@ -34,8 +34,8 @@ from tests.serving.lossless.subjects import (
     smollm2_subject,
 )
 from vllm_mtp.drafter.checkpoint import save_drafter
-from vllm_mtp.drafter.init import DrafterOptions, new_drafter
 from vllm_mtp.evaluation.equality import BF16_TIE_MARGIN
+from vllm_mtp.torch_host.new_drafter import DrafterOptions, new_drafter
 
 pytestmark = pytest.mark.engine
 

@@ -259,7 +259,7 @@ def test_workers_started_either_way_draft(
     """The engine core and its worker are other processes: each registers for itself,
     and the config that arrives there must still be ours."""
     from vllm_mtp.drafter.checkpoint import save_drafter
-    from vllm_mtp.drafter.init import DrafterOptions, new_drafter
+    from vllm_mtp.torch_host.new_drafter import DrafterOptions, new_drafter
 
     options = DrafterOptions(dtype="float32")
     drafter = tmp_path / "drafter"

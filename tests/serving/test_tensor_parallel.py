@@ -13,7 +13,7 @@ from tests.serving.conftest import PLAIN
 from tests.serving.engines import ON_V2, Run, engine, generate, of_each_runner
 from tests.tiny_targets import make_tiny_llama
 from vllm_mtp.drafter.checkpoint import save_drafter
-from vllm_mtp.drafter.init import new_drafter
+from vllm_mtp.torch_host.new_drafter import new_drafter
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(1500)]
 

@@ -13,7 +13,6 @@ from tests.sharing.conftest import HOME
 from tests.tiny_answers import MakeArguments
 from vllm_mtp.data.unseen import TrainingPrompts
 from vllm_mtp.drafter.checkpoint import save_drafter
-from vllm_mtp.drafter.init import new_drafter
 from vllm_mtp.drafter.target_facts import TargetFacts
 from vllm_mtp.errors import CheckpointError
 from vllm_mtp.sharing.made_with import device_name, git_state, versions
@@ -27,6 +26,7 @@ from vllm_mtp.sharing.provenance import (
     untrained,
     without_paths,
 )
+from vllm_mtp.torch_host.new_drafter import new_drafter
 from vllm_mtp.training.record import RunInfo, publish_run, told_arguments
 
 

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Targets that the torch host follows exactly, and those that it refuses at once."""
 
+import importlib.util
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from vllm_mtp.torch_host.hf_target import (
     HFTarget,
     _attend_in_layer,
     _InLayer,
+    load_frozen,
 )
 
 LoadTiny = Callable[..., PreTrainedModel]
@@ -190,6 +193,28 @@ class TestFollowed:
 def _with_half_the_hidden_states(_: Any, __: Any, out: Any) -> Any:
     out.last_hidden_state = out.last_hidden_state * 0.5
     return out
+
+
+@pytest.mark.parametrize(
+    ("settings", "package"),
+    [
+        ({"quant_method": "awq", "bits": 4, "group_size": 32}, "gptqmodel"),
+        ({"quant_method": "gptq", "bits": 4, "dataset": "c4"}, "optimum"),
+        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "bitsandbytes"),
+    ],
+)
+def test_a_quantised_target_names_the_package_that_it_needs(
+    settings: dict[str, Any], package: str, tmp_path: Path
+) -> None:
+    if importlib.util.find_spec(package) is not None:
+        pytest.skip("is installed")
+    folder = make_tiny("llama", tmp_path / "target")
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    config["quantization_config"] = settings
+    (folder / "config.json").write_text(json.dumps(config), "utf-8")
+    with pytest.raises(UnsupportedTargetError, match=package) as error:
+        load_frozen(folder, "float32", "cpu")
+    assert "\n" not in str(error.value)
 
 
 class TestRefused:

@@ -13,10 +13,10 @@ from transformers.models.auto import AutoModelForCausalLM
 
 from checkpoints_spec.goldens import fill_weights
 from tests.tiny_targets import VOCAB_SIZE
-from vllm_mtp.drafter.init import DrafterOptions, new_drafter
 from vllm_mtp.drafter.layout import IGNORE_LABEL, possible_anchors
 from vllm_mtp.drafter.vocabulary import frequent_tokens
 from vllm_mtp.torch_host.hf_target import HFTarget, TargetStates
+from vllm_mtp.torch_host.new_drafter import DrafterOptions, new_drafter
 from vllm_mtp.torch_host.texts import forward_texts
 from vllm_mtp.training.anchors import choose_anchors, generator_for
 from vllm_mtp.training.loss_module import LossModule, LossPlan

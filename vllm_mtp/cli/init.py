@@ -29,9 +29,9 @@ class Init(DrafterOptions):
     def run(self) -> int:
         from vllm_mtp.cli.inspect import describe
         from vllm_mtp.drafter.checkpoint import CONFIG_FILE
-        from vllm_mtp.drafter.init import new_drafter
         from vllm_mtp.sharing.folder import write_folder
         from vllm_mtp.sharing.provenance import untrained
+        from vllm_mtp.torch_host.new_drafter import new_drafter
 
         out = Path(self.out)
         if (out / CONFIG_FILE).exists():

@@ -61,8 +61,10 @@ class TargetFacts(BaseModel):
         ge=1, le=MAX_COUNT, description="Key and value heads."
     )
     head_dim: int = Field(ge=1, le=MAX_COUNT, description="Size of one head.")
+    # Not strict, as a list may stand for it; what it holds is.
     layer_heads: tuple[LayerHeads, ...] | None = Field(
         default=None,
+        strict=False,
         min_length=1,
         max_length=MAX_COUNT,
         description="The heads of every layer, where not all layers have the above; "
@@ -70,6 +72,7 @@ class TargetFacts(BaseModel):
     )
     cached_layers: tuple[int, ...] | None = Field(
         default=None,
+        strict=False,
         min_length=1,
         max_length=MAX_COUNT,
         description="The layers that have keys and values of every token, where not "

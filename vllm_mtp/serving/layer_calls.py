@@ -14,11 +14,83 @@ from torch import nn
 from vllm.model_executor.layers.attention import Attention
 
 from vllm_mtp.drafter.followed import LayerCall
+from vllm_mtp.drafter.transformers_layers import Rope, depends_on_text_length
 from vllm_mtp.errors import UnsupportedTargetError
-from vllm_mtp.serving.layer_ways import LayerForm, layer_form
-from vllm_mtp.torch_host.transformers_layers import Rope, depends_on_text_length
 
 Pair = tuple[torch.Tensor, torch.Tensor]
+
+_RESIDUAL = "residual"
+
+
+def first_of(result: Any) -> torch.Tensor:
+    """What a module gives, without what it gives beside it."""
+    return result[0] if isinstance(result, tuple) else result
+
+
+class LayerForm(NamedTuple):
+    """How the target calls one of its layers."""
+
+    hidden: str  # the parameter with the stream, or with its first part
+    residual: str | None  # the parameter with the second
+    positions: str | None
+    constants: dict[str, Any]
+
+    def arguments(
+        self,
+        hidden: torch.Tensor,
+        residual: torch.Tensor | None,
+        positions: torch.Tensor,
+    ) -> dict[str, Any]:
+        """Of a call for other rows."""
+        given = self.constants | {self.hidden: hidden}
+        if self.residual is not None:
+            given[self.residual] = residual
+        if self.positions is not None:
+            given[self.positions] = positions
+        return given
+
+
+def layer_form(call: LayerCall, positions: torch.Tensor, name: str) -> LayerForm:
+    """Which of a layer's arguments means what.
+
+    Args:
+        call: As the target called it.
+        positions: ``[T]`` int64, of the call's rows.
+        name: The layer's, for messages.
+
+    Raises:
+        UnsupportedTargetError: It is given something that belongs to the text.
+    """
+    hidden = residual = where = None
+    constants: dict[str, Any] = {}
+    odd = []
+    for parameter, value in call.arguments.items():
+        if not isinstance(value, torch.Tensor):
+            constants[parameter] = value
+        elif not value.is_floating_point() and value.flatten().equal(positions):
+            where = parameter
+        elif hidden is None and parameter != _RESIDUAL:
+            hidden = parameter
+        elif residual is None and value.shape == call.arguments[hidden or ""].shape:
+            residual = parameter
+        else:
+            odd.append(parameter)
+    if odd or hidden is None or not _is_plain(constants):
+        odd += [key for key in constants if not _is_plain({key: constants[key]})]
+        raise UnsupportedTargetError(
+            f"the target gives its layers ({name}) more than a stream and positions: "
+            f"{', '.join(odd) or 'no stream'}, which a drafter does not have; this "
+            "architecture is not supported"
+        )
+    if residual is None and constants.get(_RESIDUAL, 0) is None:
+        residual = _RESIDUAL  # of the first layer, which has none yet
+        del constants[_RESIDUAL]
+    return LayerForm(hidden, residual, where, constants)
+
+
+def _is_plain(constants: dict[str, Any]) -> bool:
+    plain = (bool, int, float, str, type(None))
+    return all(isinstance(value, plain) for value in constants.values())
 
 
 class NativeLayer(NamedTuple):

@@ -29,6 +29,7 @@ from vllm_mtp.drafter.followed import (
     watched,
 )
 from vllm_mtp.errors import UnsupportedTargetError
+from vllm_mtp.serving.layer_calls import first_of
 
 # A part that is read changes the result by about its own size, one that is not read
 # by what kernels differ from run to run.
@@ -36,31 +37,6 @@ _NOISE = 0.05
 # The same sum, rounded before or behind the norm, and quantised from there.
 _CLOSE = 0.5
 _FAR = 1000
-
-_HIDDEN, _RESIDUAL = "hidden_states", "residual"
-
-
-class LayerForm(NamedTuple):
-    """How the target calls one of its layers."""
-
-    hidden: str  # the parameter with the stream, or with its first part
-    residual: str | None  # the parameter with the second
-    positions: str | None
-    constants: dict[str, Any]
-
-    def arguments(
-        self,
-        hidden: torch.Tensor,
-        residual: torch.Tensor | None,
-        positions: torch.Tensor,
-    ) -> dict[str, Any]:
-        """Of a call for other rows."""
-        given = self.constants | {self.hidden: hidden}
-        if self.residual is not None:
-            given[self.residual] = residual
-        if self.positions is not None:
-            given[self.positions] = positions
-        return given
 
 
 class LayerWays(NamedTuple):
@@ -193,49 +169,6 @@ def _own_values(
     return values.repeat_interleave(attention.num_heads // kv_heads, dim=1).flatten(1)
 
 
-def layer_form(call: LayerCall, positions: torch.Tensor, name: str) -> LayerForm:
-    """Which of a layer's arguments means what.
-
-    Args:
-        call: As the target called it.
-        positions: ``[T]`` int64, of the call's rows.
-        name: The layer's, for messages.
-
-    Raises:
-        UnsupportedTargetError: It is given something that belongs to the text.
-    """
-    hidden = residual = where = None
-    constants: dict[str, Any] = {}
-    odd = []
-    for parameter, value in call.arguments.items():
-        if not isinstance(value, torch.Tensor):
-            constants[parameter] = value
-        elif not value.is_floating_point() and value.flatten().equal(positions):
-            where = parameter
-        elif hidden is None and parameter != _RESIDUAL:
-            hidden = parameter
-        elif residual is None and value.shape == call.arguments[hidden or ""].shape:
-            residual = parameter
-        else:
-            odd.append(parameter)
-    if odd or hidden is None or not _is_plain(constants):
-        odd += [key for key in constants if not _is_plain({key: constants[key]})]
-        raise UnsupportedTargetError(
-            f"the target gives its layers ({name}) more than a stream and positions: "
-            f"{', '.join(odd) or 'no stream'}, which a drafter does not have; this "
-            "architecture is not supported"
-        )
-    if residual is None and constants.get(_RESIDUAL, 0) is None:
-        residual = _RESIDUAL  # of the first layer, which has none yet
-        del constants[_RESIDUAL]
-    return LayerForm(hidden, residual, where, constants)
-
-
-def _is_plain(constants: dict[str, Any]) -> bool:
-    plain = (bool, int, float, str, type(None))
-    return all(isinstance(value, plain) for value in constants.values())
-
-
 def layer_ways(
     layer: nn.Module,
     call: Callable[..., Any],
@@ -316,11 +249,6 @@ def norm_adds_residual(
         except TypeError:  # it takes one
             return False
     return difference(found, expected) <= _NOISE
-
-
-def first_of(result: Any) -> torch.Tensor:
-    """What a module gives, without what it gives beside it."""
-    return result[0] if isinstance(result, tuple) else result
 
 
 def stream_of(result: Any, carries_residual: bool) -> torch.Tensor:

@@ -43,12 +43,16 @@ from vllm_mtp.drafter.sharding import Rank
 from vllm_mtp.drafter.target_facts import TargetFacts
 from vllm_mtp.errors import UnsupportedTargetError
 from vllm_mtp.serving.kernels import product_with
-from vllm_mtp.serving.layer_calls import NativeLayer, TransformersLayer, layer_of
+from vllm_mtp.serving.layer_calls import (
+    NativeLayer,
+    TransformersLayer,
+    first_of,
+    layer_of,
+)
 from vllm_mtp.serving.layer_ways import (
     LayerWays,
     TargetRun,
     attention_of_values,
-    first_of,
     layer_ways,
     norm_adds_residual,
     random_rows,
@@ -110,8 +114,9 @@ class VllmTarget:
         for index in config.bound_layers:
             self._bind(index, attention, facts, run)
         device = next(self._decoder.parameters()).device
+        self._norm = last_norm_of(self._decoder)
         self._norm_adds = norm_adds_residual(
-            last_norm_of(self._decoder), facts.hidden_size, dtype, device
+            self._norm, facts.hidden_size, dtype, device
         )
         self._require_followed(run, config.shared_layers, facts)
 
@@ -173,21 +178,25 @@ class VllmTarget:
         # All layers of a model treat the residual alike.
         carries = any(ways.carries_residual for ways in self._ways.values())
 
-        def stream(values: dict[str, Any]) -> torch.Tensor:
+        def stream(values: Iterable[Any]) -> torch.Tensor:
             rows = [
                 value
-                for value in values.values()
+                for value in values
                 if isinstance(value, torch.Tensor) and value.is_floating_point()
             ]
-            hidden = rows[0].flatten(0, -2)
-            return hidden + rows[1] if carries and len(rows) > 1 else hidden
+            both = (rows[0], rows[1] if len(rows) > 1 else None)
+            # In the target's type, which is what its norms take.
+            return stream_of(both, carries).flatten(0, -2).to(self._dtype)
 
         calls = [run.calls[index] for index in range(len(run.calls))]
+        results = [
+            c.result if isinstance(c.result, tuple) else [c.result] for c in calls
+        ]
         seen = Seen(
             run.token_ids,
             run.positions,
-            [stream(call.arguments) for call in calls],
-            [stream_of(call.result, carries).flatten(0, -2) for call in calls],
+            [stream(call.arguments.values()) for call in calls],
+            [stream(result) for result in results],
             run.hidden,
             run.logits,
         )
@@ -259,7 +268,7 @@ class VllmTarget:
         return self._attention[index](query, _finite(key), _finite(value))
 
     def final_norm(self, stream: Stream) -> torch.Tensor:
-        norm = last_norm_of(self._decoder)
+        norm = self._norm
         if stream.residual is None or not self._norm_adds:
             return first_of(norm(stream.summed()))
         return norm(stream.hidden, stream.residual)[0]

@@ -16,8 +16,8 @@ from vllm_mtp.drafter.followed import (
     watched,
 )
 from vllm_mtp.drafter.target_facts import long_rope_from
+from vllm_mtp.drafter.transformers_layers import depends_on_text_length
 from vllm_mtp.errors import UnsupportedTargetError
-from vllm_mtp.torch_host.transformers_layers import depends_on_text_length
 
 # Of a layer's call: what a host sets itself, or what says nothing about rows.
 _SET_BY_US = frozenset(

@@ -27,6 +27,7 @@ from vllm_mtp.drafter.target_facts import (
     layers_with_attention,
     sliding_windows,
 )
+from vllm_mtp.drafter.transformers_layers import Rope, attention_of
 from vllm_mtp.errors import MTPError, UnsupportedTargetError
 from vllm_mtp.torch_host.block_attention import (
     BlockBias,
@@ -35,7 +36,6 @@ from vllm_mtp.torch_host.block_attention import (
     block_bias,
 )
 from vllm_mtp.torch_host.followed import constants_of, fix_rope, run_target
-from vllm_mtp.torch_host.transformers_layers import Rope, attention_of
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from vllm_mtp.drafter.config import OwnLayerConfig
 from vllm_mtp.drafter.followed import difference
 from vllm_mtp.drafter.host import OneRank
-from vllm_mtp.drafter.layer_copy import LayerCopy, readings
 from vllm_mtp.drafter.layers import OwnLayer, Stream
 from vllm_mtp.drafter.target_facts import TargetFacts, sliding_windows
+from vllm_mtp.drafter.transformers_layers import Rope, attention_of
 from vllm_mtp.errors import UnsupportedTargetError
 from vllm_mtp.torch_host.block_attention import Scoring
 from vllm_mtp.torch_host.hf_target import (
@@ -25,7 +25,7 @@ from vllm_mtp.torch_host.hf_target import (
     class_of,
     decoder_of,
 )
-from vllm_mtp.torch_host.transformers_layers import Rope, attention_of
+from vllm_mtp.torch_host.layer_copy import LayerCopy, readings
 
 _ROWS = 8
 _SAME = 1e-4

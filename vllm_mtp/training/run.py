@@ -17,7 +17,6 @@ from transformers import AutoTokenizer
 from vllm_mtp.data.store import read_split, require_made_by
 from vllm_mtp.drafter.checkpoint import CONFIG_FILE, load_drafter, read_config
 from vllm_mtp.drafter.cost import draft_cost
-from vllm_mtp.drafter.init import new_drafter
 from vllm_mtp.drafter.model import Drafter
 from vllm_mtp.drafter.target_facts import TargetFacts
 from vllm_mtp.drafter.vocabulary import frequent_tokens
@@ -25,6 +24,7 @@ from vllm_mtp.errors import MTPError
 from vllm_mtp.files import writing
 from vllm_mtp.interrupts import deferred
 from vllm_mtp.torch_host.hf_target import HFTarget, load_frozen
+from vllm_mtp.torch_host.new_drafter import new_drafter
 from vllm_mtp.training.arguments import DrafterTrainingArguments
 from vllm_mtp.training.bridges import bridged_layers, fit_bridges
 from vllm_mtp.training.finish import finish

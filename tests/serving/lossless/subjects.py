@@ -11,8 +11,8 @@ from typing import Any
 from tests.tiny_targets import VOCAB_SIZE, make_tiny_llama
 from tests.tiny_tokenizer import save_tiny_tokenizer
 from vllm_mtp.drafter.checkpoint import save_drafter
-from vllm_mtp.drafter.init import DrafterOptions, new_drafter
 from vllm_mtp.installed import installed_folder
+from vllm_mtp.torch_host.new_drafter import DrafterOptions, new_drafter
 
 MAX_MODEL_LEN = 256
 NUM_PROMPTS = 32

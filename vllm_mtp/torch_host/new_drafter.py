@@ -18,7 +18,6 @@ from vllm_mtp.drafter.config import (
     SharedLayerConfig,
     require_window,
 )
-from vllm_mtp.drafter.layer_copy import LayerCopy
 from vllm_mtp.drafter.layer_spec import BoundLayer, parse_layers
 from vllm_mtp.drafter.layers import OwnLayer
 from vllm_mtp.drafter.model import Drafter
@@ -30,6 +29,8 @@ from vllm_mtp.drafter.target_facts import (
     sliding_windows,
 )
 from vllm_mtp.errors import MTPError, UnsupportedTargetError
+from vllm_mtp.torch_host.layer_copy import LayerCopy
+from vllm_mtp.torch_host.one_layer import copy_of_layer
 
 DTYPES = {
     "bfloat16": torch.bfloat16,
@@ -200,9 +201,6 @@ def _copies(
     bound: list[BoundLayer], weights: TargetWeights, hf_config: Any, facts: TargetFacts
 ) -> dict[int, LayerCopy]:
     """Copies of the target layers that own layers read, by layer."""
-    # Its transformers is only needed here.
-    from vllm_mtp.torch_host.one_layer import copy_of_layer
-
     wanted = {layer.target_layer for layer in bound if layer.kind == "own"}
     return {
         index: copy_of_layer(
