@@ -74,8 +74,7 @@ def _exact(
 
 def _hybrid(name: str, *architectures: str, own: Own, tested: str) -> Family:
     note = "own layers on the layers with full attention; in bfloat16"
-    tests = (tested,) if tested else ()
-    return Family(name, architectures, _TIES, _TIES, False, own, True, tests, note)
+    return Family(name, architectures, _TIES, _TIES, False, own, True, (tested,), note)
 
 
 def _refused(name: str, *architectures: str, why: str) -> Family:

@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, entry_points, version
 
 from vllm_mtp import engine
 from vllm_mtp.bench.cpu_settings import fastest_environment
-from vllm_mtp.drafter.target_facts import TargetFacts, layers_with_attention
+from vllm_mtp.drafter.target_facts import TargetFacts
 from vllm_mtp.errors import MTPError
 from vllm_mtp.families import Family, Own, Served, families_of
 from vllm_mtp.flags import flag
@@ -85,12 +85,11 @@ def examine_target(target: str) -> list[Finding]:
     name = f"{target}: {config.model_type} ({', '.join(architectures) or 'no class'})"
     try:
         facts = TargetFacts.from_hf_config(config)
-        readable = layers_with_attention(config.get_text_config())
     except MTPError as error:
         return [Finding("target", f"{name}: {error}", True)]
     text = f"{name}, {facts.num_hidden_layers} layers"
-    if len(readable) < facts.num_hidden_layers:
-        text += f", of which {readable} have a KV cache to read"
+    if facts.cached_layers is not None:
+        text += f", of which {list(facts.cached_layers)} have a KV cache to read"
     findings = [Finding("target", text)]
     families = families_of(architectures)
     for family in families:

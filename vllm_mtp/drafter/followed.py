@@ -7,7 +7,7 @@ host's own way (embedding, layers, norm, head) must give the same.
 """
 
 import inspect
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -19,7 +19,6 @@ from vllm_mtp.drafter.layers import Stream
 from vllm_mtp.errors import UnsupportedTargetError
 
 NUM_TOKENS = 24  # in a row, and so many that RoPE shows
-_LAYER = "rows behind layer"
 # Relative differences, above what kernels make of them, and what low precision does.
 _MOST_FLOAT32 = 5e-3
 _MOST_ROUNDED = 0.1
@@ -118,10 +117,16 @@ def require_followed(
     exact = seen.hidden.dtype == torch.float32
     most = _MOST_FLOAT32 if exact else _MOST_ROUNDED
 
-    def require(found: torch.Tensor, expected: torch.Tensor, part: str) -> None:
-        # Layers alone may hold a mixture of experts.
-        errors = _differences(found, expected)
-        error = float(errors.median() if part.startswith(_LAYER) else errors.max())
+    def largest(found: torch.Tensor, expected: torch.Tensor) -> float:
+        return float(_differences(found, expected).max())
+
+    def require(
+        found: torch.Tensor,
+        expected: torch.Tensor,
+        part: str,
+        measure: Callable[[torch.Tensor, torch.Tensor], float] = largest,
+    ) -> None:
+        error = measure(found, expected)
         if not error <= most:  # as "not at most", since NaN is neither
             raise UnsupportedTargetError(
                 f"target {name!r} computes something that a drafter would leave out: "
@@ -139,7 +144,8 @@ def require_followed(
         stream = Stream(seen.entering[index][rows])
         stream = host.run_layer(host.layer(index), index, stream, positions)
         left = seen.leaving[index][rows]
-        require(stream.summed(), left, f"{_LAYER} {index}")
+        # Layers alone may hold a mixture of experts.
+        require(stream.summed(), left, f"rows behind layer {index}", difference)
     last = host.final_norm(Stream(seen.leaving[-1]))
     require(last, seen.hidden, "its last hidden states")
     require(host.logits(seen.hidden), seen.logits, "its logits")

@@ -15,6 +15,39 @@ def attention_of(layer: Any) -> Any:
     return next(part for part in found if part is not None)
 
 
+def run_rows(
+    layer: Any,
+    rows: torch.Tensor,
+    positions: torch.Tensor,
+    mask: Any,
+    factors: Any,
+    **others: Any,
+) -> torch.Tensor:
+    """Call a decoder layer on rows, as a batch of one without a cache.
+
+    Args:
+        layer: The layer, or what computes with one.
+        rows: ``[rows, hidden_size]``.
+        positions: ``[rows]`` int64.
+        mask: What the layer hands to its attention function.
+        factors: From `Rope.factors`.
+        others: What else it is given.
+
+    Returns:
+        ``[rows, hidden_size]``.
+    """
+    out = layer(
+        rows[None],
+        attention_mask=mask,
+        position_ids=positions[None],
+        past_key_values=None,
+        use_cache=False,
+        position_embeddings=factors,
+        **others,
+    )
+    return (out[0] if isinstance(out, tuple) else out)[0]
+
+
 class Rope:
     """RoPE of one layer; every model's file has its own functions for it.
 

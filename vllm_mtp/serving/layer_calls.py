@@ -14,7 +14,11 @@ from torch import nn
 from vllm.model_executor.layers.attention import Attention
 
 from vllm_mtp.drafter.followed import LayerCall
-from vllm_mtp.drafter.transformers_layers import Rope, depends_on_text_length
+from vllm_mtp.drafter.transformers_layers import (
+    Rope,
+    depends_on_text_length,
+    run_rows,
+)
 from vllm_mtp.errors import UnsupportedTargetError
 
 Pair = tuple[torch.Tensor, torch.Tensor]
@@ -130,16 +134,8 @@ class TransformersLayer(NamedTuple):
         positions: torch.Tensor,
     ) -> torch.Tensor:
         """``[rows, hidden_size]``; ``residual`` is None."""
-        rows = hidden[None]
-        out = layer(
-            rows,
-            attention_mask=None,
-            position_ids=positions[None],
-            past_key_values=None,
-            use_cache=False,
-            position_embeddings=self.rope.factors(rows, positions),
-        )
-        return (out[0] if isinstance(out, tuple) else out)[0]
+        factors = self.rope.factors(hidden, positions)
+        return run_rows(layer, hidden, positions, None, factors)
 
     def rotate(
         self, positions: torch.Tensor, query: torch.Tensor, key: torch.Tensor

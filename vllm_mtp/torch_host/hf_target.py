@@ -27,7 +27,7 @@ from vllm_mtp.drafter.target_facts import (
     layers_with_attention,
     sliding_windows,
 )
-from vllm_mtp.drafter.transformers_layers import Rope, attention_of
+from vllm_mtp.drafter.transformers_layers import Rope, attention_of, run_rows
 from vllm_mtp.errors import MTPError, UnsupportedTargetError
 from vllm_mtp.torch_host.block_attention import (
     BlockBias,
@@ -266,24 +266,16 @@ class HFTarget(OneRank):
         positions: torch.Tensor,
         attend: "_InLayer",
     ) -> Stream:
-        hidden = stream.summed()[None]
+        hidden = stream.summed()
         factors = None
         if index not in self._without_rope:
             factors = self._ropes[index].factors(hidden, positions)
-        out = layer(
-            hidden,
-            # Any object passes through a layer to the attention function.
-            attention_mask=attend,
-            position_ids=positions[None],
-            past_key_values=None,
-            use_cache=False,
-            position_embeddings=factors,
-            **{
-                name: {} if isinstance(value, Mapping) else value
-                for name, value in self._constants[index].items()
-            },
-        )
-        return Stream((out[0] if isinstance(out, tuple) else out)[0])
+        others = {
+            name: {} if isinstance(value, Mapping) else value
+            for name, value in self._constants[index].items()
+        }
+        # Any object passes through a layer to the attention function.
+        return Stream(run_rows(layer, hidden, positions, attend, factors, **others))
 
     def rotate(
         self,

@@ -17,7 +17,7 @@ from vllm_mtp.drafter.followed import difference
 from vllm_mtp.drafter.host import OneRank
 from vllm_mtp.drafter.layers import OwnLayer, Stream
 from vllm_mtp.drafter.target_facts import TargetFacts, sliding_windows
-from vllm_mtp.drafter.transformers_layers import Rope, attention_of
+from vllm_mtp.drafter.transformers_layers import Rope, attention_of, run_rows
 from vllm_mtp.errors import UnsupportedTargetError
 from vllm_mtp.torch_host.block_attention import Scoring
 from vllm_mtp.torch_host.hf_target import (
@@ -122,16 +122,8 @@ class OneLayer(OneRank):
             {"shared_kv_states": {}} if "shared_kv_states" in parameters else {}
         )
         with attention_by(self._decoder.config, self._attend, self._window) as mask:
-            out = self._layer(
-                rows[None],
-                attention_mask=mask,
-                position_ids=positions[None],
-                past_key_values=None,
-                use_cache=False,
-                position_embeddings=self._rope.factors(rows[None], positions),
-                **extra,
-            )
-        return (out[0] if isinstance(out, tuple) else out)[0]
+            factors = self._rope.factors(rows, positions)
+            return run_rows(self._layer, rows, positions, mask, factors, **extra)
 
     @torch.no_grad()
     def look(self, rows: torch.Tensor) -> None:
