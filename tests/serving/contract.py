@@ -186,6 +186,26 @@ TEXTS: tuple[tuple[str, str, str], ...] = (
         "cpu-sampling",
     ),
 )
+_ATTENTION = "vllm.model_executor.layers.attention"
+# Attention layers call a connector only where this has one: a draft takes it away.
+TEXTS_OF_ALL = (
+    (
+        f"{_ATTENTION}.kv_transfer_utils:maybe_transfer_kv_layer",
+        "if not has_kv_transfer_group()",
+    ),
+    (
+        "vllm.distributed.kv_transfer.kv_transfer_state:has_kv_transfer_group",
+        "return _KV_CONNECTOR_AGENT is not None",
+    ),
+)
+# Connectors that no CPU can run: they learn of blocks from the scheduler alone, and
+# layers tell them nothing.
+_V1_CONNECTORS = "vllm.distributed.kv_transfer.kv_connector.v1"
+SILENT_LAYERS = (
+    *(f"{_V1_CONNECTORS}.nixl:Nixl{kind}Connector" for kind in ("Pull", "Push")),
+    f"{_V1_CONNECTORS}.offloading_connector:OffloadingConnector",
+)
+LAYER_HOOKS = ("wait_for_layer_load", "save_kv_layer")
 
 
 def problems(tree: SourceTree, release: Release) -> list[str]:
@@ -201,6 +221,7 @@ def problems(tree: SourceTree, release: Release) -> list[str]:
     found += _attribute_problems(tree, release)
     found += _call_and_order_problems(tree, _has_v2(release))
     found += _text_problems(tree, release)
+    found += _connector_problems(tree)
     found += _v2_problems(tree, release)
     return sorted(set(found))
 
@@ -258,6 +279,29 @@ def _text_problems(tree: SourceTree, release: Release) -> Iterator[str]:
         says = found is not None and text in ast.unparse(found.node)
         if hook in release.hooks and not says:
             yield f"{symbol}: does not say {text!r} (see the hook {hook})"
+
+
+def _connector_problems(tree: SourceTree) -> Iterator[str]:
+    for symbol, text in TEXTS_OF_ALL:
+        found = tree.find(symbol)
+        if found is None or text not in ast.unparse(found.node):
+            yield f"{symbol}: does not say {text!r}"
+    for symbol in SILENT_LAYERS:
+        owner = tree.find(symbol)
+        for name in LAYER_HOOKS:
+            hook = owner and tree.member(owner, name)
+            if not hook or not _does_nothing(hook.node):
+                yield f"{symbol}: {name} does something, or is not there"
+
+
+def _does_nothing(function: ast.AST) -> bool:
+    """Nothing but a docstring and ``pass``."""
+    assert isinstance(function, Function)
+    return all(
+        isinstance(node, ast.Pass | ast.Expr)
+        and isinstance(getattr(node, "value", ast.Constant("")), ast.Constant)
+        for node in function.body
+    )
 
 
 def _v2_problems(tree: SourceTree, release: Release) -> Iterator[str]:

@@ -111,6 +111,18 @@ CHANGES = {
         "pcp_size",
         "ParallelConfig: has no prefill_context_parallel_size",
     ),
+    "a layer that tells a connector something": (
+        "vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector",
+        "def wait_for_layer_load(self, layer_name: str) -> None:\n        pass",
+        "def wait_for_layer_load(self, layer_name: str) -> None:\n        self.x()",
+        "OffloadingConnector: wait_for_layer_load does something",
+    ),
+    "how a layer finds a connector": (
+        "vllm.distributed.kv_transfer.kv_transfer_state",
+        "return _KV_CONNECTOR_AGENT is not None",
+        "return _AGENT is not None",
+        "has_kv_transfer_group: does not say",
+    ),
     "who asks first": (
         "vllm.v1.worker.gpu_model_runner",
         "uses_draft_model",

@@ -31,6 +31,7 @@ RUNS: dict[str, tuple[Sequence[str], str]] = {
                 "test_draft_files.py",
                 "test_requests.py",
                 "test_seeds.py",
+                "test_connectors.py",
                 "v2_cases.py",
             ),
         ),

@@ -17,7 +17,6 @@ from safetensors.torch import load_file, save_file
 
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
-from vllm.config import KVTransferConfig
 from vllm.engine.arg_utils import EngineArgs
 
 from tests.tiny_targets import WINDOW, make_tiny_llama
@@ -227,20 +226,15 @@ WRONG_USE: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
         ["pipeline_parallel_size=2", "Use 1"],
     ),
     "LoRA on the target": ({}, {"enable_lora": True}, ["enable_lora", "rows"]),
-    "KV connector": (
+    "a KV connector that nobody has tried": (
         {},
         {
             "kv_transfer_config": {
-                "kv_connector": "ExampleConnector",
+                "kv_connector": "LMCacheConnectorV1",
                 "kv_role": "kv_both",
             }
         },
-        ["kv_transfer_config", "scratch", "Leave it out"],
-    ),
-    "KV offloading, of which vLLM makes a connector": (
-        {},
-        {"kv_offloading_size": 1.0},
-        ["kv_offloading_size is set", "makes a KV connector", "Leave it out"],
+        ["kv_transfer_config.kv_connector: got 'LMCacheConnectorV1'", "leave out"],
     ),
     "ranks that do not divide the heads": (
         {},
@@ -262,22 +256,26 @@ def test_wrong_use_is_refused(
         assert text in str(error.value)
 
 
-@pytest.mark.parametrize("connector", ["OffloadingConnector", None])
-def test_a_connector_that_was_made_later_is_refused(
-    connector: str | None, tiny_targets: dict[str, Path], tiny_drafter: Drafter
+@pytest.mark.parametrize("is_simple", ["0", "1"])
+def test_a_connector_that_vllm_makes_of_other_settings(
+    is_simple: str,
+    tiny_targets: dict[str, Path],
+    tiny_drafter: Drafter,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """By the config that a worker has, before the drafter is read."""
+    """It is there only in the config that a worker has; judged before the drafter is
+    read."""
+    monkeypatch.setenv("VLLM_USE_SIMPLE_KV_OFFLOAD", is_simple)
     config = start(
-        tiny_targets["llama"], {"model": str(tiny_drafter("llama", "shared-4"))}
-    )
-    config.kv_transfer_config = KVTransferConfig(
-        kv_connector=connector, kv_role=connector and "kv_both"
+        tiny_targets["llama"],
+        {"model": str(tiny_drafter("llama", "shared-4"))},
+        kv_offloading_size=1.0,
     )
     nothing = torch.nn.Module()
     with pytest.raises((MTPError, AssertionError)) as error:
         load_bound_drafter(nothing, config, torch.device("cpu"))
-    refused = "vLLM uses the KV connector 'OffloadingConnector'" in str(error.value)
-    assert refused == (connector is not None)
+    refused = "kv_connector: got 'SimpleCPUOffloadConnector'" in str(error.value)
+    assert refused == (is_simple == "1")
 
 
 def test_replicas_of_a_mixture_of_experts_are_refused(

@@ -28,6 +28,7 @@ from vllm_mtp.errors import (
 )
 from vllm_mtp.plugin import METHOD
 from vllm_mtp.serving import versions
+from vllm_mtp.serving.connectors import require_known_connector
 from vllm_mtp.serving.ledger import install_for_requests, install_for_runner
 from vllm_mtp.serving.resolve import resolve_drafter
 from vllm_mtp.serving.settings import checked, num_speculative_tokens
@@ -43,10 +44,6 @@ _PARALLEL_SIZES = (
     "prefill_context_parallel_size",
 )
 _REFUSED_SETTINGS = {
-    "kv_transfer_config": "a KV connector would see the drafter's scratch writes as "
-    "the target's",
-    "kv_offloading_size": "it makes a KV connector, which would see the drafter's "
-    "scratch writes as the target's",
     "enable_lora": "vLLM's LoRA kernels know only the rows of the target's own batch",
     "watermark_config": "drafts are sampled without the watermark",
     "enable_eplb": "drafts would count as load of the experts, and vLLM prepares the "
@@ -277,6 +274,8 @@ def _require_supported(engine_args: Any, model: Any, parallel: Any) -> None:
             "supported for dense targets only, and this one is a mixture of experts. "
             "Use 1."
         )
+    # The workers look at what vLLM makes of all settings; here it is one line.
+    require_known_connector(getattr(engine_args, "kv_transfer_config", None))
     for setting, reason in _REFUSED_SETTINGS.items():
         if getattr(engine_args, setting, None):
             raise UnsupportedTargetError(
@@ -308,27 +307,6 @@ def _warn_of_short_rope(model: Any) -> None:
             METHOD,
             model.max_model_len,
             least,
-        )
-
-
-def require_no_connector(vllm_config: Any) -> None:
-    """Refuse a KV connector, whatever made it.
-
-    vLLM makes some of them from other settings, after it has built our config.
-
-    Args:
-        vllm_config: vLLM's whole ``VllmConfig``.
-
-    Raises:
-        UnsupportedTargetError: There is one.
-    """
-    transfer = getattr(vllm_config, "kv_transfer_config", None)
-    connector = getattr(transfer, "kv_connector", None)
-    if connector is not None:
-        raise UnsupportedTargetError(
-            f"method {METHOD!r}: vLLM uses the KV connector {connector!r}: "
-            f"{_REFUSED_SETTINGS['kv_transfer_config']}. Leave out what makes it "
-            "(kv_transfer_config, kv_offloading_size), or serve without this method."
         )
 
 

@@ -10,7 +10,7 @@ from vllm_mtp.drafter.checkpoint import load_drafter
 from vllm_mtp.drafter.model import BoundDrafter
 from vllm_mtp.drafter.sharding import part_of
 from vllm_mtp.serving.compiled import compile_layers
-from vllm_mtp.serving.config import require_no_connector
+from vllm_mtp.serving.connectors import require_known_connector
 from vllm_mtp.serving.kernels import use_vllm_kernels
 from vllm_mtp.serving.ledger import install_for_runner
 from vllm_mtp.serving.vllm_target import VllmTarget, this_rank
@@ -28,9 +28,10 @@ def load_bound_drafter(
 
     Raises:
         MTPError: The drafter cannot be read or does not fit the target, or a KV
-            connector is in use.
+            connector is in use that has not been tried.
     """
-    require_no_connector(vllm_config)
+    # As vLLM made it, some of other settings, after it had built our config.
+    require_known_connector(vllm_config.kv_transfer_config)
     install_for_runner()  # of the target's modules, which were not loaded before
     spec_config = vllm_config.speculative_config
     assert spec_config is not None

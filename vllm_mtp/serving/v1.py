@@ -41,6 +41,7 @@ from vllm_mtp.drafter.layout import (
 from vllm_mtp.drafter.model import scope
 from vllm_mtp.drafter.scopes import DRAFT
 from vllm_mtp.plugin import METHOD
+from vllm_mtp.serving.connectors import no_connector
 from vllm_mtp.serving.draft_length import DraftLength, Outcome
 from vllm_mtp.serving.faults import FILLER_TOKEN, DraftGuard
 from vllm_mtp.serving.loading import load_bound_drafter
@@ -448,6 +449,7 @@ class MTPPlaceholderProposer(DraftModelProposer):
             slots_of_layer |= dict.fromkeys(group.layer_names, slots)
         with (
             scope(DRAFT),
+            no_connector(),
             set_forward_context(
                 metadata_of_layer,
                 self.vllm_config,

@@ -42,6 +42,7 @@ from vllm_mtp.drafter.layout import (
     require_whole_blocks,
 )
 from vllm_mtp.plugin import METHOD
+from vllm_mtp.serving.connectors import no_connector
 from vllm_mtp.serving.faults import FILLER_TOKEN, DraftGuard
 from vllm_mtp.serving.loading import load_bound_drafter
 from vllm_mtp.serving.v2_graphs import draft_graphs
@@ -369,12 +370,15 @@ class MTPPlaceholderSpeculator(DraftModelSpeculator):
         """
         num_rows = num_reqs * self.num_speculative_steps
         positions = self._rope_positions[:num_rows].view(num_reqs, -1)
-        with set_forward_context(
-            metadata,
-            self.vllm_config,
-            num_tokens=num_rows,
-            cudagraph_runtime_mode=CUDAGraphMode.NONE,
-            slot_mapping=slots_by_layer,
+        with (
+            no_connector(),
+            set_forward_context(
+                metadata,
+                self.vllm_config,
+                num_tokens=num_rows,
+                cudagraph_runtime_mode=CUDAGraphMode.NONE,
+                slot_mapping=slots_by_layer,
+            ),
         ):
             hidden = self._bound.forward(
                 self._anchors[:num_reqs],
