@@ -149,6 +149,7 @@ def generate(
     llm: LLM,
     prompts: Sequence[Sequence[int]],
     max_tokens: int = 40,
+    lora_request: Any = None,
     **sampling: Any,
 ) -> Run:
     """Answer prompts of token ids, greedily unless told otherwise."""
@@ -165,7 +166,10 @@ def generate(
     before = counters(llm)
     with watched_steps(llm) as steps:
         outputs = llm.generate(
-            [{"prompt_token_ids": list(ids)} for ids in prompts], params, use_tqdm=False
+            [{"prompt_token_ids": list(ids)} for ids in prompts],
+            params,
+            use_tqdm=False,
+            lora_request=lora_request,
         )
     after = counters(llm)
     return Run(

@@ -32,6 +32,7 @@ RUNS: dict[str, tuple[Sequence[str], str]] = {
                 "test_requests.py",
                 "test_seeds.py",
                 "test_connectors.py",
+                "test_adapters.py",
                 "v2_cases.py",
             ),
         ),

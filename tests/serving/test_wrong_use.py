@@ -225,7 +225,6 @@ WRONG_USE: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
         {"pipeline_parallel_size": 2},
         ["pipeline_parallel_size=2", "Use 1"],
     ),
-    "LoRA on the target": ({}, {"enable_lora": True}, ["enable_lora", "rows"]),
     "a KV connector that nobody has tried": (
         {},
         {

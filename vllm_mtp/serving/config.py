@@ -44,7 +44,6 @@ _PARALLEL_SIZES = (
     "prefill_context_parallel_size",
 )
 _REFUSED_SETTINGS = {
-    "enable_lora": "vLLM's LoRA kernels know only the rows of the target's own batch",
     "watermark_config": "drafts are sampled without the watermark",
     "enable_eplb": "drafts would count as load of the experts, and vLLM prepares the "
     "experts only after the drafter has been bound to them",

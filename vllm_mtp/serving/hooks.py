@@ -9,6 +9,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 
 from vllm_mtp.errors import MethodConfigError
@@ -99,6 +100,33 @@ def init_speculator(original: Callable[..., Any]) -> Callable[..., Any]:
         from vllm_mtp.serving.v2 import MTPPlaceholderSpeculator
 
         return MTPPlaceholderSpeculator(vllm_config, device)
+
+    return wrapper
+
+
+def sample(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Ledger entry ``v2-adapter-rows``."""
+
+    @functools.wraps(original)
+    def wrapper(
+        self: Any,
+        hidden_states: torch.Tensor,
+        input_batch: Any,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        from vllm_mtp.serving.config import is_ours
+
+        drafts = input_batch.num_draft_tokens
+        if self.lora_config and drafts and is_ours(self.vllm_config):
+            adapters = self.lora_state.lora_ids[input_batch.idx_mapping_np]
+            rows = np.diff(input_batch.cu_num_logits_np)
+            self._set_active_loras(
+                tuple(adapters.repeat(rows)),
+                tuple(adapters.repeat(input_batch.num_scheduled_tokens)),
+                self.lora_state.get_activate_loras(input_batch.req_ids),
+            )
+        return original(self, hidden_states, input_batch, *args, **kwargs)
 
     return wrapper
 

@@ -92,6 +92,18 @@ V2_SPECULATOR = Patch(
     remove_when="vLLM takes speculators from plugins (RFC #36219).",
     aliases=("vllm.v1.worker.gpu.model_runner",),
 )
+V2_ADAPTER_ROWS = Patch(
+    name="v2-adapter-rows",
+    symbol="vllm.v1.worker.gpu.model_runner:GPUModelRunner.sample",
+    parameters=("self", "hidden_states", "input_batch"),
+    wrapper="vllm_mtp.serving.hooks:sample",
+    what="Tells the kernels of LoRA adapters which adapter each row of logits has, "
+    "where a step verifies drafts.",
+    why="vLLM tells them of one row per request. With drafts there are more, so an "
+    "adapter on the LM head is given to rows of other requests, or ends the engine "
+    "(docs/upstream/).",
+    remove_when="`LoraState.make_lora_inputs` counts the rows of drafts.",
+)
 V1_LATE_DRAFTS = Patch(
     name="v1-late-drafts",
     symbol="vllm.v1.worker.gpu_model_runner:GPUModelRunner.take_draft_token_ids",
@@ -164,6 +176,7 @@ PATCHES = (
     V1_LATE_DRAFTS,
     V1_NO_DRAFTS,
     V2_SPECULATOR,
+    V2_ADAPTER_ROWS,
     CPU_SAMPLING,
     CPU_GDN,
 )

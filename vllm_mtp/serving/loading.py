@@ -9,6 +9,7 @@ from vllm.config import VllmConfig
 from vllm_mtp.drafter.checkpoint import load_drafter
 from vllm_mtp.drafter.model import BoundDrafter
 from vllm_mtp.drafter.sharding import part_of
+from vllm_mtp.serving.adapters import without_adapters
 from vllm_mtp.serving.compiled import compile_layers
 from vllm_mtp.serving.connectors import require_known_connector
 from vllm_mtp.serving.kernels import use_vllm_kernels
@@ -42,7 +43,7 @@ def load_bound_drafter(
     whole = load_drafter(Path(spec_config.model), dtype=dtype)
     drafter = part_of(whole, this_rank()).to(device)
     use_vllm_kernels(drafter)
-    host = VllmTarget(target_model, vllm_config, drafter.config)
+    host = VllmTarget(without_adapters(target_model), vllm_config, drafter.config)
     bound = BoundDrafter(drafter, host)
     compile_layers(bound, vllm_config)
     return bound, host
