@@ -43,11 +43,12 @@ def constant(file: str, name: str) -> tuple[str, ...]:
 ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "vllm.config:ModelConfig": (
         *("dtype", "enable_prompt_embeds", "hf_config", "max_model_len", "model"),
-        *("is_moe", "uses_mrope"),
+        *("is_moe", "uses_mrope", "enable_sleep_mode"),
+        "sleep_preserve_parameter_names",
     ),
     "vllm.config:ParallelConfig": (
         *constant("config.py", "_PARALLEL_SIZES"),
-        *("data_parallel_size", "world_size"),
+        *("data_parallel_size", "world_size", "worker_extension_cls"),
     ),
     "vllm.config:SchedulerConfig": ("async_scheduling",),
     "vllm.config:SpeculativeConfig": ALLOWED_KEYS,
@@ -95,9 +96,13 @@ V2_ATTRIBUTES: dict[str, tuple[str, ...]] = {
     ),
 }
 # Methods of our classes that no base class has; all other public ones override.
-OWN_METHODS = {"late_drafts"}
+OWN_METHODS = {"late_drafts", "replace_weights"}
 # Settings that older releases do not know: there is nothing to refuse.
-SINCE = {"watermark_config": Version("0.31.0")}
+SINCE = {
+    "watermark_config": Version("0.31.0"),
+    "sleep_preserve_parameter_names": Version("0.31.0"),
+    "_maybe_predict_acceptance": Version("0.32.0"),
+}
 # Calls through objects whose class no annotation tells, and the runner's call of the
 # constructor that we inherit: (symbol, positional arguments, keywords).
 CALLS: tuple[tuple[str, int, tuple[str, ...]], ...] = (

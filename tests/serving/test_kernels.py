@@ -80,6 +80,19 @@ def test_a_kernel_that_is_wrong_or_gone_is_not_used(
         assert int8_product(weight, None) is None
 
 
+def test_weights_that_changed_are_taken_anew() -> None:
+    module = nn.Sequential(nn.Linear(576, 512), nn.Linear(512, 64)).bfloat16()
+    other = nn.Sequential(nn.Linear(576, 512), nn.Linear(512, 64)).bfloat16()
+    rows = torch.randn(5, 576, generator=torch.Generator().manual_seed(1)).bfloat16()
+    with torch.inference_mode():
+        expected = other(rows).float()
+        use_vllm_kernels(module)
+        for tensor, value in zip(module.parameters(), other.parameters(), strict=True):
+            tensor.copy_(value)
+        use_vllm_kernels(module)
+        assert (module(rows).float() - expected).norm() < 0.03 * expected.norm()
+
+
 def test_every_linear_of_a_module_computes_as_before() -> None:
     module = nn.Sequential(nn.Linear(576, 512), nn.Linear(512, 64, bias=False))
     module = module.bfloat16()

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -23,6 +24,7 @@ from vllm_mtp.drafter.checkpoint import CONFIG_FILE, WEIGHTS_FILE
 from vllm_mtp.errors import MTPError
 from vllm_mtp.serving.resolve import resolve_drafter
 from vllm_mtp.serving.settings import ALLOWED_KEYS
+from vllm_mtp.serving.v1 import MTPPlaceholderProposer
 
 MADE_FOR = 4  # tokens, of the drafter below
 HUGE = [10**12, -(2**63), 10**30, 10**4000]
@@ -87,6 +89,9 @@ ALLOWED: dict[str, Callable[[Any], bool]] = {
     "num_speculative_tokens": lambda v: type(v) is int and 1 <= v <= MADE_FOR,
     "draft_sample_method": lambda v: v in ("greedy", "probabilistic"),
     "enforce_eager": lambda v: v is True or v is False,
+    # On the V1 runner; what V2 takes is in `test_what_only_v2_does`.
+    "rejection_sample_method": lambda v: v == "standard",
+    "enable_adaptive_verification": lambda v: v is False,
 }
 VALUES = {
     "revision": ANYTHING | st.just("main"),
@@ -94,6 +99,9 @@ VALUES = {
     "draft_sample_method": ANYTHING
     | st.sampled_from(["greedy", "probabilistic", "Greedy", "random"]),
     "enforce_eager": ANYTHING | st.sampled_from([True, False, 0, 1, "false"]),
+    "rejection_sample_method": ANYTHING
+    | st.sampled_from(["standard", "block", "synthetic", "Block", ""]),
+    "enable_adaptive_verification": ANYTHING | st.sampled_from([True, False, 1]),
     "num_speculative_tokens_per_batch_size": ANYTHING | _schedules,
 }
 
@@ -161,6 +169,34 @@ def test_every_value_is_taken_or_refused_by_its_key(
     assert tally["refused"] >= 300
     # What is drawn depends on which modules are loaded: 28 to 31 of 800 were taken.
     assert tally["taken"] >= 10
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("rejection_sample_method", "block"), ("enable_adaptive_verification", True)],
+)
+def test_what_only_v2_does(
+    key: str,
+    value: Any,
+    tiny_targets: dict[str, Path],
+    tiny_drafter: Drafter,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Refused where it is V1 for sure, and by V1's drafter in any case."""
+    spec = {"model": str(tiny_drafter("llama", "shared-4")), key: value}
+    message = refusal(tiny_targets["llama"], spec)
+    assert message is not None
+    assert f"speculative_config.{key}: got {value!r}" in message
+    assert "only the V2 runner does it" in message
+    # Where V2 is possible and is not taken, vLLM itself refuses the one.
+    monkeypatch.setattr("vllm_mtp.serving.config.HAS_TRITON", True)
+    if key == "rejection_sample_method":
+        config = start(tiny_targets["llama"], spec)
+        with pytest.raises(MTPError, match="only the V2 runner"):
+            MTPPlaceholderProposer(config, torch.device("cpu"), None)
+    else:
+        with pytest.raises(ValueError, match="V1 does not support: adaptive"):
+            start(tiny_targets["llama"], spec)
 
 
 def test_every_other_place_of_a_drafter_is_refused(

@@ -33,6 +33,7 @@ RUNS: dict[str, tuple[Sequence[str], str]] = {
                 "test_seeds.py",
                 "test_connectors.py",
                 "test_adapters.py",
+                "test_replacing.py",
                 "v2_cases.py",
             ),
         ),

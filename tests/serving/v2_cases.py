@@ -49,6 +49,71 @@ def test_a_drafter_that_is_the_target_is_accepted_when_sampling(
     assert run.counts.accepted_per_position[0] == run.counts.drafts > 10
 
 
+def test_block_verification_accepts_them_as_well(
+    tiny_targets: dict[str, Path], tiny_drafter: Callable[[str, str], Path]
+) -> None:
+    spec = spec_for(
+        tiny_drafter("llama", "shared-4"),
+        draft_sample_method="probabilistic",
+        rejection_sample_method="block",
+    )
+    with engine(tiny_targets["llama"]) as llm:
+        alone = generate(llm, PROMPTS, 8)
+    with engine(tiny_targets["llama"], spec) as llm:
+        assert runner_of(llm).rejection_sampler.use_block_verification
+        run = generate(llm, PROMPTS, 8, temperature=1.0, seed=3)
+        greedy = generate(llm, PROMPTS, 8)
+    assert greedy.token_ids == alone.token_ids
+    for counts in (run.counts, greedy.counts):
+        assert counts.accepted_per_position[0] == counts.drafts > 10
+
+
+@pytest.mark.parametrize("how", ["greedy", "probabilistic"])
+def test_estimates_of_acceptance_learn_from_our_drafts(
+    how: str,
+    tiny_targets: dict[str, Path],
+    tiny_drafter: Callable[[str, str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What adaptive verification goes by; vLLM has it with full CUDA graphs only.
+
+    The drafter has a reduced vocabulary and a Markov correction: the estimate must be
+    of the distribution that is drafted from."""
+    from vllm.v1.worker.gpu.spec_decode.acceptance_estimator import (
+        OnlineAcceptanceEstimator,
+    )
+
+    monkeypatch.setattr(OnlineAcceptanceEstimator, "REFIT_INTERVAL", 3)
+    spec = spec_for(tiny_drafter("llama", "mixed"), draft_sample_method=how)
+    with engine(tiny_targets["llama"], spec) as llm:
+        speculator = runner_of(llm).speculator
+        estimator = OnlineAcceptanceEstimator(
+            speculator.max_num_reqs, speculator.num_speculative_steps, speculator.device
+        )
+        speculator.acceptance_estimator = estimator
+        predict, seen = estimator.predict, []
+
+        def watched(logits: Any, slots: Any, column: Any, *args: Any) -> None:
+            seen.append((logits.clone(), slots.clone(), int(column)))
+            predict(logits, slots, column, *args)
+            best = logits.double().softmax(-1).amax(-1)
+            expected = torch.log(best / (1 - best)).clamp(-40, 40)
+            got = estimator.features[slots, int(column)].double()
+            torch.testing.assert_close(got, expected, atol=1e-2, rtol=1e-2)
+
+        monkeypatch.setattr(estimator, "predict", watched)
+        run = generate(llm, PROMPTS, 10)
+        slope, confidence = estimator.slope, speculator.draft_token_confidence_probs
+    assert {column for *_, column in seen} == {0, 1, 2, 3}
+    assert all(logits.shape[-1] == 512 for logits, *_ in seen)
+    assert all(logits[:, 1::2].isneginf().all() for logits, *_ in seen)
+    assert run.counts.drafts > 10
+    assert estimator._refits > 1
+    assert slope.item() != pytest.approx(0.5)
+    used = confidence[: len(PROMPTS)]
+    assert ((used > 0) & (used < 1)).all()
+
+
 def test_draft_distributions_cover_the_targets_vocabulary(
     tiny_targets: dict[str, Path], tiny_drafter: Callable[[str, str], Path]
 ) -> None:

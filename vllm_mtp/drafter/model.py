@@ -121,6 +121,12 @@ class BoundDrafter:
         vocab = drafter.draft_vocab
         self.small_head = target.logits_of_tokens(vocab.token_ids) if vocab else None
 
+    @property
+    def weights(self) -> nn.Module:
+        """All that a draft reads and the target does not have."""
+        parts = (self.drafter, self.small_head)
+        return nn.ModuleList(part for part in parts if part is not None)
+
     def forward(
         self,
         anchor_ids: torch.Tensor | None,

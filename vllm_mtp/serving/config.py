@@ -9,6 +9,7 @@ from typing import Any
 
 from vllm.config import SpeculativeConfig
 from vllm.platforms import current_platform
+from vllm.triton_utils import HAS_TRITON
 
 from vllm_mtp.drafter.checkpoint import load_drafter
 from vllm_mtp.drafter.config import DrafterConfig, require_window
@@ -31,13 +32,17 @@ from vllm_mtp.serving import versions
 from vllm_mtp.serving.connectors import require_known_connector
 from vllm_mtp.serving.ledger import install_for_requests, install_for_runner
 from vllm_mtp.serving.resolve import resolve_drafter
-from vllm_mtp.serving.settings import checked, num_speculative_tokens
+from vllm_mtp.serving.settings import checked, num_speculative_tokens, require_v2
 
 logger = logging.getLogger("vllm.mtp_placeholder")
 
 # With one of these, the user chooses how much is drafted.
 _LENGTHS = ("num_speculative_tokens", "num_speculative_tokens_per_batch_size")
 _FIRST_FOR_HYBRIDS = "0.32.0"
+_ADAPTIVE = "enable_adaptive_verification"
+_FIRST_WITH_ESTIMATES = "0.32.0"
+_OF_DRAFTER = "draft.*"  # what vLLM calls the parameters of a draft model
+_WORKER = "vllm_mtp.serving.worker.DrafterWorker"
 _PARALLEL_SIZES = (
     "pipeline_parallel_size",
     "decode_context_parallel_size",
@@ -143,6 +148,12 @@ def build_config(
     """
     _require_supported_vllm(versions.installed())
     settings = checked(requested)
+    if settings.get(_ADAPTIVE) and versions.is_older_than(_FIRST_WITH_ESTIMATES):
+        raise UnsupportedVLLMError(
+            f"speculative_config.{_ADAPTIVE}: got True, but vLLM before "
+            f"{_FIRST_WITH_ESTIMATES} does it for another method only. Leave it out, "
+            "or install a newer one."
+        )
     _require_supported(engine_args, target_model_config, target_parallel_config)
     facts = TargetFacts.from_hf_config(
         target_model_config.hf_config, name=target_model_config.model
@@ -180,9 +191,25 @@ def build_config(
     config = MTPPlaceholderSpecConfig(**settings)
     config.takes_any_length = takes_any_length
     config.chooses_length = chooses_length
+    if not versions.may_take_v2(HAS_TRITON):
+        require_v2(config)
+    _keep_drafter_asleep(target_model_config)
+    # Of vLLM's settings, and the user's own class goes first.
+    if not target_parallel_config.worker_extension_cls:
+        target_parallel_config.worker_extension_cls = _WORKER
     # Whoever builds the config adds the requests: `LLM`, and each API server.
     install_for_requests()
     return config
+
+
+def _keep_drafter_asleep(model: Any) -> None:
+    """Have the drafter's weights kept in sleep mode's level 2, which lets go of all.
+
+    The user loads the target's anew after it, and would have to know of ours.
+    """
+    kept = getattr(model, "sleep_preserve_parameter_names", None)  # from 0.31 on
+    if model.enable_sleep_mode and kept is not None and _OF_DRAFTER not in kept:
+        kept.append(_OF_DRAFTER)
 
 
 def _require_fits(config: DrafterConfig, facts: TargetFacts, overridden: bool) -> None:

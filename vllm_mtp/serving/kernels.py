@@ -40,7 +40,7 @@ _LEAST_FOR_VNNI = 1 << 22
 def use_vllm_kernels(module: nn.Module) -> None:
     """Let every ``nn.Linear`` in ``module`` compute by `product_with`.
 
-    The weights must not change afterwards: on a CPU the kernel has a copy of them.
+    Call it again when weights have changed: on a CPU the kernel has a copy of them.
     """
     for linear in module.modules():
         if isinstance(linear, nn.Linear):

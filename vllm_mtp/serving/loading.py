@@ -7,8 +7,10 @@ import torch
 from vllm.config import VllmConfig
 
 from vllm_mtp.drafter.checkpoint import load_drafter
+from vllm_mtp.drafter.config import DrafterConfig
 from vllm_mtp.drafter.model import BoundDrafter
 from vllm_mtp.drafter.sharding import part_of
+from vllm_mtp.errors import CheckpointError
 from vllm_mtp.serving.adapters import without_adapters
 from vllm_mtp.serving.compiled import compile_layers
 from vllm_mtp.serving.connectors import require_known_connector
@@ -47,3 +49,41 @@ def load_bound_drafter(
     bound = BoundDrafter(drafter, host)
     compile_layers(bound, vllm_config)
     return bound, host
+
+
+@torch.inference_mode()
+def replace_weights(bound: BoundDrafter, host: VllmTarget, folder: Path) -> None:
+    """Put another drafter's weights in the place of those that draft.
+
+    A drafter keeps nothing between steps, so the next draft is the new one's. Only
+    weights can be replaced: buffers, graphs and attention metadata follow from the
+    rest.
+
+    Args:
+        bound: The drafter that drafts, this rank's part.
+        host: Its target.
+        folder: The other drafter's; its config must be the same.
+
+    Raises:
+        MTPError: It cannot be read, or has another config. The drafter stays as it is.
+    """
+    now = bound.drafter
+    new = part_of(load_drafter(folder, dtype=host.dtype), this_rank())
+    _require_same(new.config, now.config, folder)
+    weights = new.state_dict()
+    for name, tensor in now.state_dict().items():
+        tensor.copy_(weights[name])
+    use_vllm_kernels(now)
+    host.take_weights()
+
+
+def _require_same(new: DrafterConfig, now: DrafterConfig, folder: Path) -> None:
+    new.target.require_same(now.target)
+    for name in type(now).model_fields:
+        got, expected = getattr(new, name), getattr(now, name)
+        # How it is stored and what the target is called change no draft.
+        if name not in ("dtype", "target") and got != expected:
+            raise CheckpointError(
+                f"{folder}: {name}: got {got!r}, expected {expected!r}, as the drafter "
+                "that is to be replaced has it. Start the engine anew with this one."
+            )

@@ -67,12 +67,17 @@ class SpeculativeSettings(BaseModel):
     draft_sample_method: Literal["greedy", "probabilistic"] = Field(
         "greedy", description="'greedy' or 'probabilistic'"
     )
+    rejection_sample_method: Literal["standard", "block"] = Field(
+        "standard", description="'standard' or 'block'"
+    )
+    enable_adaptive_verification: bool = Field(False, description="true or false")
     enforce_eager: bool = Field(False, description="true or false")
 
 
 ALLOWED_KEYS = tuple(SpeculativeSettings.model_fields)
 
 _SCHEDULE = "num_speculative_tokens_per_batch_size"
+_USUAL = {"rejection_sample_method": "standard", "enable_adaptive_verification": False}
 
 
 def checked(requested: dict[str, Any]) -> dict[str, Any]:
@@ -125,6 +130,25 @@ def num_speculative_tokens(settings: dict[str, Any], made_for: int) -> int:
             f"{wanted} (num_speculative_tokens)"
         )
     return wanted
+
+
+def require_v2(speculative_config: Any) -> None:
+    """Refuse what the V1 runner takes in silence, and does not do.
+
+    Args:
+        speculative_config: Has the settings as attributes.
+
+    Raises:
+        MethodConfigError: Names the setting, and the runner that does it.
+    """
+    for key, usual in _USUAL.items():
+        got = getattr(speculative_config, key, usual)
+        if got != usual:
+            raise MethodConfigError(
+                f"speculative_config.{key}: got {shown(got)}, expected {usual!r}: only "
+                "the V2 runner does it, and vLLM takes V1 here (V2 needs Triton, and "
+                "VLLM_USE_V2_MODEL_RUNNER not to be 0). Leave it out."
+            )
 
 
 def shown(value: Any, most: int = 80) -> str:

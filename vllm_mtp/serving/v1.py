@@ -12,6 +12,7 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -44,10 +45,11 @@ from vllm_mtp.plugin import METHOD
 from vllm_mtp.serving.connectors import no_connector
 from vllm_mtp.serving.draft_length import DraftLength, Outcome
 from vllm_mtp.serving.faults import FILLER_TOKEN, DraftGuard
-from vllm_mtp.serving.loading import load_bound_drafter
+from vllm_mtp.serving.loading import load_bound_drafter, replace_weights
 from vllm_mtp.serving.lookup import Lookups
 from vllm_mtp.serving.requests import MOST_DRAFTS
 from vllm_mtp.serving.sampling import with_seeds
+from vllm_mtp.serving.settings import require_v2
 
 logger = logging.getLogger("vllm.mtp_placeholder")
 
@@ -112,6 +114,7 @@ class MTPPlaceholderProposer(DraftModelProposer):
         super().__init__(vllm_config, device, runner)
         self._runner = runner  # the base class does not keep it
         config: Any = self.speculative_config
+        require_v2(config)
         config.runner_has_drafter = True
         most = config.num_speculative_tokens
         self.lengths = DraftLength(most) if config.chooses_length else None
@@ -121,10 +124,10 @@ class MTPPlaceholderProposer(DraftModelProposer):
 
     def load_model(self, target_model: torch.nn.Module) -> None:
         """Load the drafter and bind it to the loaded target."""
-        self._bound, host = load_bound_drafter(
+        self._bound, self._host = load_bound_drafter(
             target_model, self.vllm_config, self.device
         )
-        self.model = self._bound.drafter
+        self.model = self._bound.weights
         drafter_config = self._bound.drafter.config
         self.prefix_window = drafter_config.prefix_window
         self._reads_boundary = drafter_config.uses_boundary_hidden
@@ -133,7 +136,14 @@ class MTPPlaceholderProposer(DraftModelProposer):
             logger.warning("%s: CUDA graphs of the drafter need the V2 runner", METHOD)
         # The target's own layers: vLLM then builds the drafter's attention
         # metadata for them, and allocates no cache for the drafter.
-        self._draft_attn_layer_names = host.attention_layer_names
+        self._draft_attn_layer_names = self._host.attention_layer_names
+
+    def replace_weights(self, folder: Path) -> None:
+        """Draft with another drafter's weights from now on; see `loading`."""
+        replace_weights(self._bound, self._host, folder)
+        self.faults = DraftGuard(alone=self.vllm_config.parallel_config.world_size == 1)
+        if self.lengths is not None:  # what it knows is about the weights that went
+            self.lengths = DraftLength(self.speculative_config.num_speculative_tokens)
 
     def initialize_attn_backend(
         self,
@@ -432,6 +442,7 @@ class MTPPlaceholderProposer(DraftModelProposer):
             ``[B, k]`` int64, and ``[B, k]`` float32 how likely they are, by the
             drafter, where the length follows from it.
         """
+        self._host.follow_weights()
         layout = batch.layout
         metadata_of_layer: dict[str, object] = {}
         slots_of_layer: dict[str, torch.Tensor] = {}

@@ -10,6 +10,7 @@ device, and no shape depends on what is in a tensor.
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -44,7 +45,7 @@ from vllm_mtp.drafter.layout import (
 from vllm_mtp.plugin import METHOD
 from vllm_mtp.serving.connectors import no_connector
 from vllm_mtp.serving.faults import FILLER_TOKEN, DraftGuard
-from vllm_mtp.serving.loading import load_bound_drafter
+from vllm_mtp.serving.loading import load_bound_drafter, replace_weights
 from vllm_mtp.serving.v2_graphs import draft_graphs
 
 # vLLM's names for the requests of its warm-up, which run like real ones.
@@ -94,7 +95,15 @@ class MTPPlaceholderSpeculator(DraftModelSpeculator):
                 dtype=self.dtype,
                 device=self.device,
             )
-        return self._bound.drafter
+        return self._bound.weights
+
+    def replace_weights(self, folder: Path) -> None:
+        """Draft with another drafter's weights from now on; see `loading`.
+
+        They go where the former were, which is where CUDA graphs look for them.
+        """
+        replace_weights(self._bound, self._host, folder)
+        self.faults = DraftGuard(alone=self.vllm_config.parallel_config.world_size == 1)
 
     def set_attn(
         self,
@@ -226,6 +235,7 @@ class MTPPlaceholderSpeculator(DraftModelSpeculator):
             if skip_attn_for_dummy_run:
                 self._generate_draft(num_reqs, None, None)
             else:
+                self._host.follow_weights()
                 layout = self._lay_out(input_batch, num_rejected[:num_reqs])
                 self._stage(layout, last_hidden_states, dummy_run)
                 self._draft_staged(input_batch)
@@ -390,25 +400,33 @@ class MTPPlaceholderSpeculator(DraftModelSpeculator):
     def _draft(self, hidden: torch.Tensor) -> torch.Tensor:
         """Choose the tokens. ``[B, k]`` int64."""
         cache = self.draft_logits
-        if cache is None:
+        estimates = getattr(self, "acceptance_estimator", None) is not None
+        if cache is None and not estimates:
             return self._bound.draft(hidden, pick_greedy)[0]
         num_reqs = hidden.shape[0]
+        slots = self.idx_mapping[:num_reqs]
         columns = iter(self._columns)
 
         def pick(logits: torch.Tensor) -> tuple[torch.Tensor, None]:
+            """As vLLM's `sample_draft` does, from logits instead of hidden states."""
             column = next(columns)
-            tokens = gumbel_sample(
-                logits.to(cache.dtype),
-                self.idx_mapping[:num_reqs],
-                self.temperature,
-                self.seeds,
-                self._prefix_lens[:num_reqs] + column,
-                apply_temperature=True,
-                is_drafting=True,
-                logits_cache=cache,
-                logits_cache_col=column,
-                use_fp64=self.use_fp64_gumbel,
-            )
+            if cache is None:
+                tokens = pick_greedy(logits)[0]
+            else:
+                tokens = gumbel_sample(
+                    logits.to(cache.dtype),
+                    slots,
+                    self.temperature,
+                    self.seeds,
+                    self._prefix_lens[:num_reqs] + column,
+                    apply_temperature=True,
+                    is_drafting=True,
+                    logits_cache=cache,
+                    logits_cache_col=column,
+                    use_fp64=self.use_fp64_gumbel,
+                )
+            if estimates:
+                self._maybe_predict_acceptance(logits, slots, column)
             return tokens, None
 
         return self._bound.draft(hidden, pick, whole_vocab=True)[0]

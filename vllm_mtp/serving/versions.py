@@ -141,6 +141,15 @@ def forced_runner() -> str | None:
     return {"0": "V1", "1": "V2"}.get(chosen)
 
 
+def may_take_v2(has_triton: bool) -> bool:
+    """Whether vLLM's V2 runner is possible here; which one it takes, workers know.
+
+    Args:
+        has_triton: Whether vLLM can use Triton.
+    """
+    return {"V1": False, "V2": True}.get(forced_runner() or "", has_triton)
+
+
 def problem_with(found: Installed) -> str | None:
     """Why the method cannot run with this vLLM; None when it can, or may."""
     if Version(found.version) < FLOOR:
