@@ -34,7 +34,11 @@ def user_environment() -> dict[str, str]:
         for name, value in os.environ.items()
         if not name.startswith("VLLM_") or name.startswith("VLLM_MTP_")
     }
-    return kept | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    return kept | {
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_SERVER_DEV_MODE": "1",  # with /collective_rpc
+    }
 
 
 def flags_of(settings: Mapping[str, Any]) -> list[str]:

@@ -12,7 +12,9 @@ from vllm import LLM, SamplingParams
 
 from tests.serving.engines import ON_V2, bound_drafter_of, engine, generate
 from vllm_mtp.drafter.checkpoint import load_drafter, save_drafter
+from vllm_mtp.engine import drafter_of
 from vllm_mtp.errors import MTPError
+from vllm_mtp.serving.faults import MAX_FAILURES
 
 pytestmark = pytest.mark.engine
 
@@ -80,6 +82,21 @@ def test_another_drafter_drafts_at_once(
     assert before.token_ids == after.token_ids == expected.token_ids == in_between
     assert before.counts != expected.counts
     assert after.counts == expected.counts
+    assert again.counts == before.counts
+
+
+def test_a_drafter_that_failed_can_be_replaced(
+    tiny_targets: dict[str, Path], tiny_drafter: Drafter
+) -> None:
+    good = tiny_drafter("llama", "shared-4")
+    with engine(tiny_targets["llama"], spec_for(good)) as llm:
+        before = generate(llm, PROMPTS, LENGTH)
+        for _ in range(MAX_FAILURES):
+            drafter_of(llm).faults.survive(ValueError("a fault"))
+        off = generate(llm, PROMPTS, LENGTH)
+        llm.collective_rpc("replace_drafter", args=(str(good),))
+        again = generate(llm, PROMPTS, LENGTH)
+    assert off.counts.accepted_tokens == 0
     assert again.counts == before.counts
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from openai import OpenAI
 
@@ -18,6 +19,7 @@ from vllm_mtp.bench.servers import (
     group_is_gone,
     serve_command,
 )
+from vllm_mtp.installed import installed_folder
 
 pytestmark = pytest.mark.engine
 
@@ -102,6 +104,18 @@ def test_metrics_show_the_drafts(server: Server, client: OpenAI) -> None:
     assert counts.acceptance_per_position[0] > 0.1
     assert counts.acceptance_length > 1.1
     assert len(counts.accepted_per_position) == 4
+
+
+def test_the_drafter_is_replaced_over_http(server: Server, client: OpenAI) -> None:
+    def replace(drafter: str) -> httpx.Response:
+        call = {"method": "replace_drafter", "args": [drafter]}
+        return httpx.post(f"{server.url}/collective_rpc", json=call, timeout=60)
+
+    text = chat(client, str(server.target))
+    folder = str(installed_folder("cheap"))  # the one that the target finds
+    assert replace(folder).json()["results"] == [folder]
+    assert replace("/nonexistent").is_error
+    assert chat(client, str(server.target)) == text
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ all computed tokens. The second would happen once more in a draft, which runs th
 target's own attention layers.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from vllm.distributed.kv_transfer import kv_transfer_state
@@ -65,12 +65,20 @@ def _names(transfer_config: Any) -> Iterator[str]:
         yield name
 
 
-@contextmanager
-def no_connector() -> Iterator[None]:
-    """Let attention layers call no connector.
+def no_connector(vllm_config: Any) -> Callable[[], AbstractContextManager[None]]:
+    """What lets attention layers call no connector, if there is one at all.
 
-    vLLM's V2 runner does the same for its dummy runs. Nobody else looks for the
-    connector meanwhile: transfers run on threads that have it already.
+    Args:
+        vllm_config: The target's.
+    """
+    return _agent_away if any(_names(vllm_config.kv_transfer_config)) else nullcontext
+
+
+@contextmanager
+def _agent_away() -> Iterator[None]:
+    """As vLLM's V2 runner does for its dummy runs.
+
+    Nobody else looks for the agent meanwhile: transfers run on threads that have it.
     """
     agent = kv_transfer_state._KV_CONNECTOR_AGENT
     kv_transfer_state._KV_CONNECTOR_AGENT = None

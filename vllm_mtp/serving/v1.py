@@ -121,6 +121,7 @@ class MTPPlaceholderProposer(DraftModelProposer):
         self._lookups = Lookups()
         self._late: _Step | None = None
         self.faults = DraftGuard(alone=vllm_config.parallel_config.world_size == 1)
+        self._no_connector = no_connector(vllm_config)
 
     def load_model(self, target_model: torch.nn.Module) -> None:
         """Load the drafter and bind it to the loaded target."""
@@ -460,7 +461,7 @@ class MTPPlaceholderProposer(DraftModelProposer):
             slots_of_layer |= dict.fromkeys(group.layer_names, slots)
         with (
             scope(DRAFT),
-            no_connector(),
+            self._no_connector(),
             set_forward_context(
                 metadata_of_layer,
                 self.vllm_config,

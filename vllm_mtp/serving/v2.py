@@ -79,6 +79,7 @@ class MTPPlaceholderSpeculator(DraftModelSpeculator):
         self._rope_positions = self.input_buffers.positions
         self._graphs: CudaGraphManager | None = None
         self.faults = DraftGuard(alone=vllm_config.parallel_config.world_size == 1)
+        self._no_connector = no_connector(vllm_config)
 
     def load_draft_model(
         self, target_model: torch.nn.Module, target_attn_layer_names: set[str]
@@ -381,7 +382,7 @@ class MTPPlaceholderSpeculator(DraftModelSpeculator):
         num_rows = num_reqs * self.num_speculative_steps
         positions = self._rope_positions[:num_rows].view(num_reqs, -1)
         with (
-            no_connector(),
+            self._no_connector(),
             set_forward_context(
                 metadata,
                 self.vllm_config,
