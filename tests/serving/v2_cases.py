@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Cases for the V2 runner alone; `test_v2.py` runs them in a process of its own."""
 
+import importlib
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -206,6 +207,33 @@ def test_what_a_graph_would_hold_gives_the_same_drafts(
         assert other.counts.accepted_tokens < other.counts.draft_tokens
     # One request in a graph for one, and three in a graph for eight.
     assert {(1, 1), (3, 8)} <= set(played)
+
+
+def test_the_gpu_run_counts_every_replay(
+    tiny_targets: dict[str, Path],
+    tiny_drafter: Callable[[str, str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """`tools/gpu` tells by this whether drafts came from graphs."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "tools/gpu")
+    gpu = importlib.import_module("engine")
+    spec = spec_for(tiny_drafter("llama", "own-1"), enforce_eager=False)
+    with engine(tiny_targets["llama"], spec) as llm:
+        side = gpu.Side("own-1", llm)
+        assert not side.has_draft_graphs
+        without = side.answer(PROMPTS, 6)
+        played = play_graphs(
+            runner_of(llm).speculator, sizes=(4, 32), monkeypatch=monkeypatch
+        )
+        assert side.has_draft_graphs
+        answers = side.answer(PROMPTS, 6)
+        with side.without_draft_graphs():
+            assert not side.has_draft_graphs
+    assert side.failed_drafts == 0
+    assert without.calls > 2
+    assert without.replays.drafter == 0
+    assert answers.replays.drafter == answers.calls == len(played) > 2
+    assert answers.replays.target == 0
 
 
 @pytest.mark.parametrize(

@@ -1,18 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
 """One side of a comparison as an engine in this process."""
 
-import gc
-import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from sides import speculative_config
-from vllm import LLM, SamplingParams
 
-from vllm_mtp.engine import core_of
+from vllm_mtp.engine import core_of, drafter_of, runner_of, start
 from vllm_mtp.metrics import AcceptanceCounts
+
+
+@dataclass
+class Replays:
+    """CUDA graphs of whole batches that were replayed."""
+
+    target: int = 0
+    drafter: int = 0
+
+    def __add__(self, other: "Replays") -> "Replays":
+        return Replays(self.target + other.target, self.drafter + other.drafter)
 
 
 @dataclass
@@ -21,40 +31,32 @@ class Answers:
 
     outputs: list[Any]
     counts: AcceptanceCounts
-    seconds: float
+    replays: Replays
+    calls: int  # of the drafter
 
 
 class Side:
-    """A target with one way to draft for it.
+    """A target with one way to draft for it, while `started` lasts.
 
     Args:
         name: As in `sides`.
-        target: The target's folder.
-        num_tokens: Tokens to draft per step.
-        work: Folder for drafters that are made here.
-        settings: Of vLLM's ``LLM``.
+        llm: The engine.
     """
 
-    def __init__(
-        self, name: str, target: Path, num_tokens: int, work: Path, **settings: Any
-    ) -> None:
-        begin = time.perf_counter()
-        self.name = name
-        self.llm = LLM(
-            str(target),
-            speculative_config=speculative_config(name, target, num_tokens, work),
-            seed=0,
-            skip_tokenizer_init=True,
-            disable_log_stats=False,
-            use_tqdm_on_load=False,
-            **settings,
-        )
-        self.config = self.llm.llm_engine.vllm_config
+    def __init__(self, name: str, llm: Any) -> None:
+        self.name, self.llm = name, llm
+        self.config = llm.llm_engine.vllm_config
         speculative = self.config.speculative_config
         self.num_tokens = speculative.num_speculative_tokens if speculative else 0
         self._drafts: list[tuple[int, int]] = []
+        self._replays, self._calls = Replays(), 0
         self._record_drafts()
-        print(f"{name}: started in {time.perf_counter() - begin:.0f} s", flush=True)
+
+    @property
+    def attention(self) -> str:
+        """vLLM's attention backends, by the target's layers."""
+        groups = [g for gs in runner_of(self.llm).attn_groups for g in gs]
+        return ",".join(sorted({group.backend.get_name() for group in groups}))
 
     @property
     def kv_blocks(self) -> int:
@@ -65,10 +67,34 @@ class Side:
         """Tokens that the KV pool holds."""
         return self.kv_blocks * self.config.cache_config.block_size
 
+    @property
+    def has_draft_graphs(self) -> bool:
+        """Whether our drafter has CUDA graphs of its own (vLLM's drafters are not
+        asked)."""
+        return getattr(drafter_of(self.llm), "_graphs", None) is not None
+
+    @property
+    def failed_drafts(self) -> int:
+        """Drafts that failed; our drafter goes on without, and the text stays."""
+        faults = getattr(drafter_of(self.llm), "faults", None)
+        return faults.failures if faults else 0
+
+    @contextmanager
+    def without_draft_graphs(self) -> Iterator[None]:
+        """Let our drafter draft as if it had never captured anything."""
+        drafter = drafter_of(self.llm)
+        graphs, drafter._graphs = drafter._graphs, None
+        try:
+            yield
+        finally:
+            drafter._graphs = graphs
+
     def answer(
         self, prompts: list[list[int]], max_tokens: int, logprobs: int | None = None
     ) -> Answers:
         """Greedy outputs of exactly ``max_tokens`` tokens."""
+        from vllm import SamplingParams
+
         params = SamplingParams(
             temperature=0,
             max_tokens=max_tokens,
@@ -76,14 +102,46 @@ class Side:
             detokenize=False,
             logprobs=logprobs,
         )
-        self._drafts.clear()
-        begin = time.perf_counter()
-        answers = self.llm.generate(
-            [{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False
-        )
-        seconds = time.perf_counter() - begin
+        with self._counted():
+            answers = self.llm.generate(
+                [{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False
+            )
         outputs = [answer.outputs[0] for answer in answers]
-        return Answers(outputs, counts_of(self._drafts), seconds)
+        return Answers(outputs, counts_of(self._drafts), self._replays, self._calls)
+
+    @contextmanager
+    def _counted(self) -> Iterator[None]:
+        """Count the drafter's calls and the replays of graphs, anew."""
+        from vllm.v1.worker.gpu.cudagraph_utils import (
+            CudaGraphManager,
+            ModelCudaGraphManager,
+        )
+
+        self._drafts.clear()
+        self._replays, self._calls = Replays(), 0
+        drafter = drafter_of(self.llm)
+        replay, propose = CudaGraphManager.run_fullgraph, None
+
+        def replaying(manager: Any, *args: Any) -> Any:
+            if isinstance(manager, ModelCudaGraphManager):
+                self._replays.target += 1
+            else:
+                self._replays.drafter += 1
+            return replay(manager, *args)
+
+        def proposing(*args: Any, **kwargs: Any) -> Any:
+            self._calls += 1
+            return propose(*args, **kwargs)
+
+        CudaGraphManager.run_fullgraph = replaying
+        if drafter is not None:
+            propose, drafter.propose = drafter.propose, proposing
+        try:
+            yield
+        finally:
+            CudaGraphManager.run_fullgraph = replay
+            if drafter is not None:
+                drafter.propose = propose
 
     def _record_drafts(self) -> None:
         """Keep how many tokens of each draft were accepted.
@@ -105,12 +163,50 @@ class Side:
 
         scheduler.make_spec_decoding_stats = recording
 
-    def stop(self) -> None:
-        self.llm.llm_engine.engine_core.shutdown()
-        del self.llm
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+
+@contextmanager
+def started(
+    name: str, target: Path, num_tokens: int, work: Path, **settings: Any
+) -> Iterator[Side]:
+    """A side, gone when the block ends.
+
+    Args:
+        name: As in `sides`.
+        target: The target's folder.
+        num_tokens: Tokens to draft per step.
+        work: Folder for drafters that are made here.
+        settings: Of vLLM's ``LLM``.
+    """
+    with start(
+        target,
+        speculative_config=speculative_config(name, target, num_tokens, work),
+        seed=0,
+        skip_tokenizer_init=True,
+        disable_log_stats=False,
+        **settings,
+    ) as llm:
+        assert hasattr(runner_of(llm), "speculator"), "not the V2 runner"
+        yield Side(name, llm)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def with_graphs(batches: tuple[int, ...], num_tokens: int) -> dict[str, Any]:
+    """vLLM's settings for CUDA graphs of decoding steps, of just these sizes.
+
+    Nothing is compiled: that takes longer than all else, and with another PyTorch than
+    vLLM was made for it is the likeliest to fail.
+    """
+    rows = (1, num_tokens, num_tokens + 1)  # decoding, a draft, its verification
+    sizes = sorted({batch * n for batch in batches for n in rows})
+    return {
+        "enforce_eager": False,
+        "compilation_config": {
+            "mode": 0,
+            "cudagraph_mode": "FULL_DECODE_ONLY",
+            "cudagraph_capture_sizes": sizes,
+        },
+    }
 
 
 def counts_of(drafts: list[tuple[int, int]]) -> AcceptanceCounts:
@@ -118,32 +214,3 @@ def counts_of(drafts: list[tuple[int, int]]) -> AcceptanceCounts:
     width = max((drafted for drafted, _ in drafts), default=0)
     positions = tuple(sum(n > i for _, n in drafts) for i in range(width))
     return AcceptanceCounts(len(drafts), sum(d for d, _ in drafts), positions)
-
-
-def start_all(
-    names: list[str], memory: float, *args: Any, **settings: Any
-) -> tuple[list[Side], list[dict[str, Any]]]:
-    """Start sides that share the device's memory.
-
-    A side that does not start is a result too, so the others go on.
-
-    Args:
-        names: The sides.
-        memory: Share of the device's memory for all of them.
-        args: As `Side` takes them after the name.
-        settings: As `Side` takes them.
-
-    Returns:
-        The sides that run, and a row of the report for each of the others.
-    """
-    sides, failures = [], []
-    for name in names:
-        try:
-            share = memory / len(names)
-            sides.append(Side(name, *args, gpu_memory_utilization=share, **settings))
-        except Exception as error:
-            reason = f"{type(error).__name__}: {error}"[:600]
-            failures.append({"side": name, "failed": reason})
-            print(f"{name}: {reason}", flush=True)
-            gc.collect()
-    return sides, failures

@@ -10,29 +10,33 @@ used.
 """
 
 import argparse
+import importlib
 import os
 import subprocess
 import sys
 import tarfile
+from collections.abc import Sequence
 from pathlib import Path
 
-from pieces import PiecesError, collect, join, missing_loads, read_index
+from loads import LoadsError, collect, join, missing_loads, read_index
 
+KERNELS = (
+    "vllm._C_stable_libtorch",
+    "vllm.vllm_flash_attn._vllm_fa3_C",
+    "vllm.vllm_flash_attn",
+)
 # In this order, so that the first failure names the cause.
 MODULES = (
     "torch",
     "triton",
     "transformers",
     "vllm",
-    "vllm._C_stable_libtorch",
-    "vllm.vllm_flash_attn._vllm_fa3_C",
-    "vllm.vllm_flash_attn",
+    *KERNELS,
     "vllm.model_executor.models.llama",
     "vllm.v1.attention.backends.flash_attn",
-    "vllm.v1.worker.gpu_model_runner",
     "vllm.v1.worker.gpu.model_runner",
     "vllm.entrypoints.llm",
-    "vllm_mtp.serving.v1",
+    "vllm_mtp.serving.v2",
 )
 
 
@@ -45,7 +49,7 @@ def main() -> int:
     try:
         for load in options.loads:
             install(load, options.to)
-    except PiecesError as error:
+    except LoadsError as error:
         print(f"unpack: {error}", file=sys.stderr)
         return 1
     return check(options.to) if options.check else 0
@@ -87,35 +91,32 @@ def install_wheels(to: Path) -> None:
 
 
 def check(to: Path) -> int:
-    """Import `MODULES` in a new process; says of each whether it went."""
+    """Import `MODULES` in a new process; says what fails."""
     path = os.pathsep.join([str(to / "site"), os.environ.get("PYTHONPATH", "")])
+    code = "import sys, unpack; sys.exit('\\n'.join(unpack.import_all(unpack.MODULES)))"
     done = subprocess.run(
-        [sys.executable, "-c", _CHECK, *MODULES],
+        [sys.executable, "-c", code],
+        cwd=Path(__file__).parent,
         env=os.environ | {"PYTHONPATH": path, "VLLM_LOGGING_LEVEL": "ERROR"},
         check=False,
     )
     return done.returncode
 
 
-_CHECK = """
-import importlib, sys
-from importlib.metadata import version
-failed = False
-for name in sys.argv[1:]:
-    try:
-        module = importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        failed = True
-        print(f"MISSING {name}: no module {error.name}; add its package to "
-              "tools/gpu/wheels.txt and pack again", flush=True)
-    except Exception as error:
-        failed = True
-        print(f"FAILED  {name}: {type(error).__name__}: {error}", flush=True)
-    else:
-        print(f"ok      {name} {getattr(module, '__version__', '')}", flush=True)
-print("vllm", version("vllm"), "vllm-mtp", version("vllm-mtp"))
-sys.exit(failed)
-"""
+def import_all(names: Sequence[str]) -> list[str]:
+    """Import modules in order; returns what went wrong, a line each."""
+    faults = []
+    for name in names:
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            faults.append(
+                f"{name}: no module {error.name}; add its package to "
+                "tools/gpu/wheels.txt and pack again"
+            )
+        except Exception as error:
+            faults.append(f"{name}: {type(error).__name__}: {error}")
+    return faults
 
 
 if __name__ == "__main__":

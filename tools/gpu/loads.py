@@ -36,7 +36,7 @@ class Entry(TypedDict):
 Index = dict[str, Entry]
 
 
-class PiecesError(Exception):
+class LoadsError(Exception):
     """A piece is missing or damaged."""
 
 
@@ -113,24 +113,24 @@ def join(index: Mapping[str, Entry], name: str, pool: Path, out: Path) -> Path:
         out: Folder that takes the archive.
 
     Raises:
-        PiecesError: Says which piece is missing or damaged, and its load.
+        LoadsError: Says which piece is missing or damaged, and its load.
     """
     entry = index[name]
     if loads := missing_loads(entry, pool):
-        raise PiecesError(f"{name}: pieces of load {loads} are missing; send them")
+        raise LoadsError(f"{name}: pieces of load {loads} are missing; send them")
     out.mkdir(parents=True, exist_ok=True)
     with (out / name).open("wb") as archive:
         for piece in entry["pieces"]:
             file = pool / piece["file"]
             if (got := sha256_of(file)) != piece["sha256"]:
-                raise PiecesError(
+                raise LoadsError(
                     f"{file}: sha256 is {got}, expected {piece['sha256']}; send load "
                     f"{piece['load']} again"
                 )
             with file.open("rb") as data:
                 shutil.copyfileobj(data, archive, _CHUNK)
     if (got := sha256_of(out / name)) != entry["sha256"]:
-        raise PiecesError(
+        raise LoadsError(
             f"{name}: sha256 is {got}, expected {entry['sha256']}: the loads are of "
             "different packings; send all of one packing"
         )
