@@ -213,7 +213,7 @@ WRONG_USE: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
     "another way to verify": (
         {"rejection_sample_method": "synthetic"},
         {},
-        ["does not take 'rejection_sample_method'"],
+        ["rejection_sample_method: got 'synthetic', expected 'standard' or 'block'"],
     ),
     "a file as drafter": (
         {"model": __file__},
@@ -277,16 +277,18 @@ def test_a_connector_that_vllm_makes_of_other_settings(
     assert refused == (is_simple == "1")
 
 
-def test_replicas_of_a_mixture_of_experts_are_refused(
+def test_replicas_of_a_mixture_of_experts_take_own_layers_only(
     tiny_targets: dict[str, Path], tiny_drafter: Drafter
 ) -> None:
+    target = tiny_targets["qwen3_moe"]
+    shared, own = (
+        {"model": str(tiny_drafter("qwen3_moe", name))}
+        for name in ("shared-4", "own-random")
+    )
+    start(target, own, data_parallel_size=2)
     with pytest.raises(MTPError) as error:
-        start(
-            tiny_targets["qwen3_moe"],
-            {"model": str(tiny_drafter("llama", "shared-4"))},
-            data_parallel_size=2,
-        )
-    for text in ("data_parallel_size=2", "dense targets only", "Use 1"):
+        start(target, shared, data_parallel_size=2)
+    for text in ("data_parallel_size=2", "shared layers would wait", "--layers own:"):
         assert text in str(error.value)
 
 

@@ -171,6 +171,7 @@ def build_config(
         overridden = _overrides_rope(getattr(engine_args, "hf_overrides", None))
         _require_fits(drafter_config, facts, overridden)
         _require_readable(drafter_config, engine_args, target_model_config)
+        _require_no_experts(drafter_config, target_model_config, target_parallel_config)
         require_divisible(drafter_config, target_parallel_config.tensor_parallel_size)
         num_tokens = num_speculative_tokens(
             settings, drafter_config.num_speculative_tokens
@@ -234,6 +235,19 @@ def _require_fits(config: DrafterConfig, facts: TargetFacts, overridden: bool) -
     logger.warning("%s: %s; fewer drafts may be accepted", METHOD, difference)
 
 
+def _require_no_experts(config: DrafterConfig, model: Any, parallel: Any) -> None:
+    """Replicas of a mixture of experts step together: an expert waits for the rows of
+    all of them. Those of a dense target do not know of each other."""
+    size = parallel.data_parallel_size
+    if size > 1 and model.is_moe and config.shared_layers:
+        raise UnsupportedTargetError(
+            f"data_parallel_size={size}: the target is a mixture of experts, and the "
+            "drafter's shared layers would wait inside a draft for replicas that may "
+            "be drafting nothing. Use 1, or a drafter of own layers "
+            "(vllm-mtp init --layers own:...), which runs no experts."
+        )
+
+
 def _overrides_rope(overrides: Any) -> bool:
     """Whether ``--hf-overrides`` may change RoPE; a function may change anything."""
     if not isinstance(overrides, dict):
@@ -292,14 +306,6 @@ def _require_supported(engine_args: Any, model: Any, parallel: Any) -> None:
                 f"method {METHOD!r}: {size}={getattr(parallel, size)} is not supported "
                 "yet. Use 1."
             )
-    # Replicas of a dense target do not know of each other. Those of a mixture of
-    # experts step together, and would wait for each other inside a draft too.
-    if parallel.data_parallel_size > 1 and model.is_moe:
-        raise UnsupportedTargetError(
-            f"method {METHOD!r}: data_parallel_size={parallel.data_parallel_size} is "
-            "supported for dense targets only, and this one is a mixture of experts. "
-            "Use 1."
-        )
     # The workers look at what vLLM makes of all settings; here it is one line.
     require_known_connector(getattr(engine_args, "kv_transfer_config", None))
     for setting, reason in _REFUSED_SETTINGS.items():

@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from vllm.config import CUDAGraphMode, VllmConfig, get_layers_from_vllm_config
-from vllm.forward_context import set_forward_context
+from vllm.config import VllmConfig, get_layers_from_vllm_config
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import KVCacheConfig, UniformTypeKVCacheSpecs
@@ -42,7 +41,6 @@ from vllm_mtp.drafter.layout import (
 from vllm_mtp.drafter.model import scope
 from vllm_mtp.drafter.scopes import DRAFT
 from vllm_mtp.plugin import METHOD
-from vllm_mtp.serving.connectors import no_connector
 from vllm_mtp.serving.draft_length import DraftLength, Outcome
 from vllm_mtp.serving.faults import FILLER_TOKEN, DraftGuard
 from vllm_mtp.serving.loading import load_bound_drafter, replace_weights
@@ -121,7 +119,6 @@ class MTPPlaceholderProposer(DraftModelProposer):
         self._lookups = Lookups()
         self._late: _Step | None = None
         self.faults = DraftGuard(alone=vllm_config.parallel_config.world_size == 1)
-        self._no_connector = no_connector(vllm_config)
 
     def load_model(self, target_model: torch.nn.Module) -> None:
         """Load the drafter and bind it to the loaded target."""
@@ -459,17 +456,11 @@ class MTPPlaceholderProposer(DraftModelProposer):
             built = build(metadata, 0)
             metadata_of_layer |= dict.fromkeys(group.layer_names, built)
             slots_of_layer |= dict.fromkeys(group.layer_names, slots)
-        with (
-            scope(DRAFT),
-            self._no_connector(),
-            set_forward_context(
-                metadata_of_layer,
-                self.vllm_config,
-                num_tokens=layout.positions.numel(),
-                cudagraph_runtime_mode=CUDAGraphMode.NONE,
-                slot_mapping=slots_of_layer,
-            ),
-        ):
+        num_rows = layout.positions.numel()
+        context = self._host.forward_context(
+            metadata_of_layer, num_rows, slots_of_layer
+        )
+        with scope(DRAFT), context:
             hidden = self._bound.forward(
                 batch.anchor_ids, layout.rope_positions, batch.boundary
             )
@@ -540,7 +531,7 @@ class MTPPlaceholderProposer(DraftModelProposer):
         if self._reads_boundary:
             boundary = self.hidden_states.new_zeros(batch, self.hidden_size)
         num_rows = batch * num_draft_tokens
-        with set_forward_context(None, self.vllm_config, num_tokens=num_rows):
+        with self._host.forward_context(None, num_rows, None):
             positions = block_positions(ids, num_draft_tokens)
             hidden = self._bound.forward(ids, positions, boundary)
             # What takes most memory of all ways to choose.

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from vllm.config import CUDAGraphMode, VllmConfig
-from vllm.forward_context import set_forward_context
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.gpu.attn_utils import (
     build_attn_metadata,
@@ -43,7 +42,6 @@ from vllm_mtp.drafter.layout import (
     require_whole_blocks,
 )
 from vllm_mtp.plugin import METHOD
-from vllm_mtp.serving.connectors import no_connector
 from vllm_mtp.serving.faults import FILLER_TOKEN, DraftGuard
 from vllm_mtp.serving.loading import load_bound_drafter, replace_weights
 from vllm_mtp.serving.v2_graphs import draft_graphs
@@ -79,7 +77,6 @@ class MTPPlaceholderSpeculator(DraftModelSpeculator):
         self._rope_positions = self.input_buffers.positions
         self._graphs: CudaGraphManager | None = None
         self.faults = DraftGuard(alone=vllm_config.parallel_config.world_size == 1)
-        self._no_connector = no_connector(vllm_config)
 
     def load_draft_model(
         self, target_model: torch.nn.Module, target_attn_layer_names: set[str]
@@ -381,16 +378,7 @@ class MTPPlaceholderSpeculator(DraftModelSpeculator):
         """
         num_rows = num_reqs * self.num_speculative_steps
         positions = self._rope_positions[:num_rows].view(num_reqs, -1)
-        with (
-            self._no_connector(),
-            set_forward_context(
-                metadata,
-                self.vllm_config,
-                num_tokens=num_rows,
-                cudagraph_runtime_mode=CUDAGraphMode.NONE,
-                slot_mapping=slots_by_layer,
-            ),
-        ):
+        with self._host.forward_context(metadata, num_rows, slots_by_layer):
             hidden = self._bound.forward(
                 self._anchors[:num_reqs],
                 positions,

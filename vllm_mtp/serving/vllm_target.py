@@ -7,13 +7,14 @@ scales of the cache are vLLM's business, whatever the backend.
 """
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
-from vllm.config import VllmConfig, get_layers_from_vllm_config
+from vllm.config import CUDAGraphMode, VllmConfig, get_layers_from_vllm_config
 from vllm.distributed import (
     get_tensor_model_parallel_rank,
     get_tensor_model_parallel_world_size,
@@ -42,6 +43,7 @@ from vllm_mtp.drafter.shadow import shadow
 from vllm_mtp.drafter.sharding import Rank
 from vllm_mtp.drafter.target_facts import TargetFacts
 from vllm_mtp.errors import UnsupportedTargetError
+from vllm_mtp.serving.connectors import no_connector
 from vllm_mtp.serving.kernels import product_with
 from vllm_mtp.serving.layer_calls import (
     NativeLayer,
@@ -102,6 +104,7 @@ class VllmTarget:
         assert isinstance(dtype, torch.dtype), "vLLM resolved it before"
         self.dtype = dtype
         self._vllm_config = vllm_config
+        self._no_connector = no_connector(vllm_config)
         self._max_model_len = vllm_config.model_config.max_model_len
         attention = _attention_by_layer(vllm_config)
         self._attention: dict[int, Attention] = {}
@@ -281,6 +284,39 @@ class VllmTarget:
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         return self._model.compute_logits(hidden)
+
+    @contextmanager
+    def forward_context(
+        self,
+        metadata: dict[str, Any] | None,
+        num_rows: int,
+        slots: dict[str, torch.Tensor] | None,
+    ) -> Iterator[None]:
+        """What a forward of the drafter runs in.
+
+        Args:
+            metadata: Attention metadata by layer; None without a cache.
+            num_rows: Of the drafter's batch.
+            slots: ``[num_rows]`` int64 by layer; None without a cache.
+        """
+        replicas = self._vllm_config.parallel_config.data_parallel_size
+        rows_of_replicas = None
+        if replicas > 1:
+            # Made up, or vLLM would ask the others, who may be drafting nothing. Only
+            # experts would read it, and no draft runs any then (`config`).
+            rows_of_replicas = torch.full((replicas,), num_rows, dtype=torch.int32)
+        with (
+            self._no_connector(),
+            set_forward_context(
+                metadata,
+                self._vllm_config,
+                num_tokens=num_rows,
+                num_tokens_across_dp=rows_of_replicas,
+                cudagraph_runtime_mode=CUDAGraphMode.NONE,
+                slot_mapping=slots,
+            ),
+        ):
+            yield
 
     def follow_weights(self) -> None:
         """Take the target's weights anew where this host has copies of them.
