@@ -216,7 +216,8 @@ def _release() -> versions.Release | None:
 
 def _hook(patch: ledger.Patch) -> Finding:
     topic, release = f"hook {patch.name}", _release()
-    if release is not None and patch.name not in release.hooks:
+    is_unknown = release is not None and patch.name not in release.hooks
+    if is_unknown or ledger.is_outdated(patch):
         return Finding(topic, f"{patch.symbol}: not needed with this vLLM")
     if problem := ledger.problem_with(patch):
         return Finding(topic, problem, True)

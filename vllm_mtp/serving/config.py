@@ -134,6 +134,7 @@ def build_config(
     requested: dict[str, Any],
     target_model_config: Any,
     target_parallel_config: Any,
+    config_class: type[MTPPlaceholderSpecConfig] = MTPPlaceholderSpecConfig,
 ) -> MTPPlaceholderSpecConfig:
     """Find and check the drafter, and build vLLM's config for it.
 
@@ -142,6 +143,7 @@ def build_config(
         requested: The user's settings.
         target_model_config: vLLM's ``ModelConfig`` of the target.
         target_parallel_config: vLLM's ``ParallelConfig``.
+        config_class: What to build.
 
     Raises:
         MTPError: Whatever is wrong with vLLM, settings, target or drafter.
@@ -189,7 +191,7 @@ def build_config(
         "target_model_config": target_model_config,
         "target_parallel_config": target_parallel_config,
     }
-    config = MTPPlaceholderSpecConfig(**settings)
+    config = config_class(**settings)
     config.takes_any_length = takes_any_length
     config.chooses_length = chooses_length
     if not versions.may_take_v2(HAS_TRITON):

@@ -5,6 +5,10 @@ The first is applied when vLLM loads its plugins. The one about requests is appl
 where our config is built. The others are applied in a process that runs our method,
 as late as the module they belong to is loaded and as early as the runner asks which
 drafter to build; nobody else pays for them.
+
+Most are there because vLLM has no registry of speculative methods. Where it has the one
+that we propose (docs/upstream/plugin-methods.md), they are left out: `plugin.register`
+registers the method, and vLLM finds the rest in `registered.py`.
 """
 
 import importlib
@@ -18,6 +22,7 @@ from vllm_mtp.errors import MTPError
 from vllm_mtp.serving import versions
 
 _ORIGINAL = "__vllm_mtp_original__"
+_PROPOSAL = "docs/upstream/plugin-methods.md"
 
 
 class HookMissingError(MTPError):
@@ -40,6 +45,7 @@ class Patch:
         cpu_only: Applies on the CPU platform only.
         fixed_in: First release of vLLM that needs it no more, and would be wrong with
             it.
+        until_registry: Stands in for the registry of methods that we propose to vLLM.
     """
 
     name: str
@@ -52,6 +58,7 @@ class Patch:
     aliases: tuple[str, ...] = ()
     cpu_only: bool = False
     fixed_in: str | None = None
+    until_registry: bool = False
 
     @property
     def seen(self) -> str:
@@ -68,7 +75,8 @@ CONFIG = Patch(
     "every other request falls through unchanged.",
     why="SpeculativeConfig.method is a closed Literal, and there is no registry "
     "of methods.",
-    remove_when="vLLM takes speculative methods from plugins (RFC #36219).",
+    remove_when=f"vLLM takes speculative methods from plugins ({_PROPOSAL}).",
+    until_registry=True,
 )
 V1_PROPOSER = Patch(
     name="v1-proposer",
@@ -79,7 +87,9 @@ V1_PROPOSER = Patch(
     "config is ours.",
     why="The V1 runner picks proposers by an if-chain on the method's name and "
     "asserts their class; ours is a subclass.",
-    remove_when="The V1 runner is gone, or takes proposers from plugins.",
+    remove_when="The V1 runner is gone, or takes proposers from plugins "
+    f"({_PROPOSAL}).",
+    until_registry=True,
 )
 V2_SPECULATOR = Patch(
     name="v2-speculator",
@@ -89,7 +99,8 @@ V2_SPECULATOR = Patch(
     what="Makes our speculator where the V2 runner builds the stock one, when the "
     "config is ours.",
     why="The V2 runner picks speculators by an if-chain on the method's name.",
-    remove_when="vLLM takes speculators from plugins (RFC #36219).",
+    remove_when=f"vLLM takes speculators from plugins ({_PROPOSAL}).",
+    until_registry=True,
     aliases=("vllm.v1.worker.gpu.model_runner",),
 )
 V2_ADAPTER_ROWS = Patch(
@@ -114,8 +125,10 @@ V1_LATE_DRAFTS = Patch(
     why="On a CPU a draft runs in the runner's own thread. vLLM asks for it before the "
     "tokens just sampled leave the runner, and so it would be felt in the time to the "
     "first token.",
-    remove_when="The V1 runner is gone, or drafts after it has given its output.",
+    remove_when="The V1 runner is gone, or drafts after it has given its output "
+    f"({_PROPOSAL}).",
     cpu_only=True,
+    until_registry=True,
 )
 V1_NO_DRAFTS = Patch(
     name="v1-no-drafts",
@@ -125,8 +138,10 @@ V1_NO_DRAFTS = Patch(
     what="Samples as without speculation in a step that verifies no draft.",
     why="vLLM goes through its rejection sampler even then, which copies the logits "
     "and takes up to a tenth of a step, so that drafting nothing would cost something.",
-    remove_when="The V1 runner is gone, or takes its plain sampler for such a step.",
+    remove_when="The V1 runner is gone, or takes its plain sampler for such a step "
+    f"({_PROPOSAL}).",
     cpu_only=True,
+    until_registry=True,
 )
 CPU_SAMPLING = Patch(
     name="cpu-sampling",
@@ -167,7 +182,8 @@ REQUESTS = Patch(
     "parameter: on V1 one request ends the engine for all, on both runners logprobs "
     "are lost. Of vllm_xargs, vLLM knows nothing. No plugin is asked about a request.",
     remove_when="vLLM answers or refuses the former itself (vllm#42592), and asks "
-    "plugins about requests.",
+    f"plugins about requests ({_PROPOSAL}).",
+    until_registry=True,
 )
 PATCHES = (
     CONFIG,
@@ -187,12 +203,12 @@ _settled: set[str] = set()
 
 def install_at_start() -> None:
     """Apply what must be there before vLLM reads its arguments."""
-    install(CONFIG)
+    _install_if_needed(CONFIG)
 
 
 def install_for_requests() -> None:
     """Apply what must be there before a request is added, in the process that does."""
-    install(REQUESTS)
+    _install_if_needed(REQUESTS)
 
 
 def install_for_runner() -> None:
@@ -204,9 +220,25 @@ def install_for_runner() -> None:
     for patch in PATCHES:
         if patch.name in _settled or _split(patch.symbol)[0] not in sys.modules:
             continue
-        if _applies_here(patch):
-            install(patch)
+        _install_if_needed(patch)
         _settled.add(patch.name)
+
+
+def vllm_registry() -> Callable[[str, str], None] | None:
+    """What registers a method's name and the qualified name of its config class; None
+    where vLLM has no such registry."""
+    try:
+        module = importlib.import_module("vllm.v1.spec_decode.registry")
+    except ImportError:
+        return None
+    return getattr(module, "register_speculative_method", None)
+
+
+def is_outdated(patch: Patch) -> bool:
+    """Whether this vLLM can do without the patch."""
+    if patch.fixed_in is not None and not versions.is_older_than(patch.fixed_in):
+        return True
+    return patch.until_registry and vllm_registry() is not None
 
 
 def install(patch: Patch) -> None:
@@ -298,11 +330,12 @@ def _missing(patch: Patch, reason: str) -> str:
     )
 
 
-def _applies_here(patch: Patch) -> bool:
-    if patch.fixed_in is not None and not versions.is_older_than(patch.fixed_in):
-        return False
-    if not patch.cpu_only:
-        return True
-    from vllm.platforms import current_platform
+def _install_if_needed(patch: Patch) -> None:
+    if is_outdated(patch):
+        return
+    if patch.cpu_only:
+        from vllm.platforms import current_platform
 
-    return current_platform.is_cpu()
+        if not current_platform.is_cpu():
+            return
+    install(patch)
