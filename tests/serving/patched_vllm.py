@@ -49,6 +49,9 @@ def patched_vllm(diff: Path, root: Path) -> None:
 
     link(PurePath("vllm"))
     done = subprocess.run(
-        ["git", "apply", "--verbose", diff], cwd=root, capture_output=True, text=True
+        ["git", "apply", "--verbose", diff.resolve()],
+        cwd=root,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr

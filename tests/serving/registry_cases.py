@@ -44,17 +44,17 @@ def test_it_is_exact_and_only_a_repair_is_patched(
     spec = {"method": "mtp_placeholder", "model": str(tiny_drafter("llama", "mixed"))}
     with engine(tiny_targets["llama"], spec) as llm:
         run = generate(llm, PROMPTS, MAX_TOKENS)
-        sampled = generate(llm, PROMPTS, 4, temperature=1.0, top_k=1, logprobs=None)
         with pytest.raises(VLLMValidationError, match="ask for logprobs"):
             generate(llm, PROMPTS[:1], 4, logprobs=None, logprob_token_ids=[3])
         runner = runner_of(llm)
         ours = runner.speculator if ON_V2 else runner.drafter
         assert type(ours).__module__ == f"vllm_mtp.serving.{'v2' if ON_V2 else 'v1'}"
-        if not ON_V2:
+        if not ON_V2:  # whose interpreter knows no top-k
+            sampled = generate(llm, PROMPTS, 4, temperature=1.0, top_k=1, logprobs=None)
+            assert sampled.token_ids == [ids[:4] for ids in alone]
             assert_only_drafts_are_verified(llm, monkeypatch)
     assert run.token_ids == alone
     assert 0 < run.counts.accepted_tokens < run.counts.draft_tokens
-    assert sampled.token_ids == [ids[:4] for ids in alone]
     assert applied() == {"cpu-sampling"}
 
 
@@ -139,5 +139,6 @@ def test_doctor_says_what_is_not_needed() -> None:
     for patch in ledger.PATCHES:
         finding = found[f"hook {patch.name}"]
         assert not finding.failed
-        not_needed = finding.text.endswith("not needed with this vLLM")
-        assert not_needed == (not patch.name.startswith("cpu-"))
+        if patch is not ledger.CPU_GDN:  # which is for some releases only
+            needed = not finding.text.endswith("not needed with this vLLM")
+            assert needed == (patch is ledger.CPU_SAMPLING)
