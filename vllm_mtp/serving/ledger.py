@@ -211,6 +211,11 @@ def install_for_requests() -> None:
     _install_if_needed(REQUESTS)
 
 
+def install_for_adapters() -> None:
+    """Apply what LoRA adapters on the target need, on the V2 runner."""
+    _install_if_needed(V2_ADAPTER_ROWS)
+
+
 def install_for_runner() -> None:
     """Apply what the runner of this process needs, for modules already loaded.
 
@@ -218,6 +223,8 @@ def install_for_runner() -> None:
     target's modules.
     """
     for patch in PATCHES:
+        if patch is V2_ADAPTER_ROWS:
+            continue
         if patch.name in _settled or _split(patch.symbol)[0] not in sys.modules:
             continue
         _install_if_needed(patch)

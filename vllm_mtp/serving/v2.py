@@ -43,6 +43,7 @@ from vllm_mtp.drafter.layout import (
 )
 from vllm_mtp.plugin import METHOD
 from vllm_mtp.serving.faults import FILLER_TOKEN, DraftGuard
+from vllm_mtp.serving.ledger import install_for_adapters
 from vllm_mtp.serving.loading import load_bound_drafter, replace_weights
 from vllm_mtp.serving.v2_graphs import draft_graphs
 
@@ -59,6 +60,8 @@ class MTPPlaceholderSpeculator(DraftModelSpeculator):
         super().__init__(vllm_config, device)
         config: Any = self.speculative_config
         config.runner_has_drafter = True
+        if vllm_config.lora_config is not None:
+            install_for_adapters()
         self.num_query_per_req = num_draft_tokens = self.num_speculative_steps
         # The base class sizes its buffers by the target's token budget; ours may be
         # larger, since the drafter does not take from that budget.
