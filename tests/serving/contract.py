@@ -47,13 +47,13 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
         "sleep_preserve_parameter_names",
     ),
     "vllm.config:ParallelConfig": (
-        *constant("config.py", "_PARALLEL_SIZES"),
+        *constant("refusals.py", "_PARALLEL_SIZES"),
         *("data_parallel_size", "world_size", "worker_extension_cls"),
     ),
     "vllm.config:SchedulerConfig": ("async_scheduling",),
     "vllm.config:SpeculativeConfig": ALLOWED_KEYS,
     "vllm.engine.arg_utils:EngineArgs": (
-        *constant("config.py", "_REFUSED_SETTINGS"),
+        *constant("refusals.py", "_REFUSED_SETTINGS"),
         *("speculative_config", "spec_method", "spec_model", "spec_tokens"),
     ),
     "vllm.model_executor.layers.attention:Attention": (

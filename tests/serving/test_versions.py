@@ -98,18 +98,19 @@ def log(
 def test_the_method_warns_once_of_an_untested_release(
     log: pytest.LogCaptureFixture,
 ) -> None:
-    from vllm_mtp.serving.config import _require_supported_vllm
+    from vllm_mtp.serving.refusals import _warn_once, require_supported_vllm
 
+    _warn_once.cache_clear()  # other tests of this process may have seen it
     for _ in range(2):
-        _require_supported_vllm(Installed("vllm", "98.7.6"))
-    _require_supported_vllm(Installed("vllm", TABLE[-1].version))
+        require_supported_vllm(Installed("vllm", "98.7.6"))
+    require_supported_vllm(Installed("vllm", TABLE[-1].version))
     assert log.text.count("not tested with this version") == 1
     assert "vllm 98.7.6: not tested" in log.text
 
 
 @pytest.mark.parametrize("version", ["0.27.1", "0.30.0+cpu"])
 def test_the_method_refuses(version: str) -> None:
-    from vllm_mtp.serving.config import _require_supported_vllm
+    from vllm_mtp.serving.refusals import require_supported_vllm
 
     with pytest.raises(UnsupportedVLLMError, match="cannot run with vllm 0"):
-        _require_supported_vllm(Installed("vllm", version))
+        require_supported_vllm(Installed("vllm", version))
