@@ -5,6 +5,7 @@ All but the copies is vLLM's own: what is stored, when, and what is found again.
 class for this refuses CPUs.
 """
 
+from collections import Counter
 from collections.abc import Collection
 from typing import Any
 
@@ -24,24 +25,26 @@ CONNECTOR = {
         "offload_prompt_only": False,
     },
 }
-stored: dict[bytes, list[torch.Tensor]] = {}
-"""By vLLM's key of a block, its bytes in each cache tensor."""
-loads: list[bytes] = []
-"""Keys of the blocks that were loaded."""
+loads: Counter[int] = Counter()
+"""How often blocks were loaded, by place."""
+_blocks: dict[int, list[torch.Tensor]] = {}  # by place
+_keys: dict[int, bytes] = {}
+
+
+def stored() -> dict[bytes, list[torch.Tensor]]:
+    """By vLLM's key of a block, its bytes in each cache tensor."""
+    return {_keys[place]: tensors for place, tensors in _blocks.items()}
 
 
 class _Manager(CPUOffloadingManager):
-    """Also knows which key each place has."""
+    """Also knows which key each place has (in the scheduler's process)."""
 
     def prepare_store(self, keys: Collection[Any], *args: Any) -> Any:
         output = super().prepare_store(keys, *args)
         if output is not None:
             places = output.store_spec.block_ids
-            _keys.update(zip(places, output.keys_to_store, strict=True))
+            _keys.update(zip(map(int, places), output.keys_to_store, strict=True))
         return output
-
-
-_keys: dict[int, bytes] = {}
 
 
 class _Worker(OffloadingWorker):
@@ -53,15 +56,14 @@ class _Worker(OffloadingWorker):
 
     def submit_store(self, job_id: int, src_spec: Any, dst_spec: Any) -> bool:
         for block, place in zip(src_spec.block_ids, dst_spec.block_ids, strict=True):
-            stored[_keys[int(place)]] = [t[int(block)].clone() for t in self._tensors]
+            _blocks[int(place)] = [t[int(block)].clone() for t in self._tensors]
         self._done.append(TransferResult(job_id, True))
         return True
 
     def submit_load(self, job_id: int, src_spec: Any, dst_spec: Any) -> bool:
         for place, block in zip(src_spec.block_ids, dst_spec.block_ids, strict=True):
-            key = _keys[int(place)]
-            loads.append(key)
-            for tensor, kept in zip(self._tensors, stored[key], strict=True):
+            loads[int(place)] += 1
+            for tensor, kept in zip(self._tensors, _blocks[int(place)], strict=True):
                 tensor[int(block)] = kept
         self._done.append(TransferResult(job_id, True))
         return True
@@ -79,8 +81,8 @@ class MemorySpec(CPUOffloadingSpec):
 
     def get_manager(self) -> Any:
         if self._manager is None:
-            stored.clear()
             loads.clear()
+            _blocks.clear()
             _keys.clear()
             self._manager = _Manager(self.num_chunks)
         return self._manager

@@ -7,7 +7,7 @@ import random
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,6 +32,7 @@ class GreedyAnswer:
     """To compare with the target alone."""
 
     prompt: tuple[int, ...]
+    adapter: str | None
     settings: Settings
     token_ids: tuple[int, ...]
     whole: bool  # False: given up or stopped midway, so a beginning of the answer
@@ -56,12 +57,21 @@ class Soak:
         url: The server's, without /v1.
         model: Its model's folder.
         pid: Its first process.
+        adapters: Names of the server's LoRA adapters.
         seed: Of everything that is chosen, but not of when it happens.
     """
 
-    def __init__(self, url: str, model: str, pid: int, seed: int = 0) -> None:
+    def __init__(
+        self,
+        url: str,
+        model: str,
+        pid: int,
+        adapters: Sequence[str] = (),
+        seed: int = 0,
+    ) -> None:
         self._rng = random.Random(seed)
         self._model = model
+        self._adapters = (None, *adapters)
         self._tokenizer = AutoTokenizer.from_pretrained(model)
         self._process = psutil.Process(pid)
         self._client = AsyncOpenAI(
@@ -134,11 +144,17 @@ class Soak:
             return room
         return min(room, self._rng.randint(1, 80))
 
-    def _ask(self, prompt: list[int], max_tokens: int, **settings: Any) -> Any:
+    def _ask(
+        self,
+        prompt: list[int],
+        max_tokens: int,
+        adapter: str | None = None,
+        **settings: Any,
+    ) -> Any:
         extra = {"ignore_eos": True, "return_token_ids": True}
         extra |= settings.pop("extra_body", {})
         return self._client.completions.create(
-            model=self._model,
+            model=adapter or self._model,
             prompt=prompt,
             max_tokens=max_tokens,
             extra_body=extra,
@@ -150,14 +166,22 @@ class Soak:
         settings = self._rng.choice([{}, {}, PENALTY])
         max_tokens = self._max_tokens(prompt)
         logprobs = self._rng.choice([None, 5])
+        adapter = self._rng.choice(self._adapters)
         answer = await self._ask(
-            prompt, max_tokens, temperature=0, logprobs=logprobs, extra_body=settings
+            prompt,
+            max_tokens,
+            adapter,
+            temperature=0,
+            logprobs=logprobs,
+            extra_body=settings,
         )
         (choice,) = answer.choices
         assert len(choice.token_ids) == max_tokens, choice.finish_reason
         if logprobs:
             _require_logprobs(choice)
-        self._keep(prompt, choice.token_ids, whole=True, settings=settings)
+        self._keep(
+            prompt, choice.token_ids, whole=True, settings=settings, adapter=adapter
+        )
 
     async def _greedy_to_limit(self) -> None:
         """As many of these as there are positions do not fit into the cache by far."""
@@ -172,7 +196,10 @@ class Soak:
         prompt = self._rng.choice(self._pool)
         max_tokens = self._max_tokens(prompt)
         leave_after = self._rng.choice([None, self._rng.randint(1, 20)])
-        events = await self._ask(prompt, max_tokens, temperature=0, stream=True)
+        adapter = self._rng.choice(self._adapters)
+        events = await self._ask(
+            prompt, max_tokens, adapter, temperature=0, stream=True
+        )
         token_ids: list[int] = []
         async for event in events:
             token_ids += event.choices[0].token_ids or []
@@ -183,7 +210,7 @@ class Soak:
         assert whole or leave_after is not None
         if not whole:
             self.figures.given_up["stream closed"] += 1
-        self._keep(prompt, token_ids, whole=whole)
+        self._keep(prompt, token_ids, whole=whole, adapter=adapter)
 
     async def _greedy_stopped(self) -> None:
         prompt = self._rng.choice(self._pool)
@@ -202,6 +229,7 @@ class Soak:
         answer = await self._ask(
             prompt,
             max_tokens,
+            self._rng.choice(self._adapters),
             temperature=self._rng.choice([0.3, 0.7, 1.0, 1.5]),
             top_p=self._rng.choice([1.0, 0.9]),
             presence_penalty=self._rng.choice([0.0, 0.5]),
@@ -226,6 +254,7 @@ class Soak:
         answer = await self._ask(
             prompt,
             40,
+            self._rng.choice(self._adapters),
             temperature=self._rng.choice([0.0, 1.0]),
             extra_body={"structured_outputs": {"regex": REGEX}, "ignore_eos": False},
         )
@@ -250,11 +279,16 @@ class Soak:
         *,
         whole: bool,
         settings: dict[str, float] | None = None,
+        adapter: str | None = None,
     ) -> None:
         self._count_limit(prompt, token_ids)
         self.figures.greedy.append(
             GreedyAnswer(
-                tuple(prompt), tuple((settings or {}).items()), tuple(token_ids), whole
+                tuple(prompt),
+                adapter,
+                tuple((settings or {}).items()),
+                tuple(token_ids),
+                whole,
             )
         )
 

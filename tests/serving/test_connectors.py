@@ -138,7 +138,7 @@ def test_no_scratch_slot_is_stored(
         assert memory_offload.loads
         assert again.token_ids == run.token_ids
         runs.append(run)
-        kept.append(dict(memory_offload.stored))
+        kept.append(memory_offload.stored())
     assert runs[1].token_ids == runs[0].token_ids
     assert runs[1].counts.drafts > 10
     alone, beside = kept

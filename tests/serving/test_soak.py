@@ -2,7 +2,8 @@
 """A server under mixed load for a while: every greedy answer is the target's, and
 nothing is left behind.
 
-About a minute in every run. Half an hour:
+About a minute in every run. Half an hour, and ten minutes more with LoRA adapters on
+the target and a KV connector:
 
     pytest -m slow -s tests/serving/test_soak.py
 
@@ -18,14 +19,16 @@ import json
 import os
 import statistics
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from vllm.lora.request import LoRARequest
 
 from tests.servers import flags_of, start_server
+from tests.serving import memory_offload
 from tests.serving.engines import engine, generate
 from tests.serving.soak import (
     CONCURRENCY,
@@ -34,6 +37,7 @@ from tests.serving.soak import (
     GreedyAnswer,
     Soak,
 )
+from tests.serving.test_adapters import EVERYWHERE, save_adapter
 from tests.tiny_targets import make_tiny
 from tests.tiny_tokenizer import save_tiny_tokenizer
 from vllm_mtp.bench.servers import Server, kill_server
@@ -58,6 +62,9 @@ SETTINGS: dict[str, Any] = {
     "seed": 0,
 }
 
+# One slot more than adapters: see docs/upstream/README.md.
+OF_ADAPTERS = {"max_loras": 3, "max_lora_rank": 8}
+
 
 @pytest.fixture
 def target(tmp_path: Path) -> Path:
@@ -67,8 +74,29 @@ def target(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
+def adapters(target: Path, tmp_path: Path) -> dict[str, LoRARequest]:
+    modules = {"all": EVERYWHERE, "attention": ["q_proj", "v_proj"]}
+    found = {}
+    for number, (name, which) in enumerate(modules.items(), start=1):
+        save_adapter(target, tmp_path / name, which, seed=number)
+        found[name] = LoRARequest(name, number, str(tmp_path / name))
+    return found
+
+
+@pytest.fixture
+def more(adapters: dict[str, LoRARequest], request: pytest.FixtureRequest) -> bool:
+    """Whether the server has adapters and a connector."""
+    return bool(request.param)
+
+
+@pytest.fixture
 def busy_server(
-    target: Path, tiny_drafter: Callable[[str, str], Path], tmp_path: Path
+    target: Path,
+    tiny_drafter: Callable[[str, str], Path],
+    tmp_path: Path,
+    adapters: dict[str, LoRARequest],
+    more: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> Iterator[Server]:
     """With drafts that are sampled, of which the first is as good as the target's."""
     spec = {
@@ -77,6 +105,12 @@ def busy_server(
         "draft_sample_method": "probabilistic",
     }
     flags = flags_of(SETTINGS)
+    if more:
+        # Where the connector's copies come from.
+        monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+        flags += ["--kv-transfer-config", json.dumps(memory_offload.CONNECTOR)]
+        flags += ["--enable-lora", *flags_of(OF_ADAPTERS), "--lora-modules"]
+        flags += [f"{name}={lora.path}" for name, lora in adapters.items()]
     server = start_server(
         target,
         tmp_path,
@@ -90,10 +124,27 @@ def busy_server(
 
 @pytest.mark.timeout(2400)
 @pytest.mark.parametrize(
-    "seconds", [SECONDS, pytest.param(1800, marks=pytest.mark.slow)]
+    ("seconds", "more"),
+    [
+        (SECONDS, False),
+        pytest.param(1800, False, marks=pytest.mark.slow),
+        pytest.param(600, True, marks=pytest.mark.slow),
+    ],
+    indirect=["more"],
 )
-def test_mixed_load(seconds: int, busy_server: Server, target: Path) -> None:
-    soak = Soak(busy_server.url, str(target), busy_server.process.pid)
+def test_mixed_load(
+    seconds: int,
+    more: bool,
+    busy_server: Server,
+    target: Path,
+    adapters: dict[str, LoRARequest],
+) -> None:
+    soak = Soak(
+        busy_server.url,
+        str(target),
+        busy_server.process.pid,
+        list(adapters) if more else (),
+    )
     figures = asyncio.run(soak.run(seconds))
     if figures.errors:
         print(*figures.errors[:40], sep="\n")
@@ -102,10 +153,17 @@ def test_mixed_load(seconds: int, busy_server: Server, target: Path) -> None:
     counts = busy_server.acceptance()
     preemptions = busy_server.metric("num_preemptions_total")
     prefix_hits = busy_server.metric("prefix_cache_hits_total")
-    compared = compare_greedy(figures.greedy, target)
+    compared = compare_greedy(figures.greedy, target, adapters if more else {})
     start, end = memory_of(figures)
     tell(figures, counts, compared)
     print(f"preemptions    {preemptions:.0f}, prefix hits {prefix_hits:.0f} tokens")
+    if more:
+        found = busy_server.metric("external_prefix_cache_hits_total")
+        print(f"from offload   {found:.0f} tokens")
+        assert found > 0
+        asked = Counter(answer.adapter for answer in figures.greedy)
+        print(f"adapters       {dict(asked)}")
+        assert set(asked) == {None, *adapters}
     print(f"memory         {start:.1f} MiB, at the end {end:.1f}")
     assert counts.drafts > len(figures.greedy)
     assert 0 < counts.accepted_tokens < counts.draft_tokens
@@ -134,23 +192,34 @@ def require_quiet_log(server: Server) -> None:
     assert not bad, bad[:5]
 
 
-def compare_greedy(answers: list[GreedyAnswer], target: Path) -> int:
+def compare_greedy(
+    answers: list[GreedyAnswer], target: Path, adapters: dict[str, LoRARequest]
+) -> int:
     """Against the target alone, each question once; returns the tokens compared."""
     longest: dict[Any, dict[tuple[int, ...], int]] = defaultdict(dict)
     for answer in answers:
-        wanted = longest[answer.settings]
+        wanted = longest[answer.adapter, answer.settings]
         so_far = wanted.get(answer.prompt, 1)
         wanted[answer.prompt] = max(so_far, len(answer.token_ids))
     expected: dict[Any, list[int]] = {}
     roomy = SETTINGS | {"num_gpu_blocks_override": 400}
+    if adapters:
+        roomy |= {"enable_lora": True, **OF_ADAPTERS}
     with engine(target, **roomy) as llm:
-        for settings, wanted in longest.items():
+        for (adapter, settings), wanted in longest.items():
             most = sorted(wanted.items(), key=lambda item: item[1])
             for prompt, length in most:
-                run = generate(llm, [prompt], length, logprobs=None, **dict(settings))
-                expected[settings, prompt] = run.token_ids[0]
+                run = generate(
+                    llm,
+                    [prompt],
+                    length,
+                    adapters[adapter] if adapter else None,
+                    logprobs=None,
+                    **dict(settings),
+                )
+                expected[adapter, settings, prompt] = run.token_ids[0]
     for answer in answers:
-        whole = expected[answer.settings, answer.prompt]
+        whole = expected[answer.adapter, answer.settings, answer.prompt]
         assert list(answer.token_ids) == whole[: len(answer.token_ids)], answer
     return sum(len(answer.token_ids) for answer in answers)
 
