@@ -72,6 +72,8 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
         *("all_stop_token_ids", "ignore_eos", "max_tokens", "stop_token_ids"),
         *("extra_args", "logprob_token_ids"),
     ),
+    # Which keeps the parameters of a draft model, as "draft.*".
+    "vllm.v1.worker.gpu_worker:Worker": ("_get_sleep_parameters",),
     "vllm.v1.worker.gpu_input_batch:CachedRequestState": (
         *("output_token_ids", "prompt_token_ids", "sampling_params"),
     ),
@@ -101,6 +103,7 @@ OWN_METHODS = {"late_drafts", "replace_weights"}
 SINCE = {
     "watermark_config": Version("0.31.0"),
     "sleep_preserve_parameter_names": Version("0.31.0"),
+    "_get_sleep_parameters": Version("0.32.0"),
     "_maybe_predict_acceptance": Version("0.32.0"),
 }
 # Calls through objects whose class no annotation tells, and the runner's call of the

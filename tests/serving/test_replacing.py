@@ -3,17 +3,26 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from vllm import LLM, SamplingParams
+from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
 
-from tests.serving.engines import ON_V2, bound_drafter_of, engine, generate
+from tests.serving.engines import (
+    ON_V2,
+    bound_drafter_of,
+    engine,
+    generate,
+    runner_of,
+)
 from vllm_mtp.drafter.checkpoint import load_drafter, save_drafter
 from vllm_mtp.engine import drafter_of
 from vllm_mtp.errors import MTPError
+from vllm_mtp.serving.config import keep_drafter_asleep
 from vllm_mtp.serving.faults import MAX_FAILURES
 
 pytestmark = pytest.mark.engine
@@ -144,3 +153,31 @@ def test_rows_of_the_head_follow_the_target(
         fresh = generate(llm, PROMPTS, LENGTH)
     assert run.token_ids == fresh.token_ids != first.token_ids
     assert run.counts == fresh.counts
+
+
+def test_what_vllm_sees_as_draft_model(
+    tiny_targets: dict[str, Path], tiny_drafter: Drafter
+) -> None:
+    """For sleep mode, which needs a GPU: all that is ours and nothing of the target's.
+    Not for vLLM's own way to load draft weights."""
+    asleep = SimpleNamespace(enable_sleep_mode=True, sleep_preserve_parameter_names=[])
+    awake = SimpleNamespace(enable_sleep_mode=False, sleep_preserve_parameter_names=[])
+    for model in (asleep, asleep, awake):
+        keep_drafter_asleep(model)
+    assert asleep.sleep_preserve_parameter_names == ["draft.*"]
+    assert awake.sleep_preserve_parameter_names == []
+    spec = spec_for(tiny_drafter("llama", "mixed"))
+    with engine(tiny_targets["llama"], spec) as llm:
+        runner, bound = runner_of(llm), bound_drafter_of(llm)
+        before = generate(llm, PROMPTS, LENGTH)
+        shown = runner.get_draft_model()
+        parameters = {id(parameter) for parameter in shown.parameters()}
+        ours = [*bound.drafter.parameters(), bound.small_head.weight]
+        assert parameters == set(map(id, ours))
+        assert parameters.isdisjoint(map(id, runner.get_model().parameters()))
+        assert [id(b) for b in shown.buffers()] == [
+            id(b) for b in bound.drafter.buffers()
+        ]
+        with pytest.raises(MTPError, match="replace_drafter"):
+            initialize_layerwise_reload(shown)
+        assert generate(llm, PROMPTS, LENGTH).counts == before.counts

@@ -122,10 +122,9 @@ class BoundDrafter:
         self.small_head = target.logits_of_tokens(vocab.token_ids) if vocab else None
 
     @property
-    def weights(self) -> nn.Module:
+    def weights(self) -> list[nn.Module]:
         """All that a draft reads and the target does not have."""
-        parts = (self.drafter, self.small_head)
-        return nn.ModuleList(part for part in parts if part is not None)
+        return [self.drafter, *([self.small_head] if self.small_head else [])]
 
     def forward(
         self,

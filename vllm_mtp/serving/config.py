@@ -171,7 +171,7 @@ def build_config(
     config.chooses_length = chooses_length
     if not versions.may_take_v2(HAS_TRITON):
         require_v2(config)
-    _keep_drafter_asleep(target_model_config)
+    keep_drafter_asleep(target_model_config)
     # Of vLLM's settings, and the user's own class goes first.
     if not target_parallel_config.worker_extension_cls:
         target_parallel_config.worker_extension_cls = _WORKER
@@ -180,7 +180,7 @@ def build_config(
     return config
 
 
-def _keep_drafter_asleep(model: Any) -> None:
+def keep_drafter_asleep(model: Any) -> None:
     """Have the drafter's weights kept in sleep mode's level 2, which lets go of all.
 
     The user loads the target's anew after it, and would have to know of ours.

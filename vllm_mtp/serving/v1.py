@@ -48,6 +48,7 @@ from vllm_mtp.serving.lookup import Lookups
 from vllm_mtp.serving.requests import MOST_DRAFTS
 from vllm_mtp.serving.sampling import with_seeds
 from vllm_mtp.serving.settings import require_v2
+from vllm_mtp.serving.worker import DraftWeights
 
 logger = logging.getLogger("vllm.mtp_placeholder")
 
@@ -125,7 +126,7 @@ class MTPPlaceholderProposer(DraftModelProposer):
         self._bound, self._host = load_bound_drafter(
             target_model, self.vllm_config, self.device
         )
-        self.model = self._bound.weights
+        self.model = DraftWeights(self._bound.weights)
         drafter_config = self._bound.drafter.config
         self.prefix_window = drafter_config.prefix_window
         self._reads_boundary = drafter_config.uses_boundary_hidden

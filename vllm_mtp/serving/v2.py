@@ -46,6 +46,7 @@ from vllm_mtp.serving.faults import FILLER_TOKEN, DraftGuard
 from vllm_mtp.serving.ledger import install_for_adapters
 from vllm_mtp.serving.loading import load_bound_drafter, replace_weights
 from vllm_mtp.serving.v2_graphs import draft_graphs
+from vllm_mtp.serving.worker import DraftWeights
 
 # vLLM's names for the requests of its warm-up, which run like real ones.
 _WARMUP_REQUESTS = ("_warmup_", "_v2_mixed_warmup_")
@@ -96,7 +97,7 @@ class MTPPlaceholderSpeculator(DraftModelSpeculator):
                 dtype=self.dtype,
                 device=self.device,
             )
-        return self._bound.weights
+        return DraftWeights(self._bound.weights)
 
     def replace_weights(self, folder: Path) -> None:
         """Draft with another drafter's weights from now on; see `loading`.

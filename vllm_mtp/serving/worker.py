@@ -1,17 +1,37 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the method adds to vLLM's workers, for ``collective_rpc``.
+"""What vLLM's workers and their callers see of a drafter.
 
-vLLM mixes the class that ``worker_extension_cls`` names into its worker.
+vLLM mixes the class that ``worker_extension_cls`` names into its worker, so that
+``collective_rpc`` finds its methods.
 """
 
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
+from vllm_mtp.errors import MTPError
 from vllm_mtp.plugin import METHOD
 from vllm_mtp.serving.resolve import resolve_drafter
 
 logger = logging.getLogger("vllm.mtp_placeholder")
+
+
+class DraftWeights(nn.ModuleList):
+    """What a runner shows vLLM as its draft model: for sleep mode, which keeps its
+    parameters and buffers, and not to load weights by vLLM's own way."""
+
+    def modules(self, remove_duplicate: bool = True) -> Iterator[nn.Module]:
+        """Asked by vLLM's sessions for draft weights, before they touch anything.
+
+        They take parameters away until new ones have come, and know of no packed copy.
+        """
+        raise MTPError(
+            f"method {METHOD!r}: vLLM's updates of draft weights do not know this kind "
+            "of drafter; use collective_rpc('replace_drafter', args=(folder,))"
+        )
 
 
 class DrafterWorker:
