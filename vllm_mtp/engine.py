@@ -7,10 +7,13 @@ this process and looks into them. vLLM is imported when a function here is calle
 
 import asyncio
 import contextlib
+import copy
 import gc
 import io
+import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from vllm_mtp.errors import MTPError
@@ -60,6 +63,140 @@ def start(
         llm.llm_engine.engine_core.shutdown()
         del llm
         gc.collect()
+
+
+def front_end(
+    target: str | os.PathLike[str],
+    *,
+    generation_config: str = "auto",
+    tokenizer_mode: str = "auto",
+) -> "FrontEnd":
+    """What ``vllm serve`` does with a target's requests.
+
+    Args:
+        target: The target's folder.
+        generation_config: Where sampling defaults come from, as vLLM's flag: ``auto``
+            (the target's folder), ``vllm`` (none), or a folder.
+        tokenizer_mode: As vLLM's flag; ``auto`` takes mistral-common only where the
+            weights are in Mistral's own files too.
+
+    Raises:
+        MTPError: vLLM does not take the target, or its tokenizer cannot be loaded.
+    """
+    _quietly()
+    from vllm.engine.arg_utils import EngineArgs
+
+    try:
+        arguments = EngineArgs(
+            str(target),
+            generation_config=generation_config,
+            tokenizer_mode=tokenizer_mode,
+            **_text_only(target),
+        )
+        return FrontEnd(arguments.create_engine_config())
+    except Exception as error:  # of configs, pydantic, tokenizers, the hub ...
+        raise MTPError(
+            f"--target {target}: its tokenizer cannot be loaded by vLLM "
+            f"({type(error).__name__}: {' '.join(str(error).split())[:300]})"
+        ) from None
+
+
+class FrontEnd:
+    """What vLLM's chat endpoint does with a request before the engine gets it.
+
+    Args:
+        config: A ``VllmConfig``.
+    """
+
+    def __init__(self, config: Any) -> None:
+        from vllm.renderers.params import ChatParams
+        from vllm.renderers.registry import renderer_from_config
+        from vllm.tokenizers.registry import tokenizer_args_from_config
+
+        # A conversation that is refused is told by an exception, without a traceback.
+        logging.getLogger("vllm.renderers").setLevel(logging.CRITICAL)
+        self._params = ChatParams
+        self._model = config.model_config
+        self._renderer = renderer_from_config(config)
+        self.tokenizer: Any = self._renderer.get_tokenizer()
+        mode, *_ = tokenizer_args_from_config(self._model)
+        # As the chat endpoint: mistral-common has no text in between.
+        self._tokenize = mode == "mistral"
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the target's embedding."""
+        return self._model.get_vocab_size()
+
+    @property
+    def can_chat(self) -> bool:
+        """Whether it takes a plain question; base models have no chat template."""
+        try:
+            self.render([{"role": "user", "content": "a"}])
+        except Exception:  # as `render` says
+            return False
+        return True
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Any] = (),
+        arguments: Mapping[str, Any] | None = None,
+    ) -> str | list[int]:
+        """A conversation as the chat endpoint renders it.
+
+        Args:
+            messages: In OpenAI's form.
+            tools: Likewise.
+            arguments: Of the chat template.
+
+        Returns:
+            A text, to be tokenized without special tokens, or token ids.
+
+        Raises:
+            Exception: Of any kind, where the template refuses the conversation.
+        """
+        settings = dict(arguments or {}) | {
+            "add_generation_prompt": True,
+            "continue_final_message": False,
+            "tools": list(tools) or None,
+            "tokenize": self._tokenize,
+        }
+        # The renderer changes the turns that it is given.
+        turns: Any = copy.deepcopy(list(messages))
+        _, prompt = self._renderer.render_messages(
+            turns, self._params(chat_template_kwargs=settings)
+        )
+        found = prompt.get("prompt_token_ids")
+        return prompt["prompt"] if found is None else list(found)
+
+    def sampling_defaults(self) -> dict[str, Any]:
+        """What the chat endpoint samples with where a request does not say."""
+        return dict(self._model.get_diff_sampling_param())
+
+
+def tokenizer_of(target: str | os.PathLike[str]) -> Any:
+    """A target's tokenizer: the one that vLLM takes, where vLLM is installed.
+
+    It differs from transformers' for Mistral's own files.
+
+    Raises:
+        MTPError: It cannot be loaded.
+    """
+    _quietly()
+    try:
+        if find_spec("vllm") is not None:
+            from vllm.tokenizers import get_tokenizer
+
+            return get_tokenizer(str(target))
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(target)
+    except Exception as error:  # of tokenizers, sentencepiece, the hub ...
+        raise MTPError(
+            f"--target {target}: its tokenizer cannot be loaded "
+            f"({type(error).__name__}: {' '.join(str(error).split())[:300]})"
+        ) from None
 
 
 def _text_only(target: str | os.PathLike[str]) -> dict[str, Any]:

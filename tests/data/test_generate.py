@@ -5,15 +5,17 @@ The real one is in `test_resume`.
 """
 
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
 from tests.data.conftest import ASSISTANT, BEGIN, USER, WriteJsonl, make_tokenizer
 from tests.tiny_targets import make_tiny_llama
 from vllm_mtp.cli.main import main
+from vllm_mtp.data.answerer import sampling_params
 from vllm_mtp.data.generation import Answer
 from vllm_mtp.data.progress import Progress, time_text
 from vllm_mtp.data.render import Request
@@ -89,9 +91,11 @@ def run(
         "held-out": 0.5,
     }
 
-    def run(*switches: str, **flags: object) -> int:
-        given = {name.replace("_", "-"): value for name, value in flags.items()}
-        values = [[f"--{k}", str(v)] for k, v in (defaults | given).items()]
+    def run(*switches: str, **changes: object) -> int:
+        given = {name.replace("_", "-"): value for name, value in changes.items()}
+        values = [
+            [f"--{k}", str(v)] for k, v in (defaults | given).items() if v is not None
+        ]
         return main(["generate", *sum(values, []), *switches])
 
     return run
@@ -185,7 +189,7 @@ def test_what_is_dropped_is_counted(
     assert len(rows(tmp_path / "out")) == 3
     out = capsys.readouterr().out.split("\n")
     for name, number in [
-        ("prompts read", 8),
+        ("rows read", 8),
         ("duplicates dropped", 2),
         ("too long, dropped", 1),
         ("empty answers dropped", 2),
@@ -193,11 +197,165 @@ def test_what_is_dropped_is_counted(
         assert f"  {name:<21} {number}" in out
 
 
+IMAGE = {"type": "image_url", "image_url": {"url": "x"}}
+LAST = {"role": "user", "content": "e"}
+ODD_ROWS = [
+    {"prompt": "a"},
+    {"messages": [{"role": "user", "content": None}]},
+    {"messages": [{"role": "user", "content": [IMAGE]}]},
+    {"prompt": "b", "category": "\ud83d"},
+    {"prompt": "x" * 100},
+    {"prompt": "c"},
+    {
+        "messages": [
+            {"role": "system", "content": "d"},
+            {"role": "user", "content": "e"},
+        ]
+    },
+    {"prompt": "b", "category": "\ud83d"},
+]
+
+
+def test_odd_rows_are_skipped_and_explained(
+    run: Run,
+    write_jsonl: WriteJsonl,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = write_jsonl(ODD_ROWS)
+    assert run() == 0
+    counts = read_provenance(tmp_path / "out").prompts
+    assert (counts.read, counts.kept, counts.too_long_dropped) == (8, 2, 1)
+    assert counts.odd_skipped == {
+        "half of a character": 2,
+        "content is null or missing": 1,
+        "content has a part that is no text ('image_url')": 1,
+        "the target's chat template refuses it": 1,
+    }
+    out = capsys.readouterr().out
+    assert f"  {'odd, skipped':<21} 5\n" in out
+    assert f"    2 x half of a character (first: {path}, line 4: " in out
+    assert f"    1 x too long (first: {path}, line 5: 104 tokens" in out
+    # What the target is given, for the user to look at.
+    assert f"the first prompt, 5 tokens:\n{BEGIN}{USER}a" in out
+
+
+def test_strict_stops_at_the_first_odd_row(
+    run: Run,
+    engine: type[FakeEngine],
+    write_jsonl: WriteJsonl,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for row in ODD_ROWS[1:5]:
+        path = write_jsonl([ODD_ROWS[0], row])
+        assert run("--strict") == 1
+        error = capsys.readouterr().err
+        assert error.startswith(f"vllm-mtp generate: {path}, line 2: ")
+        assert error.count("\n") == 1
+    assert not engine.calls
+    assert not (tmp_path / "out").exists()
+
+
+def test_odd_rows_alone_are_one_line(
+    run: Run, write_jsonl: WriteJsonl, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_jsonl(ODD_ROWS[1:4])
+    assert run() == 1
+    error = capsys.readouterr().err
+    assert "nothing to answer: 3 rows read; 1 x content is null or missing" in error
+    assert error.count("\n") == 1
+
+
+class TestSampling:
+    """What `vllm serve` samples with where a request does not say."""
+
+    OWN: ClassVar[dict[str, Any]] = {
+        "temperature": 0.7,
+        "top_k": 20,
+        "top_p": 0.8,
+        "min_p": 0.1,
+        "repetition_penalty": 1.3,
+        "max_new_tokens": 9,
+    }
+
+    @pytest.fixture
+    def target(self, chat_target: Path, tmp_path: Path) -> Path:
+        folder = tmp_path / "own"
+        shutil.copytree(chat_target, folder)
+        path = folder / "generation_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | self.OWN))
+        return folder
+
+    def used(self, folder: Path) -> SamplingSettings:
+        return read_provenance(folder).settings.sampling
+
+    def test_the_targets_defaults_are_taken_and_said(
+        self,
+        run: Run,
+        target: Path,
+        tmp_path: Path,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        assert run(target=target, max_tokens=None) == 0
+        own = {name: value for name, value in self.OWN.items() if "max" not in name}
+        assert self.used(tmp_path / "out") == SamplingSettings(max_tokens=9, **own)
+        out = capsys.readouterr().out
+        assert "sampling: max_tokens 9, temperature 0.7, top_p 0.8" in out
+        assert "own defaults" in out
+
+    def test_flags_win(
+        self,
+        run: Run,
+        target: Path,
+        tmp_path: Path,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        assert run(target=target, temperature=0, top_k=0, frequency_penalty=0.5) == 0
+        used = self.used(tmp_path / "out")
+        assert (used.temperature, used.top_k, used.max_tokens) == (0, 0, 32)
+        assert (used.repetition_penalty, used.frequency_penalty) == (1.3, 0.5)
+        own = "applies too: top_p, min_p, repetition_penalty ("
+        assert own in capsys.readouterr().out
+        # Greedy answers are penalised too, as vLLM does.
+        asked = sampling_params(used, "ab")
+        assert (asked.temperature, asked.top_p, asked.min_p) == (0, 1, 0)
+        assert (asked.repetition_penalty, asked.frequency_penalty) == (1.3, 0.5)
+
+    def test_none_are_taken_if_told(
+        self, run: Run, target: Path, tmp_path: Path
+    ) -> None:
+        assert run(target=target, generation_config="vllm") == 0
+        assert self.used(tmp_path / "out") == SamplingSettings(max_tokens=32)
+
+    @pytest.mark.parametrize("value", ["x", -1, 3])
+    def test_a_default_that_nothing_can_sample_with(
+        self,
+        run: Run,
+        target: Path,
+        value: object,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        path = target / "generation_config.json"
+        path.write_text(json.dumps({"top_p": value}))
+        assert run(target=target) == 1
+        assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_arguments_of_the_template_are_json(
+    run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(chat_template_kwargs="[1]") == 1
+    assert "--chat-template-kwargs: got '[1]', expected" in capsys.readouterr().err
+
+
 def test_nothing_to_answer(
     run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(max_prompt_tokens=3) == 1
-    assert "10 prompts read, 10 of them longer than" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "10 rows read; 10 x too long (first: " in error
+    assert "prompts.jsonl, line 1: 12 tokens, --max-prompt-tokens is 3)" in error
     assert not (tmp_path / "out").exists()
 
 
@@ -427,3 +585,13 @@ def test_the_help_reads_well(capsys: pytest.CaptureFixture[str]) -> None:
     text = " ".join(capsys.readouterr().out.split())
     for words in ["--no-chat-template", "A run that was stopped", "hf:NAME_OR_PATH"]:
         assert words in text
+
+
+@pytest.mark.parametrize("flag", ["prompts", "out", "target"])
+def test_names_that_cannot_be_written_are_refused(
+    run: Run, flag: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(**{flag: f"{tmp_path}/\udcff.jsonl"}) == 1
+    error = capsys.readouterr().err
+    assert "\\udcff.jsonl': not UTF-8" in error
+    assert error.count("\n") == 1

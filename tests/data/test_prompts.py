@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from tests.data.conftest import WriteJsonl
+from vllm_mtp.data.odd_rows import OddRowError, OddRows
 from vllm_mtp.data.prompts import Prompt, read_prompts
 from vllm_mtp.data.settings import SourceSettings
 from vllm_mtp.errors import DataError
@@ -65,35 +66,150 @@ def test_skip_and_limit(
     assert "".join(texts(read(path, skip=skip, limit=limit))) == expected
 
 
-@pytest.mark.parametrize(
-    ("line", "words"),
-    [
-        ("{'prompt': 'a'}", ["not JSON", "one object per line"]),
-        ('{"prompt": "a"', ["not JSON"]),
-        ('{"prompt": "\xff"}', ["not JSON", "utf-8"]),
-        ("[1]", ['"prompt"', '"messages"', "got [1]"]),
-        ('{"text": "a"}', ['"prompt"', "got {'text': 'a'}"]),
-        ('{"prompt": "a", "messages": []}', ["either"]),
-        ('{"prompt": null}', ['"prompt"', "got None"]),
-        ('{"messages": []}', ['"messages"', "got []"]),
-        ('{"messages": [{"role": "user"}]}', ['"role": text']),
-        ('{"messages": [{"role": "user", "content": [1]}]}', ['"content": text']),
+SURROGATE = "\\ud83d"
+# A line, the reason that is counted, and words of the message.
+ODD = [
+    ("{'prompt': 'a'}", "not JSON", ["one object per line"]),
+    ('{"prompt": "a"', "not JSON", []),
+    ('{"prompt": "\xff"}', "not JSON", ["utf-8"]),
+    ("[" * 50_000, "not JSON", ["recursion"]),
+    ("[1]", "not an object", ["got [1]"]),
+    ('{"text": "a"}', "no prompt", ['"messages"', "got {'text': 'a'}"]),
+    ('{"prompt": "a", "messages": []}', "no prompt", ["either"]),
+    ('{"prompt": null}', "no conversation", ["got None"]),
+    ('{"prompt": 7}', "no conversation", ["got 7"]),
+    ('{"messages": []}', "no conversation", ["got []"]),
+    ('{"messages": {"role": "user"}}', "no conversation", []),
+    ('{"messages": ["hi"]}', "a turn without a role", ["got 'hi'"]),
+    ('{"messages": [{"content": "a"}]}', "a turn without a role", []),
+    ('{"messages": [{"role": 1, "content": "a"}]}', "a turn without a role", []),
+    ('{"messages": [{"role": "user"}]}', "content is null or missing", []),
+    (
+        '{"messages": [{"role": "user", "content": null}]}',
+        "content is null or missing",
+        [],
+    ),
+    ('{"messages": [{"role": "user", "content": 1.5}]}', "content is no text", []),
+    (
+        '{"messages": [{"role": "user", "content": [1]}]}',
+        "content has a part that is no text ('unknown')",
+        ["got 1"],
+    ),
+    (
         (
-            '{"messages": [{"role": "assistant", "content": "a"}]}',
-            ["the last turn must be the user's", "'assistant'", "leave the answer out"],
+            '{"messages": [{"role": "user", "content": [{"type": "image_url", '
+            '"image_url": {"url": "x"}}, {"type": "text", "text": "what is it?"}]}]}'
         ),
-        ('{"prompt": "ab\\ud83d"}', ["half of a character", "'\\ud83d'", "position 2"]),
-    ],
+        "content has a part that is no text ('image_url')",
+        ["text alone"],
+    ),
+    (
+        '{"messages": [{"role": "user", "content": [{"type": "text"}]}]}',
+        "content has a part that is no text ('unknown')",
+        [],
+    ),
+    (
+        (
+            '{"messages": [{"role": "user", "content": "a"}, '
+            '{"role": "assistant", "content": "b"}]}'
+        ),
+        "the last turn is the assistant's, and not the user's or a tool's",
+        ["leave the answer out"],
+    ),
+    ('{"prompt": ""}', "the last turn is empty", []),
+    ('{"prompt": " \\n"}', "the last turn is empty", []),
+    ('{"messages": [{"role": "user", "content": []}]}', "the last turn is empty", []),
+    ('{"prompt": "a", "category": ["b"]}', "category is no text", ["got ['b']"]),
+    ('{"prompt": "a", "tools": "b"}', "tools is no list of objects", []),
+    ('{"prompt": "a", "tools": [1]}', "tools is no list of objects", []),
+    *(
+        (line, "half of a character", ["'\\ud83d'", "position 2"])
+        for line in (
+            f'{{"prompt": "ab{SURROGATE}"}}',
+            f'{{"prompt": "a", "category": "ab{SURROGATE}"}}',
+            f'{{"prompt": "a", "tools": [{{"ab{SURROGATE}": 1}}]}}',
+            (
+                f'{{"messages": [{{"role": "ab{SURROGATE}", "content": "x"}}, '
+                '{"role": "user", "content": "x"}]}'
+            ),
+            f'{{"messages": [{{"role": "user", "content": ["x", "ab{SURROGATE}"]}}]}}',
+            (
+                '{"messages": [{"role": "assistant", "content": null, "tool_calls": '
+                f'[{{"function": {{"name": "ab{SURROGATE}"}}}}]}}, '
+                '{"role": "user", "content": "x"}]}'
+            ),
+        )
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("line", "reason", "words"), ODD, ids=[line[:60] for line, *_ in ODD]
 )
-def test_broken_lines_are_named(tmp_path: Path, line: str, words: list[str]) -> None:
+def test_odd_lines_are_named(
+    tmp_path: Path, line: str, reason: str, words: list[str]
+) -> None:
     path = tmp_path / "p.jsonl"
     path.write_bytes(b'{"prompt": "fine"}\n\n' + line.encode("latin-1") + b"\n")
-    with pytest.raises(DataError) as error:
+    with pytest.raises(OddRowError) as error:
         read(path)
-    for word in [f"{path}, line 3", *words]:
-        assert word in str(error.value)
-    # It is behind what was asked for.
+    said = str(error.value)
+    assert said.startswith(f"{path}, line 3: {reason}: ")
+    assert len(said) < 400
+    assert "\n" not in said
+    for word in words:
+        assert word in said
+    # It is behind what was asked for, or passed over.
     assert texts(read(path, limit=1)) == ["fine"]
+    assert read(path, skip=2) == []
+
+
+def test_odd_lines_are_skipped_and_counted(tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    lines = [line for line, *_ in ODD for _ in range(2)]
+    whole = ['{"prompt": "fine"}', *lines, '{"prompt": "too"}']
+    path.write_bytes("\n".join(whole).encode("latin-1"))
+    odd = OddRows()
+    found = list(read_prompts(SourceSettings(prompts=str(path)), odd))
+    assert texts(found) == ["fine", "too"]
+    assert [prompt.where for prompt in found] == [
+        f"{path}, line 1",
+        f"{path}, line {len(lines) + 2}",
+    ]
+    assert sum(odd.counts.values()) == len(lines)
+    assert set(odd.counts) == {reason for _, reason, _ in ODD}
+    assert any(
+        line.startswith(f"8 x not JSON (first: {path}, line 2: ")
+        for line in odd.explained()
+    )
+
+
+def test_parts_of_text_and_calls_of_tools_are_kept(write_jsonl: WriteJsonl) -> None:
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    two = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    path = write_jsonl(
+        [
+            {"messages": [{"role": "user", "content": two[:1], "weight": 1}]},
+            {"messages": [{"role": "user", "content": ["a", two[1]]}]},
+            {
+                "messages": [
+                    {"role": "user", "content": "x"},
+                    {"role": "assistant", "content": None, "tool_calls": [call]},
+                    {"role": "tool", "content": "y", "tool_call_id": "1", "name": None},
+                ],
+                "tools": [{"type": "function"}],
+            },
+        ]
+    )
+    one, several, called = read(path)
+    # As the chat endpoint, which knows no weight.
+    assert one.messages == ({"role": "user", "content": "a"},)
+    assert several.messages == ({"role": "user", "content": two},)
+    assert called.messages[1:] == (
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "y", "tool_call_id": "1"},
+    )
+    assert called.tools == ({"type": "function"},)
 
 
 def test_a_long_broken_line_is_not_printed_in_full(write_jsonl: WriteJsonl) -> None:

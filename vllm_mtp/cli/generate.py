@@ -14,9 +14,17 @@ from vllm_mtp.flags import flag
 from vllm_mtp.interrupts import advise, deferred
 
 if TYPE_CHECKING:
+    from vllm_mtp.data.odd_rows import OddRows
     from vllm_mtp.data.render import Renderer, Request
     from vllm_mtp.data.settings import PromptCounts, Provenance, RunSettings
     from vllm_mtp.data.store import Store
+
+_SAMPLING = (
+    "max_tokens", "temperature", "top_p", "top_k", "min_p",
+    "repetition_penalty", "presence_penalty", "frequency_penalty",
+)  # fmt: skip
+_MAX_TOKENS = 512  # the longest answer, unless the user or the target says
+_SHOWN = 1000  # characters of the first prompt
 
 
 @dataclass
@@ -28,8 +36,8 @@ class Generate:
     target: str = flag("the target's Hugging Face folder or hub name")
     prompts: str = flag(
         "sharegpt; or a JSONL file with `prompt` (text) or `messages` (turns, the last "
-        "one the user's) and, if wanted, `category` per line; or hf:NAME_OR_PATH, a "
-        "Hugging Face dataset"
+        "one the user's or a tool's), and, if wanted, `category` and `tools` per line; "
+        "or hf:NAME_OR_PATH, a Hugging Face dataset"
     )
     out: str = flag("folder to write; one that holds a stopped run is continued")
     prompts_split: str = flag("hf: only; the dataset's split", "train")
@@ -41,18 +49,67 @@ class Generate:
         "category",
         None,
     )
-    skip: int = flag("prompts to pass over first", 0)
-    limit: int | None = flag("most prompts to read; left out, all", None)
+    skip: int = flag("rows to pass over first", 0)
+    limit: int | None = flag("most rows to read; left out, all", None)
+    strict: bool = flag(
+        "stop at the first row that cannot be used; left out, such rows are skipped, "
+        "counted and explained at the end",
+        False,
+    )
     chat_template: bool = flag(
         "apply the target's chat template; with --no-chat-template prompts are texts "
         "that the target completes",
         True,
     )
+    tokenizer_mode: str = flag(
+        "as for `vllm serve`: auto, or such as mistral, for a folder with tekken.json",
+        "auto",
+    )
+    chat_template_kwargs: str = flag(
+        "arguments of the chat template as JSON, such as "
+        '{"enable_thinking": false}; give `vllm serve` the same',
+        "{}",
+    )
     max_prompt_tokens: int = flag("longest prompt, in tokens; drop longer ones", 1024)
-    max_tokens: int = flag("longest answer, in tokens; cut longer ones", 512)
-    temperature: float = flag("0: greedy; above: sample the answers", 0.0)
-    top_p: float = flag("sample from the likeliest tokens of this probability", 1.0)
-    top_k: int = flag("sample from this many of the likeliest tokens; 0: all", 0)
+    max_tokens: int | None = flag(
+        "longest answer, in tokens; cut longer ones; left out, 512, or the target's "
+        "own limit if that is less",
+        None,
+    )
+    generation_config: str = flag(
+        "where the sampling settings that are left out come from, as for `vllm serve`: "
+        "auto, the target's generation_config.json; vllm, nowhere; or a folder",
+        "auto",
+    )
+    temperature: float | None = flag(
+        "0: greedy; above: sample the answers; left out, the target's default, or "
+        "greedy where it has none",
+        None,
+    )
+    top_p: float | None = flag(
+        "sample from the likeliest tokens of this probability; left out, the target's "
+        "default or 1 (all)",
+        None,
+    )
+    top_k: int | None = flag(
+        "sample from this many of the likeliest tokens; left out, the target's default "
+        "or 0 (all)",
+        None,
+    )
+    min_p: float | None = flag(
+        "sample tokens of at least this part of the likeliest one's probability; left "
+        "out, the target's default or 0 (all)",
+        None,
+    )
+    repetition_penalty: float | None = flag(
+        "as in vLLM; left out, the target's default or 1 (none)", None
+    )
+    presence_penalty: float | None = flag(
+        "as in vLLM; left out, the target's default or 0 (none)", None
+    )
+    frequency_penalty: float | None = flag(
+        "as in vLLM; left out, the target's default or 0 (none)", None
+    )
     seed: int = flag("to sample with; each prompt gets a seed of its own from it", 0)
     held_out: float = flag(
         "part of the prompts to put into the split `held_out`, 0 to below 1; which "
@@ -70,84 +127,142 @@ class Generate:
     )
 
     def run(self) -> int:
+        from vllm_mtp.data.odd_rows import OddRows
+        from vllm_mtp.data.render import Renderer
         from vllm_mtp.data.store import Store
+        from vllm_mtp.drafter.target_facts import TargetFacts
+        from vllm_mtp.engine import front_end
 
         _require_datasets()
         # It writes the finished dataset in seconds; its many bars say nothing.
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
         target = target_folder(self.target)
-        renderer = self._renderer(target)
+        facts = TargetFacts.from_folder(target).model_copy(update={"name": self.target})
+        arguments = self._template_arguments()
+        chat = front_end(
+            target,
+            generation_config=self.generation_config,
+            tokenizer_mode=self.tokenizer_mode,
+        )
+        defaults = chat.sampling_defaults()
+        renderer = Renderer(chat, chat_template=self.chat_template, arguments=arguments)
+        sampling = self._sampling(defaults)
         store = Store(Path(self.out).expanduser())
-        settings = store.check(self._settings(target, renderer))
+        settings = store.check(
+            self._settings(
+                target,
+                sampling,
+                target=facts,
+                chat_template_sha256=renderer.chat_template_sha256,
+                chat_template_kwargs=arguments,
+            )
+        )
         if store.is_finished:
             print(f"{store.folder} is finished already; nothing to do")
             return 0
-        requests, counts = self._requests(settings, renderer)
+        odd = OddRows(strict=self.strict)
+        requests, counts = self._requests(settings, renderer, odd)
+        print(_first_prompt(requests[0], renderer))
+        print(self._sampling_in_words(sampling, defaults))
         advise(f"the same command goes on with what is in {store.folder}")
         provenance = _generate(store, settings, target, requests, counts)
-        print(report(provenance, store.folder))
+        print(report(provenance, store.folder, odd.explained()))
         return 0
 
     def _requests(
-        self, settings: "RunSettings", renderer: "Renderer"
+        self, settings: "RunSettings", renderer: "Renderer", odd: "OddRows"
     ) -> "tuple[list[Request], PromptCounts]":
         from vllm_mtp.data.prompts import read_prompts
         from vllm_mtp.data.render import prepare
 
         requests, counts = prepare(
-            read_prompts(settings.source), renderer, settings.max_prompt_tokens
+            read_prompts(settings.source, odd),
+            renderer,
+            settings.max_prompt_tokens,
+            odd,
         )
         if not requests:
+            reasons = "; ".join(odd.explained()) or (
+                "the source is empty, or --skip passes over all of it"
+            )
             raise DataError(
-                f"--prompts {self.prompts}: nothing to answer: {counts.read} prompts "
-                f"read, {counts.too_long_dropped} of them longer than "
-                f"--max-prompt-tokens {self.max_prompt_tokens} or without any token; "
-                "name a source with shorter prompts, or raise the limit"
+                f"--prompts {self.prompts}: nothing to answer: {counts.read} rows "
+                f"read; {reasons}. Name a source with prompts that the target takes"
             )
         return requests, counts
 
-    def _renderer(self, target: Path) -> "Renderer":
-        from transformers import AutoTokenizer
-
-        from vllm_mtp.data.render import Renderer
+    def _template_arguments(self) -> dict[str, Any]:
+        import json
 
         try:
-            tokenizer = AutoTokenizer.from_pretrained(target)
-        except (OSError, ValueError) as error:
-            raise DataError(
-                f"--target {self.target}: its tokenizer cannot be loaded ({error})"
-            ) from None
-        return Renderer(tokenizer, chat_template=self.chat_template)
+            found = json.loads(self.chat_template_kwargs)
+        except ValueError:
+            found = None
+        if isinstance(found, dict):
+            return found
+        raise DataError(
+            f"--chat-template-kwargs: got {self.chat_template_kwargs!r}, expected a "
+            'JSON object such as {"enable_thinking": false}'
+        )
 
-    def _settings(self, target: Path, renderer: "Renderer") -> "RunSettings":
+    def _sampling(self, defaults: dict[str, Any]) -> dict[str, Any]:
+        """The flags, behind them the target's defaults, behind them ours."""
+        taken = {name: value for name, value in defaults.items() if name in _SAMPLING}
+        if taken.get("top_k") == -1:
+            taken["top_k"] = 0  # both say: all
+        taken["max_tokens"] = min(_MAX_TOKENS, taken.get("max_tokens", _MAX_TOKENS))
+        flags = self._fields(*_SAMPLING)
+        given = {name: value for name, value in flags.items() if value is not None}
+        return taken | given | {"seed": self.seed}
+
+    def _sampling_in_words(
+        self, sampling: dict[str, Any], defaults: dict[str, Any]
+    ) -> str:
+        used = {"temperature": "0 (greedy)"} | sampling
+        told = ", ".join(f"{name} {used[name]}" for name in _SAMPLING if name in used)
+        own = [
+            name
+            for name in _SAMPLING
+            if name in defaults
+            and getattr(self, name) is None
+            and sampling[name] == defaults[name]
+        ]
+        if not own:
+            return f"sampling: {told}"
+        return (
+            f"sampling: {told}\n  of these the target's own defaults, which `vllm "
+            f"serve` applies too: {', '.join(own)} (flags override them; "
+            "--generation-config vllm leaves them out, here and there)"
+        )
+
+    def _settings(
+        self, folder: Path, sampling: dict[str, Any], **found: Any
+    ) -> "RunSettings":
         from pydantic import ValidationError
 
         from vllm_mtp.data.settings import RunSettings
-        from vllm_mtp.drafter.target_facts import TargetFacts, weights_sample_sha256
+        from vllm_mtp.drafter.target_facts import weights_sample_sha256
         from vllm_mtp.engine import vllm_version
 
-        facts = TargetFacts.from_folder(target).model_copy(update={"name": self.target})
-        found = self._from_flags(target) | {
-            "target": facts,
-            "chat_template_sha256": renderer.chat_template_sha256,
+        found |= self._from_flags(folder, sampling) | {
             "vllm": vllm_version(),
             # Small, so that a kill loses little.
             "part_prompts": self.max_num_seqs,
-            "weights_sample_sha256": weights_sample_sha256(target),
+            "weights_sample_sha256": weights_sample_sha256(folder),
         }
         try:
             return RunSettings.model_validate(found)
         except ValidationError as error:
             raise DataError(_flag_errors(error)) from None
 
-    def _from_flags(self, target: Path) -> dict[str, Any]:
+    def _from_flags(self, target: Path, sampling: dict[str, Any]) -> dict[str, Any]:
         engine = self._fields("dtype", "max_num_seqs")
-        return self._fields("chat_template", "max_prompt_tokens", "held_out") | {
+        names = ("chat_template", "tokenizer_mode", "max_prompt_tokens", "held_out")
+        return self._fields(*names) | {
             "source": self._source(),
-            "sampling": self._fields(
-                "max_tokens", "temperature", "top_p", "top_k", "seed"
-            ),
-            "engine": engine | {"max_model_len": self._max_model_len(target)},
+            "sampling": sampling,
+            "engine": engine
+            | {"max_model_len": self._max_model_len(target, sampling["max_tokens"])},
         }
 
     def _fields(self, *names: str) -> dict[str, Any]:
@@ -163,17 +278,17 @@ class Generate:
             }
         return found
 
-    def _max_model_len(self, target: Path) -> int:
+    def _max_model_len(self, target: Path, max_tokens: int) -> int:
         from transformers import AutoConfig
 
-        needed = self.max_prompt_tokens + self.max_tokens
+        needed = self.max_prompt_tokens + max_tokens
         config = AutoConfig.from_pretrained(target).get_text_config()
         longest = getattr(config, "max_position_embeddings", None) or needed
         found = self.max_model_len or needed
         if not needed <= found <= longest:
             raise DataError(
                 f"--max-prompt-tokens {self.max_prompt_tokens} and --max-tokens "
-                f"{self.max_tokens} need a context of {needed} tokens; --max-model-len "
+                f"{max_tokens} need a context of {needed} tokens; --max-model-len "
                 f"is {found}, and the target's own limit is {longest}. Lower the first "
                 "two, or set the third between"
             )
@@ -256,13 +371,23 @@ def _versions(settings: "RunSettings") -> dict[str, str]:
     }
 
 
-def report(provenance: "Provenance", folder: Path) -> str:
-    """The table that the command ends with."""
+def _first_prompt(request: "Request", renderer: "Renderer") -> str:
+    """The first prompt as the target gets it, for the user to look at."""
+    text = renderer.decode(request.token_ids)
+    more = f" ... ({len(text):,} characters)" if len(text) > _SHOWN else ""
+    return (
+        f"the first prompt, {len(request.token_ids):,} tokens:\n{text[:_SHOWN]}{more}\n"
+    )
+
+
+def report(provenance: "Provenance", folder: Path, odd: Sequence[str] = ()) -> str:
+    """The table that the command ends with, and why rows were left out."""
     prompts = provenance.prompts
     rows = [
-        ("prompts read", f"{prompts.read:,}"),
+        ("rows read", f"{prompts.read:,}"),
         ("duplicates dropped", f"{prompts.duplicates_dropped:,}"),
         ("too long, dropped", f"{prompts.too_long_dropped:,}"),
+        ("odd, skipped", f"{sum(prompts.odd_skipped.values()):,}"),
         ("empty answers dropped", f"{provenance.empty_answers_dropped:,}"),
     ] + [
         (
@@ -275,4 +400,7 @@ def report(provenance: "Provenance", folder: Path) -> str:
         for name, split in provenance.splits.items()
     ]
     table = "\n".join(f"  {name:<21} {value}" for name, value in rows)
-    return f"\n{table}\n\nwritten to {folder}"
+    reasons = "".join(f"\n    {line}" for line in odd)
+    if reasons:
+        reasons = f"\n\n  rows left out (--strict stops at the first):{reasons}"
+    return f"\n{table}{reasons}\n\nwritten to {folder}"

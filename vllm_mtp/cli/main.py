@@ -54,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(name: str, rest: Sequence[str]) -> int:
     try:
+        _require_text(rest)
         with interrupts.one_exception():
             code: int = _load(name, rest).run()
         return code
@@ -69,6 +70,18 @@ def _run(name: str, rest: Sequence[str]) -> int:
     except KeyboardInterrupt:
         print(interrupts.last_line(name), file=sys.stderr)
         return interrupts.EXIT_CODE
+
+
+def _require_text(arguments: Sequence[str]) -> None:
+    """Names of files end up in records, which are UTF-8."""
+    for argument in arguments:
+        try:
+            argument.encode()
+        except UnicodeEncodeError:
+            raise MTPError(
+                f"argument {ascii(argument)}: not UTF-8, so no record could hold it; "
+                "rename the file or folder"
+            ) from None
 
 
 def _overview() -> argparse.ArgumentParser:

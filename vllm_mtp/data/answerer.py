@@ -76,6 +76,11 @@ def sampling_params(sampling: SamplingSettings, identifier: str) -> Any:
         temperature=sampling.temperature,
         top_p=1.0 if greedy else sampling.top_p,
         top_k=0 if greedy else sampling.top_k,
+        min_p=0.0 if greedy else sampling.min_p,
+        # Greedy decoding takes the likeliest token after the penalties.
+        repetition_penalty=sampling.repetition_penalty,
+        presence_penalty=sampling.presence_penalty,
+        frequency_penalty=sampling.frequency_penalty,
         # A seed costs time, so greedy answers get none.
         seed=None if greedy else prompt_seed(sampling.seed, identifier),
         max_tokens=sampling.max_tokens,

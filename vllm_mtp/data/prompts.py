@@ -2,99 +2,170 @@
 """Where prompts come from: a JSONL file, a Hugging Face dataset, or ShareGPT."""
 
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from vllm_mtp.data.odd_rows import OddRowError, OddRows
 from vllm_mtp.data.settings import SourceSettings
 from vllm_mtp.data.split import Message
 from vllm_mtp.errors import DataError
 
 _HF = "hf:"
+# Besides role and content, what vLLM's chat endpoint hands to a chat template.
+_MORE_OF_A_TURN = (
+    "name",
+    "tool_calls",
+    "tool_call_id",
+    "reasoning",
+    "reasoning_content",
+)
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A conversation that the target shall answer; the last turn is the user's."""
+    """A conversation that the target shall answer.
+
+    Attributes:
+        messages: Turns; the last one is the user's or a tool's.
+        category: Kind of prompt.
+        tools: What the target may call, as the chat endpoint takes them.
+        where: The row that it was read from, for messages.
+    """
 
     messages: tuple[Message, ...]
     category: str
+    tools: tuple[Any, ...] = ()
+    where: str = field(default="", compare=False)
 
 
-def read_prompts(source: SourceSettings) -> Iterator[Prompt]:
-    """Yield a source's prompts in its order, from ``skip`` on, up to ``limit``.
+def read_prompts(
+    source: SourceSettings, odd: OddRows | None = None
+) -> Iterator[Prompt]:
+    """Yield a source's prompts in its order, from row ``skip`` on, of ``limit`` rows.
+
+    Args:
+        source: Where they come from.
+        odd: Counts the rows that cannot be used; None: the first one raises.
 
     Raises:
         DataError: The source cannot be read; the message names the file and line,
             or the dataset and column.
+        OddRowError: A row cannot be used, and rows are not skipped.
         DemoPackageError: ShareGPT's package is missing.
     """
     if source.prompts == "sharegpt":
-        return _sharegpt(source)
-    found = _hf_rows(source) if source.prompts.startswith(_HF) else _jsonl_rows(source)
-    stop = None if source.limit is None else source.skip + source.limit
-    return islice(found, source.skip, stop)
+        rows = _sharegpt_rows(source)
+    elif source.prompts.startswith(_HF):
+        rows = _hf_rows(source)
+    else:
+        rows = _jsonl_rows(source)
+    odd = odd or OddRows(strict=True)
+    for row in rows:
+        try:
+            prompt = row.prompt()
+        except OddRowError as error:
+            odd.skip(error)
+        else:
+            yield prompt
 
 
-def _sharegpt(source: SourceSettings) -> Iterator[Prompt]:
+@dataclass(frozen=True)
+class _Row:
+    """One row as it was read, not looked at yet."""
+
+    where: str
+    category: str  # unless the row has one
+    line: bytes | None = None  # of a JSONL file
+    fields: Any = None
+
+    def prompt(self) -> Prompt:
+        """Raises OddRowError where it is none."""
+        fields = self.fields if self.line is None else _parsed(self.line, self.where)
+        if not isinstance(fields, Mapping):
+            raise OddRowError(
+                "not an object", self.where, f"got {_short(fields)}, expected one"
+            )
+        given = [key for key in ("prompt", "messages") if key in fields]
+        if len(given) != 1:
+            raise OddRowError(
+                "no prompt",
+                self.where,
+                'expected an object with either "prompt" (a text) or "messages" (a '
+                f"list of turns), got {_short(fields)}",
+            )
+        found = Prompt(
+            messages_of(fields[given[0]], self.where),
+            _category_of(fields.get("category"), self.category, self.where),
+            _tools_of(fields.get("tools"), self.where),
+            self.where,
+        )
+        _require_text(found.messages, self.where)
+        _require_text([found.category, found.tools], self.where)
+        return found
+
+
+def _stop(source: SourceSettings) -> int | None:
+    return None if source.limit is None else source.skip + source.limit
+
+
+def _sharegpt_rows(source: SourceSettings) -> Iterator[_Row]:
     from vllm_mtp.data.sharegpt import every_sharegpt_prompt
 
-    stop = None if source.limit is None else source.skip + source.limit
-    for text in islice(every_sharegpt_prompt(), source.skip, stop):
-        yield Prompt(({"role": "user", "content": text},), "sharegpt")
+    texts = enumerate(every_sharegpt_prompt())
+    for number, text in islice(texts, source.skip, _stop(source)):
+        yield _Row(f"sharegpt, prompt {number}", "sharegpt", fields={"prompt": text})
 
 
-def _jsonl_rows(source: SourceSettings) -> Iterator[Prompt]:
+def _jsonl_rows(source: SourceSettings) -> Iterator[_Row]:
     path = Path(source.prompts).expanduser()
     if not path.is_file():
         raise DataError(
             f"--prompts {source.prompts}: no such file; expected a JSONL file, "
             "hf:NAME_OR_PATH for a Hugging Face dataset, or sharegpt"
         )
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                yield _of_line(line, path, number)
-
-
-def _of_line(line: bytes, path: Path, number: int) -> Prompt:
-    where = f"{path}, line {number}"
     try:
-        row = json.loads(line)
-    except ValueError as error:
+        with path.open("rb") as file:
+            lines = ((n, line) for n, line in enumerate(file, 1) if line.strip())
+            for number, line in islice(lines, source.skip, _stop(source)):
+                yield _Row(f"{path}, line {number}", path.stem, line=line)
+    except OSError as error:
         raise DataError(
-            f"{where}: not JSON ({error}); expected one object per line"
+            f"--prompts {source.prompts}: cannot be read ({error})"
         ) from None
-    fields = row if isinstance(row, dict) else {}
-    given = [key for key in ("prompt", "messages") if key in fields]
-    if len(given) != 1:
-        raise DataError(
-            f'{where}: expected an object with either "prompt" (a text) or "messages" '
-            f"(a list of turns), got {_short(row)}"
-        )
-    category = row.get("category")
-    return Prompt(
-        messages_of(row[given[0]], f'{where}, "{given[0]}"'),
-        path.stem if category is None else str(category),
-    )
 
 
-def _hf_rows(source: SourceSettings) -> Iterator[Prompt]:
+def _parsed(line: bytes, where: str) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise OddRowError(
+            "not JSON", where, f"{error}; expected one object per line"
+        ) from None
+
+
+def _hf_rows(source: SourceSettings) -> Iterator[_Row]:
     rows = _hf_dataset(source)
     name = source.prompts.removeprefix(_HF).rstrip("/").rsplit("/", 1)[-1]
-    for key in (source.column, source.category_column):
-        if key is not None and key not in rows.column_names:
+    wanted = [key for key in (source.column, source.category_column) if key is not None]
+    for key in wanted:
+        if key not in rows.column_names:
             raise DataError(
                 f"{source.prompts}: no column {key!r}; it has {rows.column_names}. "
                 "Choose with --prompts-column and --prompts-category-column"
             )
-    for number, row in enumerate(rows):
+    # Others may hold images, which would be decoded.
+    columns = rows.select_columns(list(dict.fromkeys(wanted)))
+    end = min(len(rows), len(rows) if (stop := _stop(source)) is None else stop)
+    start = min(source.skip, end)
+    for number, row in enumerate(columns.select(range(start, end)), start):
+        fields = {"prompt": row[source.column]}
+        if source.category_column is not None:
+            fields["category"] = row[source.category_column]
         where = f"{source.prompts}, row {number}, column {source.column!r}"
-        kind = row[source.category_column] if source.category_column else None
-        category = name if kind is None else str(kind)
-        yield Prompt(messages_of(row[source.column], where), category)
+        yield _Row(where, name, fields=fields)
 
 
 def _hf_dataset(source: SourceSettings) -> Any:
@@ -117,45 +188,134 @@ def _hf_dataset(source: SourceSettings) -> Any:
 
 
 def messages_of(value: Any, where: str) -> tuple[Message, ...]:
-    """Check a prompt: a text, or turns of which the last is the user's.
+    """Check a prompt: a text, or turns of which the last one can be answered.
 
     Args:
         value: What the source holds.
         where: Its place, for messages.
+
+    Raises:
+        OddRowError: It is none.
     """
     if isinstance(value, str):
         value = [{"role": "user", "content": value}]
-    if not isinstance(value, list) or not value or not all(map(_is_turn, value)):
-        raise DataError(
-            f'{where}: expected a text or a list of {{"role": text, "content": text}}, '
-            f"got {_short(value)}"
+    if not isinstance(value, list) or not value:
+        raise OddRowError(
+            "no conversation",
+            where,
+            'expected a text or a list of {"role": text, "content": text}, got '
+            f"{_short(value)}",
         )
-    if value[-1]["role"] != "user":
-        raise DataError(
-            f"{where}: the last turn must be the user's, got one of "
-            f"{value[-1]['role']!r}; leave the answer out"
+    turns = tuple(_turn_of(turn, where) for turn in value)
+    last = turns[-1]
+    if last["role"] not in ("user", "tool"):
+        raise OddRowError(
+            f"the last turn is the {last['role']}'s, and not the user's or a tool's",
+            where,
+            "leave the answer out",
         )
-    for turn in value:
-        _require_encodable(turn["content"], where)
-    return tuple({"role": turn["role"], "content": turn["content"]} for turn in value)
+    if not text_of(last["content"]).strip():
+        raise OddRowError("the last turn is empty", where, "expected some text")
+    return turns
 
 
-def _require_encodable(text: str, where: str) -> None:
-    """JSON can spell halves of characters, which no tokenizer takes."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f"{where}: half of a character, {text[error.start : error.end]!r}, at "
-            f"position {error.start} (an emoji cut in two?); repair or remove "
-            "the prompt"
-        ) from None
+def text_of(content: Any) -> str:
+    """A turn's content as one text; parts are joined as vLLM joins them."""
+    if isinstance(content, str):
+        return content
+    return "\n".join(part["text"] for part in content or ())
 
 
-def _is_turn(value: Any) -> bool:
-    return isinstance(value, Mapping) and all(
-        isinstance(value.get(key), str) for key in ("role", "content")
+def _turn_of(turn: Any, where: str) -> Message:
+    if not isinstance(turn, Mapping) or not isinstance(turn.get("role"), str):
+        raise OddRowError(
+            "a turn without a role",
+            where,
+            f'expected {{"role": text, "content": text}}, got {_short(turn)}',
+        )
+    # Datasets with columns write what a turn does not have as null.
+    more = {
+        key: turn[key] for key in _MORE_OF_A_TURN if turn.get(key) not in (None, [])
+    }
+    content = turn.get("content")
+    if content is None and "tool_calls" not in more:
+        raise OddRowError(
+            "content is null or missing", where, f"in the turn {_short(turn)}"
+        )
+    checked: Any = None if content is None else _content_of(content, where)
+    return {"role": turn["role"], "content": checked, **more}  # type: ignore[typeddict-item]
+
+
+def _content_of(content: Any, where: str) -> Any:
+    """A text, or several parts of text."""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise OddRowError(
+            "content is no text", where, f"got {_short(content)}, expected a text"
+        )
+    parts = [_part_of(part, where) for part in content]
+    # vLLM makes the same of a text and of a list with one.
+    return parts[0]["text"] if len(parts) == 1 else parts
+
+
+def _part_of(part: Any, where: str) -> dict[str, str]:
+    if isinstance(part, str):
+        part = {"type": "text", "text": part}
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    if kind == "text" and isinstance(part.get("text"), str):
+        return {"type": "text", "text": part["text"]}
+    what = kind if isinstance(kind, str) and kind != "text" else "unknown"
+    raise OddRowError(
+        f"content has a part that is no text ({ascii(what)[:40]})",
+        where,
+        f"got {_short(part)}; a drafter is trained on text alone",
     )
+
+
+def _category_of(value: Any, default: str, where: str) -> str:
+    if value is None:
+        return default
+    if isinstance(value, (str, int, float)):
+        return str(value)
+    raise OddRowError("category is no text", where, f"got {_short(value)}")
+
+
+def _tools_of(value: Any, where: str) -> tuple[Any, ...]:
+    if value is None:
+        return ()
+    if isinstance(value, list) and all(isinstance(tool, Mapping) for tool in value):
+        return tuple(value)
+    raise OddRowError(
+        "tools is no list of objects", where, f"got {_short(value)}, expected a list"
+    )
+
+
+def _require_text(value: Any, where: str) -> None:
+    """JSON can spell halves of characters, which nothing can write or tokenize."""
+    for text in _texts_in(value):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise OddRowError(
+                "half of a character",
+                where,
+                f"{text[error.start : error.end]!r} at position {error.start} of a "
+                "text (an emoji cut in two?)",
+            ) from None
+
+
+def _texts_in(value: Any) -> Iterator[str]:
+    """Every text inside, keys included, however deep."""
+    left = [value]
+    while left:
+        found = left.pop()
+        if isinstance(found, str):
+            yield found
+        elif isinstance(found, Mapping):
+            left += [*found.keys(), *found.values()]
+        elif isinstance(found, Iterable):
+            left += found
 
 
 def _short(value: Any) -> str:

@@ -2,17 +2,40 @@
 """Prompts as the target's token ids, each once and none too long."""
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, Protocol
 
-from vllm_mtp.data.prompts import Prompt
+from vllm_mtp.data.odd_rows import OddRowError, OddRows
+from vllm_mtp.data.prompts import Prompt, text_of
 from vllm_mtp.data.settings import PromptCounts
 from vllm_mtp.data.split import prompt_id
 from vllm_mtp.errors import DataError
 
 _BATCH = 512  # prompts per call of the tokenizer, which then uses all cores
+_TOO_LONG = "too long"
+
+
+class Chat(Protocol):
+    """What turns a conversation into the target's input; `engine.FrontEnd` does it as
+    vLLM's chat endpoint."""
+
+    tokenizer: Any
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the target's embedding."""
+        ...
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Any] = (),
+        arguments: Mapping[str, Any] | None = None,
+    ) -> str | list[int]:
+        """A text to tokenize without special tokens, or token ids."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -28,82 +51,168 @@ class Renderer:
     """Turns prompts into token ids.
 
     Args:
-        tokenizer: The target's.
-        chat_template: Apply its chat template; False: prompts are raw text.
+        chat: The target's.
+        chat_template: Render conversations; False: prompts are raw text.
+        arguments: Of the chat template, such as ``{"enable_thinking": False}``.
 
     Raises:
-        DataError: The tokenizer has no chat template.
+        DataError: The target has no chat template.
     """
 
-    def __init__(self, tokenizer: Any, *, chat_template: bool) -> None:
-        if chat_template and not getattr(tokenizer, "chat_template", None):
+    def __init__(
+        self,
+        chat: Chat,
+        *,
+        chat_template: bool = True,
+        arguments: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._chat = chat
+        self._chat_template = chat_template
+        self._arguments = dict(arguments or {})
+        if chat_template:
+            self._require_template()
+
+    def _require_template(self) -> None:
+        try:
+            self._chat.render([{"role": "user", "content": "a"}], (), self._arguments)
+        except Exception as error:  # jinja, vLLM and mistral-common raise many kinds
+            if getattr(self._chat.tokenizer, "chat_template", None):
+                return  # there is one, and it wants something else than a question
             raise DataError(
                 "the target's tokenizer has no chat template (a base model?); use "
-                "--no-chat-template to let it complete the prompts as raw text"
-            )
-        self._tokenizer = tokenizer
-        self._chat_template = chat_template
+                "--no-chat-template to let it complete the prompts as raw text, or, "
+                "for Mistral's own tokenizer files, --tokenizer-mode mistral, here and "
+                f"for `vllm serve` ({_short(error)})"
+            ) from None
 
     @property
     def chat_template_sha256(self) -> str | None:
-        if not self._chat_template:
+        template = getattr(self._chat.tokenizer, "chat_template", None)
+        if not self._chat_template or not template:
             return None
-        template = str(self._tokenizer.chat_template)
-        return hashlib.sha256(template.encode()).hexdigest()
+        return hashlib.sha256(str(template).encode()).hexdigest()
 
-    def render(self, prompts: Iterable[Prompt]) -> Iterator[list[int]]:
-        """Yield the token ids of each prompt.
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Token ids as text, special tokens included."""
+        return self._chat.tokenizer.decode(list(token_ids), skip_special_tokens=False)
 
-        Raises:
-            DataError: The template refuses a prompt.
+    def token_ids_of(self, text: str) -> list[int]:
+        """One question as the target gets it."""
+        prompt = Prompt(({"role": "user", "content": text},), "")
+        ((_, found),) = self.render([prompt], OddRows(strict=True))
+        return found
+
+    def render(
+        self, prompts: Iterable[Prompt], odd: OddRows
+    ) -> Iterator[tuple[Prompt, list[int]]]:
+        """Yield each prompt that can be rendered with its token ids.
+
+        Args:
+            prompts: In their order.
+            odd: Counts the others.
         """
-        texts = map(self._text, prompts)
+        source = iter(prompts)
         # Templates write the special tokens themselves.
         special = not self._chat_template
-        while batch := list(islice(texts, _BATCH)):
-            yield from self._tokenizer(batch, add_special_tokens=special)["input_ids"]
+        while batch := list(islice(source, _BATCH)):
+            rendered = [(prompt, self._or_odd(prompt, odd)) for prompt in batch]
+            texts = [found for _, found in rendered if isinstance(found, str)]
+            tokenized = iter(
+                self._chat.tokenizer(texts, add_special_tokens=special)["input_ids"]
+                if texts
+                else ()
+            )
+            for prompt, found in rendered:
+                if found is None:
+                    continue
+                ids = next(tokenized) if isinstance(found, str) else found
+                if self._are_usable(ids, prompt, odd):
+                    yield prompt, ids
 
-    def _text(self, prompt: Prompt) -> str:
+    def _or_odd(self, prompt: Prompt, odd: OddRows) -> str | list[int] | None:
+        try:
+            return self._rendered(prompt)
+        except OddRowError as error:
+            odd.skip(error)
+            return None
+
+    def _rendered(self, prompt: Prompt) -> str | list[int]:
         messages = list(prompt.messages)
         if self._chat_template:
             try:
-                return self._tokenizer.apply_chat_template(
-                    messages, tokenize=False, add_generation_prompt=True
-                )
-            except Exception as error:  # jinja raises many kinds
-                raise DataError(
-                    f"the target's chat template refuses a prompt ({error}), which "
-                    f"begins with {str(messages)[:100]!r}; remove it from the source"
+                return self._chat.render(messages, prompt.tools, self._arguments)
+            except Exception as error:  # as above
+                raise OddRowError(
+                    "the target's chat template refuses it",
+                    prompt.where,
+                    f"{_short(error)}; the prompt begins with {str(messages)[:100]!r}",
                 ) from None
-        if len(messages) > 1:
-            raise DataError(
-                f"--no-chat-template: got a prompt of {len(messages)} turns, expected "
-                "one text; leave the flag out, or use prompts of one turn"
+        if len(messages) > 1 or prompt.tools:
+            raise OddRowError(
+                "several turns or tools, with --no-chat-template",
+                prompt.where,
+                f"got {len(messages)} turns, expected one text; leave the flag out, or "
+                "use prompts of one turn",
             )
-        return messages[0]["content"]
+        return text_of(messages[0]["content"])
+
+    def _are_usable(self, ids: Sequence[int], prompt: Prompt, odd: OddRows) -> bool:
+        if not ids:
+            error = OddRowError("no token", prompt.where, "the prompt is empty")
+        elif max(ids) >= self._chat.vocab_size:
+            error = OddRowError(
+                "a token that the target has no embedding for",
+                prompt.where,
+                f"got the id {max(ids)}, the embedding has {self._chat.vocab_size} "
+                "rows; the tokenizer is another model's, or has tokens added to it",
+            )
+        else:
+            return True
+        odd.skip(error)
+        return False
 
 
 def prepare(
-    prompts: Iterable[Prompt], renderer: Renderer, max_prompt_tokens: int
+    prompts: Iterable[Prompt],
+    renderer: Renderer,
+    max_prompt_tokens: int,
+    odd: OddRows,
 ) -> tuple[list[Request], PromptCounts]:
-    """Render prompts, and drop duplicates and those too long or without a token.
+    """Render prompts, and drop duplicates and those that cannot be used.
+
+    Args:
+        prompts: Read with the same ``odd``.
+        renderer: Of the target.
+        max_prompt_tokens: Longer ones are odd.
+        odd: Counts what is dropped, but for duplicates.
 
     Returns:
         The requests in the source's order, and what was dropped.
     """
-    read = list(prompts)
+    read = 0
     kept: dict[str, Prompt] = {}
-    for prompt in read:
+    for prompt in prompts:
+        read += 1
         # Of duplicates the first one stays, in its place.
-        kept.setdefault(prompt_id(prompt.messages), prompt)
-    rendered = zip(kept.items(), renderer.render(kept.values()), strict=True)
-    requests = [
-        Request(identifier, prompt.category, token_ids)
-        for (identifier, prompt), token_ids in rendered
-        if 0 < len(token_ids) <= max_prompt_tokens
-    ]
+        kept.setdefault(prompt_id(prompt.messages, prompt.tools), prompt)
+    requests = []
+    for prompt, ids in renderer.render(kept.values(), odd):
+        if len(ids) <= max_prompt_tokens:
+            identifier = prompt_id(prompt.messages, prompt.tools)
+            requests.append(Request(identifier, prompt.category, ids))
+        else:
+            detail = f"{len(ids)} tokens, --max-prompt-tokens is {max_prompt_tokens}"
+            odd.skip(OddRowError(_TOO_LONG, prompt.where, detail))
+    skipped = odd.counts
+    too_long = skipped.pop(_TOO_LONG, 0)
+    duplicates = read - len(kept)
     return requests, PromptCounts(
-        read=len(read),
-        duplicates_dropped=len(read) - len(kept),
-        too_long_dropped=len(kept) - len(requests),
+        read=len(requests) + duplicates + too_long + sum(skipped.values()),
+        duplicates_dropped=duplicates,
+        too_long_dropped=too_long,
+        odd_skipped=skipped,
     )
+
+
+def _short(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__

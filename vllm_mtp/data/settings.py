@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a run of ``vllm-mtp generate`` was asked for, and what it gave, as JSON."""
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 from vllm_mtp.drafter.target_facts import TargetFacts
 
@@ -10,6 +10,7 @@ from vllm_mtp.drafter.target_facts import TargetFacts
 _NOT_COMPARED = ("target.name", "part_prompts")
 # Compared only where both are known; the first folders have none.
 _SAMPLE = "weights_sample_sha256"
+_ARGUMENTS = "chat_template_kwargs"
 
 
 class _Model(BaseModel):
@@ -26,8 +27,8 @@ class SourceSettings(_Model):
     split: str = Field(default="train", description="Split of a dataset.")
     column: str = Field(default="prompt", description="Column of a dataset.")
     category_column: str | None = Field(default=None, description="Likewise.")
-    skip: int = Field(default=0, ge=0, description="Prompts to pass over first.")
-    limit: int | None = Field(default=None, ge=0, description="Most prompts to read.")
+    skip: int = Field(default=0, ge=0, description="Rows to pass over first.")
+    limit: int | None = Field(default=None, ge=0, description="Most rows to read.")
 
 
 class SamplingSettings(_Model):
@@ -37,6 +38,10 @@ class SamplingSettings(_Model):
     temperature: float = Field(default=0.0, ge=0, description="0 is greedy.")
     top_p: float = Field(default=1.0, gt=0, le=1)
     top_k: int = Field(default=0, ge=0, description="0 is all tokens.")
+    min_p: float = Field(default=0.0, ge=0, le=1)
+    repetition_penalty: float = Field(default=1.0, gt=0, description="1 is none.")
+    presence_penalty: float = Field(default=0.0, ge=-2, le=2)
+    frequency_penalty: float = Field(default=0.0, ge=-2, le=2)
     seed: int = Field(default=0, description="With each prompt's hash: its own seed.")
 
 
@@ -57,6 +62,10 @@ class RunSettings(_Model):
     engine: EngineSettings
     chat_template: bool = Field(description="False: prompts as raw text.")
     chat_template_sha256: str | None = None
+    tokenizer_mode: str = Field(default="auto", description="As vLLM's flag.")
+    chat_template_kwargs: dict[str, JsonValue] = Field(
+        default={}, description="Arguments of the chat template."
+    )
     max_prompt_tokens: int = Field(ge=1, description="Longer prompts are dropped.")
     held_out: float = Field(ge=0, lt=1, description="Part of prompts in `held_out`.")
     vllm: str = Field(description="Version of vLLM.")
@@ -103,11 +112,15 @@ class PromptCounts(_Model):
 
     read: int
     duplicates_dropped: int
-    too_long_dropped: int = Field(description="Or without any token.")
+    too_long_dropped: int
+    odd_skipped: dict[str, int] = Field(
+        default={}, description="Rows that could not be used, by reason."
+    )
 
     @property
     def kept(self) -> int:
-        return self.read - self.duplicates_dropped - self.too_long_dropped
+        dropped = self.duplicates_dropped + self.too_long_dropped
+        return self.read - dropped - sum(self.odd_skipped.values())
 
 
 class SplitCounts(_Model):
@@ -134,7 +147,7 @@ def _flat(values: dict, prefix: str = "") -> dict[str, object]:
     """``{"a": {"b": 1}}`` as ``{"a.b": 1}``."""
     flat: dict[str, object] = {}
     for key, value in values.items():
-        if isinstance(value, dict) and key != "rope_parameters":
+        if isinstance(value, dict) and key not in ("rope_parameters", _ARGUMENTS):
             flat |= _flat(value, f"{prefix}{key}.")
         else:
             flat[prefix + key] = value

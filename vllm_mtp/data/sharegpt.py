@@ -52,7 +52,7 @@ def every_sharegpt_prompt(max_chars: int = 2000, min_chars: int = 20) -> Iterato
     kept = (
         prompt
         for prompt in _first_human_turns(iter_sharegpt_conversations())
-        if min_chars <= len(prompt) <= max_chars
+        if min_chars <= len(prompt) <= max_chars and _can_be_written(prompt)
     )
     return _unique(kept)
 
@@ -96,6 +96,11 @@ def _first_human_turns(conversations: Iterable[dict[str, Any]]) -> Iterator[str]
             if turn.get("from") in _HUMAN:
                 yield turn.get("value", "").strip()
                 break
+
+
+def _can_be_written(text: str) -> bool:
+    """Whether it holds no half of a character, which no tokenizer takes."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 def _unique(texts: Iterable[str]) -> Iterator[str]:

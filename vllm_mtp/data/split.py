@@ -4,28 +4,48 @@
 import hashlib
 import json
 from collections.abc import Sequence
-from typing import TypedDict
+from typing import Any, TypedDict
 
 
-class Message(TypedDict):
-    """One turn of a conversation, in OpenAI's form."""
-
+class _Turn(TypedDict):
     role: str
-    content: str
+    content: Any  # a text, or a list of parts that are texts
 
 
-def prompt_id(messages: Sequence[Message]) -> str:
+class Message(_Turn, total=False):
+    """One turn of a conversation, in OpenAI's form; a call of tools may have no
+    content."""
+
+    name: str
+    tool_calls: list[Any]
+    tool_call_id: str
+    reasoning: str
+    reasoning_content: str
+
+
+def prompt_id(messages: Sequence[Message], tools: Sequence[Any] = ()) -> str:
     """Hash a prompt.
 
     The messages are hashed and not the rendered text: chat templates differ
     between targets, and some print today's date.
 
+    Args:
+        messages: The turns.
+        tools: What the target may call.
+
     Returns:
         32 hex digits.
     """
-    turns = [[message["role"], message["content"]] for message in messages]
-    text = json.dumps(turns, ensure_ascii=True, separators=(",", ":"))
+    turns: list[Any] = [_hashed(message) for message in messages]
+    if tools:
+        turns.append({"tools": tools})
+    text = json.dumps(turns, ensure_ascii=True, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _hashed(message: Message) -> list[Any]:
+    more = {k: v for k, v in message.items() if k not in ("role", "content")}
+    return [message["role"], message["content"], *([more] if more else [])]
 
 
 def is_held_out(identifier: str, fraction: float) -> bool:

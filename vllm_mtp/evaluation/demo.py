@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from vllm_mtp import engine
-from vllm_mtp.data.prompts import Prompt
 from vllm_mtp.data.render import Renderer
 from vllm_mtp.errors import MTPError
 from vllm_mtp.evaluation.attribution import Answer, StepRecord, attribute
@@ -343,8 +342,8 @@ def _in_steps(
     settings: dict[str, Any] = {"max_tokens": plan.max_tokens}
     if without:
         settings["extra_args"] = {"num_speculative_tokens": 0}
-    prompt = Prompt(({"role": "user", "content": text},), "")
-    (prompt_ids,) = Renderer(llm.get_tokenizer(), chat_template=True).render([prompt])
+    chat = engine.FrontEnd(llm.llm_engine.vllm_config)
+    prompt_ids = Renderer(chat).token_ids_of(text)
     llm.reset_prefix_cache()
     before = read_vllm_counters(llm.get_metrics())
     llm.llm_engine.add_request(

@@ -39,6 +39,7 @@ def measure_served(
     rows: Iterable[Mapping[str, Any]],
     k: int,
     dtype: str = "auto",
+    penalties: Mapping[str, Any] | None = None,
 ) -> ServedResult:
     """Let vLLM answer the prompts of a data set again, greedily, with the drafter.
 
@@ -49,6 +50,7 @@ def measure_served(
             answer, what stands before it the prompt.
         k: Tokens to draft per step.
         dtype: Of the target.
+        penalties: Of the data set's answers; greedy decoding has them too.
     """
     groups: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
     for row in rows:
@@ -68,7 +70,10 @@ def measure_served(
             "num_speculative_tokens": k,
         },
     ) as llm:
-        counted = {name: _answer(llm, rows) for name, rows in sorted(groups.items())}
+        counted = {
+            name: _answer(llm, rows, penalties or {})
+            for name, rows in sorted(groups.items())
+        }
     return ServedResult(
         {name: counts for name, (counts, _) in counted.items()},
         sum(same for _, same in counted.values()),
@@ -76,7 +81,9 @@ def measure_served(
     )
 
 
-def _answer(llm: Any, rows: list[Mapping[str, Any]]) -> tuple[AcceptanceCounts, int]:
+def _answer(
+    llm: Any, rows: list[Mapping[str, Any]], penalties: Mapping[str, Any]
+) -> tuple[AcceptanceCounts, int]:
     """Counts of these rows, and how many answers are the data's."""
     spans = [row["loss_spans"][0] for row in rows]
     prompts = [
@@ -84,7 +91,7 @@ def _answer(llm: Any, rows: list[Mapping[str, Any]]) -> tuple[AcceptanceCounts, 
         for row, (start, _) in zip(rows, spans, strict=True)
     ]
     params = [
-        engine.sampling(max_tokens=end - start, detokenize=False)
+        engine.sampling(max_tokens=end - start, detokenize=False, **penalties)
         for start, end in spans
     ]
     before = read_vllm_counters(llm.get_metrics())

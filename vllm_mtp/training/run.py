@@ -14,7 +14,8 @@ import torch
 from datasets import Dataset
 from transformers import AutoTokenizer
 
-from vllm_mtp.data.store import read_split, require_made_by
+from vllm_mtp.data.served_sampling import difference_from_served
+from vllm_mtp.data.store import read_provenance, read_split, require_made_by
 from vllm_mtp.drafter.checkpoint import CONFIG_FILE, load_drafter, read_config
 from vllm_mtp.drafter.cost import draft_cost
 from vllm_mtp.drafter.model import Drafter
@@ -55,6 +56,9 @@ class TrainingRun:
         self.target = target
         self.facts = TargetFacts.from_folder(target)
         require_made_by(Path(args.data), self.facts, target=target)
+        sampling = read_provenance(args.data).settings.sampling
+        if said := difference_from_served(sampling, target):
+            logger.warning("%s: %s", args.data, said)
         self.train_rows = read_split(Path(args.data), "train")
         self.held_out_rows = read_split(Path(args.data), "held_out")
         dtype = "bfloat16" if args.bf16 else "float32"

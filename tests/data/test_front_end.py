@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What vLLM's chat endpoint makes of a conversation, and what `generate` does."""
+
+import json
+import logging
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import MistralConfig
+
+from tests.data.conftest import ASSISTANT, BEGIN, END, USER
+from vllm_mtp import engine
+from vllm_mtp.data.odd_rows import OddRows
+from vllm_mtp.data.prompts import Prompt
+from vllm_mtp.data.render import Renderer
+from vllm_mtp.errors import DataError, MTPError
+
+pytest.importorskip("vllm")
+
+QUESTION = [{"role": "user", "content": "Hello"}]
+
+
+def test_the_template_of_transformers_is_applied(chat_target: Path) -> None:
+    chat = engine.front_end(chat_target)
+    turns = [{"role": "user", "content": [{"type": "text", "text": "hi"}]}]
+    assert chat.render(turns) == f"{BEGIN}{USER}hi{END}{ASSISTANT}"
+    # The turns are not changed, since they are rendered once more for a resumed run.
+    assert turns[0]["content"] == [{"type": "text", "text": "hi"}]
+    assert chat.vocab_size == 512
+    assert chat.can_chat
+
+
+@pytest.fixture
+def mistral_target(tmp_path: Path) -> Path:
+    """Config and tokenizer of a folder with Mistral's own files."""
+    common = pytest.importorskip("mistral_common")
+    source = Path(common.__file__).parent / "data" / "tekken_240911.json"
+    tekken = json.loads(source.read_text("utf-8"))
+    tekken["vocab"] = tekken["vocab"][:400]
+    tekken["config"] |= {"num_vocab_tokens": 400, "default_vocab_size": 1400}
+    folder = tmp_path / "mistral"
+    MistralConfig(
+        vocab_size=1400,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=64,
+        architectures=["MistralForCausalLM"],
+    ).save_pretrained(folder)
+    (folder / "tekken.json").write_text(json.dumps(tekken), "utf-8")
+    return folder
+
+
+def test_mistral_files_are_read_by_mistral_common(
+    mistral_target: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By itself where the weights are in Mistral's files too, else if told."""
+    told = engine.front_end(mistral_target, tokenizer_mode="mistral")
+    whole = tmp_path / "whole"  # vLLM looks at a folder's files once
+    shutil.copytree(mistral_target, whole)
+    save_file({"a": torch.zeros(1)}, whole / "consolidated.safetensors")
+    found = engine.front_end(whole)
+    # <s> [INST] H e ll o [/INST]
+    expected = [1, 3, 1072, 1299, 1108, 1111, 4]
+    assert told.render(QUESTION) == found.render(QUESTION) == expected
+    assert found.can_chat
+    odd = OddRows()
+    asked = Prompt(tuple(QUESTION), "c")  # type: ignore[arg-type]
+    refused = Prompt(({"role": "judge", "content": "x"},), "c", where="line 7")
+    renderer = Renderer(found)
+    (rendered,) = renderer.render([refused, asked], odd)
+    assert rendered == (asked, expected)
+    assert renderer.decode(expected) == "<s>[INST]Hello[/INST]"
+    assert "refuses it (first: line 7: " in odd.explained()[0]
+    assert not [r for r in caplog.records if r.levelno >= logging.ERROR]
+    assert engine.tokenizer_of(whole)("Hello").input_ids == [
+        1, 1072, 1299, 1108, 1111,
+    ]  # fmt: skip
+
+
+def test_without_a_template_the_mode_is_advised(
+    chat_target: Path, tmp_path: Path
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(chat_target, base)
+    (base / "chat_template.jinja").unlink()
+    chat = engine.front_end(base)
+    assert not chat.can_chat
+    with pytest.raises(DataError, match=r"no chat template.*--tokenizer-mode mistral"):
+        Renderer(chat)
+    assert Renderer(chat, chat_template=False).token_ids_of("a")
+
+
+def test_a_folder_without_a_tokenizer(tiny_llama: Path) -> None:
+    for load in (engine.front_end, engine.tokenizer_of):
+        with pytest.raises(MTPError, match="tokenizer cannot be loaded") as error:
+            load(tiny_llama)
+        assert "\n" not in str(error.value)
