@@ -14,6 +14,7 @@ import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_mtp.errors import MTPError
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from vllm import LLM as LLM
     from vllm import SamplingParams
 
+_MISTRAL_FILES = ("tekken.json", "tokenizer.model.v*")
 _IN_PROCESS = "VLLM_ENABLE_V1_MULTIPROCESSING"
 
 
@@ -176,16 +178,18 @@ class FrontEnd:
 
 
 def tokenizer_of(target: str | os.PathLike[str]) -> Any:
-    """A target's tokenizer: the one that vLLM takes, where vLLM is installed.
+    """A target's tokenizer, as vLLM takes it.
 
-    It differs from transformers' for Mistral's own files.
+    Only for Mistral's own files that is another one than transformers', and vLLM is
+    imported, where it is installed.
 
     Raises:
         MTPError: It cannot be loaded.
     """
-    _quietly()
+    files = [file for name in _MISTRAL_FILES for file in Path(target).glob(name)]
     try:
-        if find_spec("vllm") is not None:
+        if files and find_spec("vllm") is not None:
+            _quietly()
             from vllm.tokenizers import get_tokenizer
 
             return get_tokenizer(str(target))

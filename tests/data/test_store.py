@@ -460,3 +460,16 @@ def test_a_cut_file_has_no_sample(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"\x10" + b"\0" * 7 + b'{"a":')
     with pytest.raises(UnsupportedTargetError, match="not a whole safetensors file"):
         weights_sample_sha256(tmp_path)
+
+
+@pytest.mark.parametrize("wrong", [512, -1])
+def test_tokens_that_the_target_has_not_are_found_when_read(
+    tmp_path: Path, wrong: int
+) -> None:
+    """In the last row, so that every one was looked at."""
+    odd = row("odd")
+    odd["input_ids"] = [511, 0, wrong, 5, 6]
+    rows = [row("fine"), row("fine too"), row("and this"), odd]
+    folder = finished(tmp_path / "f", rows, held_out=0.0)
+    with pytest.raises(DataError, match=f"holds the token {wrong}, .* has 512 rows"):
+        read_split(folder, TRAIN)

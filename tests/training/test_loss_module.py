@@ -100,8 +100,8 @@ class TestCandidates:
         rows = [{"input_ids": [9, 9, 9, 4, 4, 7], "loss_spans": [[3, 6]]}]
         counts = own_token_counts(rows)
         assert counts == Counter({4: 2, 7: 1})
-        assert frequent_tokens(counts, [8], 3, 10) == (4, 7, 8)
-        assert frequent_tokens(counts, [], 5, 10) == (0, 1, 2, 4, 7)
+        assert frequent_tokens(counts, [8], 3, range(10)) == (4, 7, 8)
+        assert frequent_tokens(counts, [], 5, range(10)) == (0, 1, 2, 4, 7)
 
 
 class TestLearner:
@@ -252,11 +252,23 @@ class TestStates:
         self, host: HFTarget, fill: Any, reason: str
     ) -> None:
         states = host.encode(TOKENS)
-        require_sane(states, 7)
+        require_sane(states, 7, TOKENS)
         keys = states.keys[2]
         if fill == "row":
             keys.copy_(keys[:, :1].clone().expand_as(keys))
         else:
             keys.fill_(fill)
         with pytest.raises(TrainingInputError, match=f"text 7.*layer 2.*{reason}"):
-            require_sane(states, 7)
+            require_sane(states, 7, TOKENS)
+
+    def test_one_repeated_token_is_no_fault(self, host: HFTarget) -> None:
+        """Real answers loop. Without a position in them, values are the same then."""
+        repeated = torch.full((9,), 7)
+        states = host.encode(repeated)
+        assert (states.values[0] == states.values[0][..., :1, :]).all()
+        require_sane(states, 7, repeated)
+        with pytest.raises(TrainingInputError, match="the same for every token"):
+            require_sane(states, 7, torch.arange(9))
+        states.values[0].zero_()
+        with pytest.raises(TrainingInputError, match="all zero"):
+            require_sane(states, 7, repeated)

@@ -2,6 +2,7 @@
 """Whole runs on a tiny target."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,10 +14,11 @@ import pytest
 import torch
 import yaml
 
+from tests.data.conftest import make_tokenizer
 from tests.full_disk import no_file_above
-from tests.tiny_answers import MakeArguments
+from tests.tiny_answers import MakeArguments, write_answers
 from vllm_mtp.drafter.checkpoint import load_drafter, read_config
-from vllm_mtp.errors import CheckpointError, DataError, OutputError
+from vllm_mtp.errors import CheckpointError, DataError, MTPError, OutputError
 from vllm_mtp.training.resume import newest_whole
 from vllm_mtp.training.run import train
 from vllm_mtp.training.states import TrainingInputError
@@ -254,3 +256,53 @@ class TestFaults:
     ) -> None:
         with pytest.raises(DataError, match="the answers are those of the target"):
             train(arguments(target=str(tiny_qwen3)), tiny_qwen3)
+
+
+class TestOddIds:
+    @pytest.mark.parametrize(
+        ("every", "design"),
+        [
+            (True, {"layers": "own:0,3", "bridges": True, "boundary_hidden": "all"}),
+            (False, {"layers": "shared:0,own:0,3", "feature_weight": 1.0}),
+            (True, {"layers": "shared:all", **LORA, "kl_weight": 0.5}),
+        ],
+        ids=["bridges", "features", "shared"],
+    )
+    def test_answers_that_repeat_one_token_train(
+        self,
+        arguments: MakeArguments,
+        tiny_llama: Path,
+        tmp_path: Path,
+        every: bool,
+        design: dict[str, Any],
+    ) -> None:
+        texts = [
+            [7] * 16 if every or number % 2 else list(range(number, number + 16))
+            for number in range(12)
+        ]
+        data = write_answers(tmp_path / "data", tiny_llama, texts, [4] * 12)
+        args = arguments(**design, data=str(data), max_steps=2)
+        metrics = train(args, tiny_llama)
+        assert metrics["eval_teacher_forced_length"] >= 1.0
+        for name, weight in load_drafter(str(args.output_dir)).named_parameters():
+            assert torch.isfinite(weight).all(), name
+
+    def test_rows_of_the_embedding_that_are_no_token_are_not_drafted(
+        self, arguments: MakeArguments, tiny_llama: Path, tmp_path: Path
+    ) -> None:
+        target, data = tmp_path / "target", tmp_path / "data"
+        shutil.copytree(tiny_llama, target)
+        tokenizer = make_tokenizer()  # of 260 tokens; the embedding has 512 rows
+        tokenizer.save_pretrained(target)
+        texts = [[i % 64 for i in range(n, n + 20)] for n in range(12)]
+        write_answers(data, target, texts, [4] * 12)
+        design = {"layers": "own:3", "target": str(target), "data": str(data)}
+        size = len(tokenizer)
+        args = arguments(**design, draft_vocab_size=size, max_steps=1)
+        train(args, target)
+        drafted = load_drafter(str(args.output_dir)).draft_vocab
+        assert drafted is not None
+        assert drafted.token_ids.tolist() == list(range(size))
+        args = arguments(**design, draft_vocab_size=size + 1)
+        with pytest.raises(MTPError, match="got 261, expected 1 to 260, the tokens"):
+            train(args, target)

@@ -154,11 +154,10 @@ class Check:
             return self.dtype
         if probe is not None:
             return probe.dtype
-        from transformers import AutoConfig
-
+        from vllm_mtp.drafter.target_facts import hf_config_of
         from vllm_mtp.evaluation.probe import PRECISIONS
 
-        found = str(AutoConfig.from_pretrained(target).get_text_config().dtype)
+        found = str(hf_config_of(target).get_text_config().dtype)
         found = found.removeprefix("torch.")
         return found if found in PRECISIONS else "bfloat16"
 
@@ -189,7 +188,10 @@ class Check:
         path = Path(self.text)
         if not path.is_file():
             raise MTPError(f"--text {path}: no such file")
-        lines = path.read_text("utf-8").splitlines()
+        try:
+            lines = path.read_text("utf-8").splitlines()
+        except UnicodeDecodeError as error:
+            raise MTPError(f"--text {path}: not UTF-8 ({error})") from None
         return _tokenized(target, [line for line in lines if line.strip()])
 
 
@@ -217,19 +219,30 @@ def _free_memory() -> None:
 
 
 def _tokenized(target: Path, texts: Sequence[str]) -> list[dict[str, Any]]:
-    from transformers import AutoTokenizer
+    from vllm_mtp.drafter.target_facts import hf_config_of
+    from vllm_mtp.engine import tokenizer_of
 
-    tokenizer = AutoTokenizer.from_pretrained(target)
-    return [{"input_ids": tokenizer(text)["input_ids"]} for text in texts]
+    tokenizer = tokenizer_of(target)
+    rows = [{"input_ids": list(tokenizer(text)["input_ids"])} for text in texts]
+    size = hf_config_of(target).get_text_config().vocab_size
+    highest = max((max(row["input_ids"], default=0) for row in rows), default=0)
+    if highest >= size:
+        raise MTPError(
+            f"--target {target}: its tokenizer gives the token {highest}, and its "
+            f"embedding has {size} rows: the tokenizer is another model's, or has "
+            "tokens added to it; use the model's own"
+        )
+    return rows
 
 
 def _built_in_rows(target: Path) -> list[dict[str, Any]]:
-    """The built-in texts, or arbitrary tokens where there is no tokenizer."""
-    from transformers import AutoConfig
+    """The built-in texts, or arbitrary tokens where no tokenizer can say them."""
+    from vllm_mtp.drafter.target_facts import hf_config_of
 
-    if (target / "tokenizer.json").exists():
+    try:
         return _tokenized(target, _TEXTS.split("\n\n"))
-    size = AutoConfig.from_pretrained(target).get_text_config().vocab_size
+    except MTPError:
+        size = hf_config_of(target).get_text_config().vocab_size
     return [
         {"input_ids": [(37 * i * i + 11 * row) % size for i in range(48 + 8 * row)]}
         for row in range(4)

@@ -279,10 +279,10 @@ class Generate:
         return found
 
     def _max_model_len(self, target: Path, max_tokens: int) -> int:
-        from transformers import AutoConfig
+        from vllm_mtp.drafter.target_facts import hf_config_of
 
         needed = self.max_prompt_tokens + max_tokens
-        config = AutoConfig.from_pretrained(target).get_text_config()
+        config = hf_config_of(target).get_text_config()
         longest = getattr(config, "max_position_embeddings", None) or needed
         found = self.max_model_len or needed
         if not needed <= found <= longest:

@@ -64,23 +64,25 @@ class Init(DrafterOptions):
                 "--draft-vocab-size needs --draft-vocab-text FILE, the text on which "
                 "the target's most frequent tokens are counted"
             )
-        from transformers import AutoConfig, AutoTokenizer
+        from vllm_mtp.drafter.target_facts import hf_config_of
+        from vllm_mtp.drafter.vocabulary import most_frequent_tokens, tokens_of
+        from vllm_mtp.engine import tokenizer_of
 
-        from vllm_mtp.drafter.vocabulary import most_frequent_tokens
-
-        vocab_size = AutoConfig.from_pretrained(target).get_text_config().vocab_size
-        if not 0 < self.draft_vocab_size <= vocab_size:
-            raise MTPError(
-                f"--draft-vocab-size: got {self.draft_vocab_size}, expected 1 to "
-                f"{vocab_size}, the size of the target's vocabulary"
-            )
         texts = Path(self.draft_vocab_text)
         if not texts.is_file():
             raise MTPError(f"--draft-vocab-text {texts}: no such file")
-        with texts.open(encoding="utf-8") as lines:
-            return most_frequent_tokens(
-                AutoTokenizer.from_pretrained(target),
-                lines,
-                self.draft_vocab_size,
-                vocab_size,
+        tokenizer = tokenizer_of(target)
+        rows = hf_config_of(target).get_text_config().vocab_size
+        size = len(tokens_of(tokenizer, rows))
+        if not 0 < self.draft_vocab_size <= size:
+            raise MTPError(
+                f"--draft-vocab-size: got {self.draft_vocab_size}, expected 1 to "
+                f"{size}, the tokens that the target's tokenizer has"
             )
+        try:
+            with texts.open(encoding="utf-8") as lines:
+                return most_frequent_tokens(
+                    tokenizer, lines, self.draft_vocab_size, rows
+                )
+        except UnicodeDecodeError as error:
+            raise MTPError(f"--draft-vocab-text {texts}: not UTF-8 ({error})") from None

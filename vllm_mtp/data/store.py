@@ -89,11 +89,30 @@ def read_split(folder: str | os.PathLike[str], split: str = TRAIN) -> "Dataset":
             "or with another --held-out"
         )
     try:
-        return datasets.load_from_disk(str(Path(folder, split)))
-    except (OSError, ValueError) as error:
+        rows = datasets.load_from_disk(str(Path(folder, split)))
+        _require_tokens(rows, f"{folder}/{split}", read_provenance(folder))
+        return rows
+    except (OSError, ValueError, KeyError) as error:
+        if isinstance(error, DataError):
+            raise
         raise DataError(
             f"{folder}/{split}: cannot be read ({error}); generate it again"
         ) from None
+
+
+def _require_tokens(rows: "Dataset", where: str, provenance: Provenance) -> None:
+    """Every id has a row in the target's embedding; else torch only says "index"."""
+    import pyarrow.compute as pc
+
+    size = provenance.settings.target.vocab_size
+    for chunk in rows.data.column("input_ids").chunks:
+        ends = pc.min_max(pc.list_flatten(chunk)).as_py()
+        if ends["min"] is not None and not 0 <= ends["min"] <= ends["max"] < size:
+            wrong = ends["min"] if ends["min"] < 0 else ends["max"]
+            raise DataError(
+                f"{where}: holds the token {wrong}, and the target's embedding has "
+                f"{size} rows; generate it again with the target's own tokenizer"
+            )
 
 
 def read_provenance(folder: str | os.PathLike[str]) -> Provenance:

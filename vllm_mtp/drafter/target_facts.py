@@ -126,9 +126,7 @@ class TargetFacts(BaseModel):
     @classmethod
     def from_folder(cls, folder: Path) -> "TargetFacts":
         """Read facts and weights' fingerprint of a Hugging Face folder."""
-        from transformers import AutoConfig
-
-        facts = cls.from_hf_config(AutoConfig.from_pretrained(folder), name=folder.name)
+        facts = cls.from_hf_config(hf_config_of(folder), name=folder.name)
         return facts.model_copy(
             update={"weights_fingerprint": weights_fingerprint(folder)}
         )
@@ -156,6 +154,30 @@ class TargetFacts(BaseModel):
                 + (f" ({self.name})" if self.name else "")
                 + ", or make a drafter for this one: vllm-mtp init --target ..."
             )
+
+
+def hf_config_of(folder: Path | str) -> Any:
+    """transformers' config of a target's folder.
+
+    Raises:
+        UnsupportedTargetError: There is none, or transformers does not take it.
+    """
+    from transformers import AutoConfig
+
+    path = Path(folder, "config.json")
+    if not path.is_file():
+        raise UnsupportedTargetError(
+            f"target {folder}: no config.json in it; expected a Hugging Face folder of "
+            "a causal language model"
+        )
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except Exception as error:  # each config class has its own
+        said = " ".join(str(error).split())[:300]
+        raise UnsupportedTargetError(
+            f"{path}: transformers does not take it ({type(error).__name__}: {said}); "
+            "repair the file, or install a transformers that knows the model"
+        ) from None
 
 
 def sliding_windows(text_config: Any) -> list[int | None]:

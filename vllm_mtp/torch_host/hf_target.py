@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, AutoConfig, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.models.auto import AutoModelForCausalLM, AutoModelForImageTextToText
 
@@ -24,6 +24,7 @@ from vllm_mtp.drafter.host import OneRank
 from vllm_mtp.drafter.layers import Stream
 from vllm_mtp.drafter.target_facts import (
     TargetFacts,
+    hf_config_of,
     layers_with_attention,
     sliding_windows,
 )
@@ -69,22 +70,23 @@ def load_frozen(
     Raises:
         UnsupportedTargetError: Its weights cannot be loaded.
     """
+    config = hf_config_of(folder)
+    capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)
     try:
-        config = AutoConfig.from_pretrained(folder)
-        capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)
         model = class_of(config).from_pretrained(
             folder,
             dtype=dtype,
             # torch's own attention leaves the cap out.
             attn_implementation="eager" if capped else None,
         )
-    except (OSError, ValueError, ImportError) as error:
+        # A quantised model may refuse to be moved.
+        return model.to(device).eval().requires_grad_(False)
+    except Exception as error:  # of files, quantisers, their packages, the device ...
         reason = " ".join(str(error).split())[:500]
         raise UnsupportedTargetError(
             f"--target {folder}: its weights cannot be loaded ({reason}); expected a "
             "Hugging Face folder of a causal language model"
         ) from None
-    return model.to(device).eval().requires_grad_(False)
 
 
 def class_of(config: Any) -> Any:

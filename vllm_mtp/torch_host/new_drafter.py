@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from transformers import AutoConfig
 
 from vllm_mtp.drafter.config import (
     DrafterConfig,
@@ -24,6 +23,7 @@ from vllm_mtp.drafter.model import Drafter
 from vllm_mtp.drafter.options import DrafterOptions
 from vllm_mtp.drafter.target_facts import (
     TargetFacts,
+    hf_config_of,
     layers_with_attention,
     safetensors_files,
     sliding_windows,
@@ -74,7 +74,7 @@ def new_drafter(
     _require_token_ids(draft_token_ids, knobs["draft_vocab_size"], facts.vocab_size)
     if draft_token_ids is not None:
         knobs["draft_vocab_size"] = len(draft_token_ids)
-    whole_config = AutoConfig.from_pretrained(target)
+    whole_config = hf_config_of(target)
     hf_config = whole_config.get_text_config()
     bound_layers = parse_layers(layers, facts.num_hidden_layers)
     _require_caches(bound_layers, hf_config)

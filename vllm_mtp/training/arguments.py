@@ -2,6 +2,7 @@
 """Every setting of a training run, in one dataclass: flags and YAML keys alike."""
 
 import logging
+import math
 import re
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -9,14 +10,18 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from transformers import TrainingArguments
-from transformers.integrations import is_tensorboard_available
+from transformers import Trainer, TrainingArguments, get_scheduler
+from transformers.integrations import (
+    get_reporting_integration_callbacks,
+    is_tensorboard_available,
+)
 
 from vllm_mtp.drafter.config import DrafterConfig
 from vllm_mtp.drafter.layer_spec import EXAMPLES
 from vllm_mtp.drafter.options import DrafterOptions, help_of
 from vllm_mtp.errors import MTPError
 from vllm_mtp.flags import flag
+from vllm_mtp.training.inherited import refuse_inherited
 from vllm_mtp.training.loss_module import LossPlan
 from vllm_mtp.training.objective import Objective
 
@@ -96,6 +101,7 @@ class DrafterTrainingArguments(DrafterOptions, TrainingArguments):
 
     def __post_init__(self) -> None:
         self.require_valid(self.num_speculative_tokens)
+        refuse_inherited(self)
         for require in _REQUIREMENTS:
             require(self)
         keeps_the_best = self.load_best_model_at_end or self.save_strategy == "best"
@@ -106,8 +112,10 @@ class DrafterTrainingArguments(DrafterOptions, TrainingArguments):
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         try:
             super().__post_init__()
-        except ValueError as error:
-            raise MTPError(f"refused by transformers: {error}") from error
+            _try_loop(self)
+        except Exception as error:  # of transformers, accelerate, torch, loggers ...
+            said = " ".join(str(error).split()) or type(error).__name__
+            raise MTPError(f"refused by transformers: {said}") from error
         self._require_tensorboard()
         self._stay_on_one_gpu()
 
@@ -159,8 +167,96 @@ _METRICS = ("eval_teacher_forced_length", "eval_teacher_forced_position_1")
 # As 0.1 called them: teacher-forced measures, named like those of decoding.
 _FORMER_METRIC = re.compile(r"(eval_)?acceptance_(?P<rest>length|(place|position)_\d+)")
 
+
+def _try_loop(args: TrainingArguments) -> None:
+    """Make what Trainer makes once the target is loaded: packages may be missing, and
+    settings wrong.
+
+    Raises:
+        Exception: Of any kind.
+    """
+    weight = torch.nn.Parameter(torch.zeros(1, 1))
+    kind, settings = Trainer.get_optimizer_cls_and_kwargs(args)
+    optimizer = kind([weight], **settings)
+    schedule: Any = args.lr_scheduler_kwargs
+    get_scheduler(
+        args.lr_scheduler_type,
+        optimizer,
+        num_warmup_steps=args.get_warmup_steps(1000),
+        num_training_steps=1000,
+        scheduler_specific_kwargs=schedule,
+    )
+    others = [name for name in args.report_to or () if name != "tensorboard"]
+    for callback in get_reporting_integration_callbacks(others):
+        callback()
+
+
 # Names, what holds for their values, and how to say that. NaN fails them all.
 _RANGES: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
+    (
+        ("learning_rate", "adam_epsilon"),
+        lambda value: 0 < value < math.inf,
+        "a number above 0",
+    ),
+    (
+        ("weight_decay", "max_grad_norm", "eval_delay", "warmup_steps"),
+        lambda value: 0 <= value < math.inf,
+        "0 or a number above",
+    ),
+    (
+        ("ce_weight", "kl_weight", "tv_weight"),
+        lambda value: 0 <= value < math.inf,
+        "0 (none) or a number above",
+    ),
+    (
+        ("adam_beta1", "adam_beta2"),
+        lambda value: 0 <= value < 1,
+        "a number from 0 to below 1",
+    ),
+    (
+        ("num_train_epochs",),
+        lambda value: 0 < value < math.inf,
+        "a number above 0",
+    ),
+    (
+        ("max_steps",),
+        lambda value: value == -1 or value >= 1,
+        "1 or more (leave it out for num_train_epochs)",
+    ),
+    (
+        (
+            "per_device_train_batch_size",
+            "per_device_eval_batch_size",
+            "gradient_accumulation_steps",
+        ),
+        lambda value: value >= 1,
+        "1 or more",
+    ),
+    (
+        ("logging_steps", "save_steps"),
+        lambda value: 0 < value < math.inf,
+        "a number above 0",
+    ),
+    (
+        ("eval_steps", "save_total_limit", "torch_empty_cache_steps"),
+        lambda value: value is None or 0 < value < math.inf,
+        "a number above 0",
+    ),
+    (
+        ("dataloader_num_workers",),
+        lambda value: value >= 0,
+        "0 (none) or more",
+    ),
+    (
+        ("train_sampling_strategy",),
+        lambda value: value in ("random", "sequential"),
+        "random or sequential (texts are not padded, so they need no sorting)",
+    ),
+    (
+        ("lr_scheduler_type",),
+        lambda value: value not in ("reduce_lr_on_plateau", "greedy"),
+        "a schedule that follows from the step alone, such as cosine",
+    ),
     (
         ("anchors_per_text", "teacher_tokens", "max_text_tokens"),
         lambda value: value >= 1,
@@ -263,6 +359,13 @@ def _require_few_teacher_tokens(args: DrafterTrainingArguments) -> None:
 
 
 def _require_best(args: DrafterTrainingArguments) -> None:
+    known = [
+        "eval_teacher_forced_length",
+        *(
+            f"eval_teacher_forced_position_{number}"
+            for number in range(1, args.num_speculative_tokens + 1)
+        ),
+    ]
     if args.metric_for_best_model in ("loss", "eval_loss"):
         raise MTPError(
             f"metric_for_best_model: got {args.metric_for_best_model!r}, but "
@@ -274,6 +377,11 @@ def _require_best(args: DrafterTrainingArguments) -> None:
         raise MTPError(
             f"metric_for_best_model: got {args.metric_for_best_model!r}, which is "
             f"named {now} now; write that"
+        )
+    name = args.metric_for_best_model or known[0]
+    if name not in known and f"eval_{name}" not in known:
+        raise MTPError(
+            f"metric_for_best_model: got {name!r}, expected one of {', '.join(known)}"
         )
     if args.save_strategy == "best" and args.eval_strategy == "no":
         raise MTPError(

@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import torch
 from datasets import Dataset
-from transformers import AutoTokenizer
 
 from vllm_mtp.data.served_sampling import difference_from_served
 from vllm_mtp.data.store import read_provenance, read_split, require_made_by
@@ -20,7 +19,8 @@ from vllm_mtp.drafter.checkpoint import CONFIG_FILE, load_drafter, read_config
 from vllm_mtp.drafter.cost import draft_cost
 from vllm_mtp.drafter.model import Drafter
 from vllm_mtp.drafter.target_facts import TargetFacts
-from vllm_mtp.drafter.vocabulary import frequent_tokens
+from vllm_mtp.drafter.vocabulary import frequent_tokens, tokens_of
+from vllm_mtp.engine import tokenizer_of
 from vllm_mtp.errors import MTPError
 from vllm_mtp.files import writing
 from vllm_mtp.interrupts import deferred
@@ -42,6 +42,9 @@ from vllm_mtp.training.states import TrainingInputError
 from vllm_mtp.training.trainer import DrafterTrainer, Texts
 
 logger = logging.getLogger("vllm.mtp_placeholder.training")
+
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tekken.json", "vocab.json")
 
 
 class TrainingRun:
@@ -76,14 +79,22 @@ class TrainingRun:
             size: How many.
             first: Ids that are taken before all others.
         """
-        vocab_size = self.facts.vocab_size
-        if not 0 < size <= vocab_size:
+        tokens, special = self._tokens
+        if not 0 < size <= len(tokens):
             raise MTPError(
                 f"draft_vocab_size or loss_vocab_size: got {size}, expected 1 to "
-                f"{vocab_size}, the size of the target's vocabulary"
+                f"{len(tokens)}, the tokens that the target has"
             )
-        special = _special_tokens(self.target)
-        return frequent_tokens(self._counts, [*first, *special], size, vocab_size)
+        return frequent_tokens(self._counts, [*first, *special], size, tokens)
+
+    @cached_property
+    def _tokens(self) -> tuple[Sequence[int], Sequence[int]]:
+        """All tokens that the target can say, and those of them that are special."""
+        vocab_size = self.facts.vocab_size
+        if not any((self.target / name).exists() for name in _TOKENIZER_FILES):
+            return range(vocab_size), ()  # a target made in code
+        tokenizer = tokenizer_of(self.target)
+        return tokens_of(tokenizer, vocab_size), tokenizer.all_special_ids
 
     def _draft_tokens(self, args: DrafterTrainingArguments) -> tuple[int, ...] | None:
         """The reduced vocabulary: what ``warm_start`` can draft, and then by count."""
@@ -141,12 +152,6 @@ class TrainingRun:
                 "the settings that it was trained with, or another output_dir"
             )
         return True
-
-
-def _special_tokens(target: Path) -> list[int]:
-    if not (target / "tokenizer.json").exists():
-        return []  # a target made in code
-    return AutoTokenizer.from_pretrained(target).all_special_ids
 
 
 def _first(rows: Dataset, count: int) -> Dataset:

@@ -56,7 +56,7 @@ class StatesSource:
         states = self._host.encode(
             token_ids, cached=self._layers, streams=self._streams
         )
-        require_sane(states, key)
+        require_sane(states, key, token_ids)
         size = _num_bytes(states)
         if size <= self._room:
             self._room -= size
@@ -64,16 +64,23 @@ class StatesSource:
         return states
 
 
-def require_sane(states: TargetStates, key: int) -> None:
+def require_sane(states: TargetStates, key: int, token_ids: torch.Tensor) -> None:
     """Refuse what a broken target, or a broken way of reading it, gives.
 
     Such states train smoothly, on nothing.
 
+    Args:
+        states: Of one text.
+        key: Its number, for messages.
+        token_ids: ``[T]`` int64. Where one token is repeated, what has no position in
+            it is rightly the same everywhere.
+
     Raises:
         TrainingInputError: Names the tensor and what is wrong with it.
     """
+    repeated = bool((token_ids == token_ids[:1]).all())
     for name, tensor in _tensors(states):
-        if fault := _fault(tensor):
+        if fault := _fault(tensor, repeated):
             raise TrainingInputError(
                 f"text {key}: the target's {name} {fault}, shape "
                 f"{list(tensor.shape)}. Training on this would learn nothing; check "
@@ -81,12 +88,14 @@ def require_sane(states: TargetStates, key: int) -> None:
             )
 
 
-def _fault(tensor: torch.Tensor) -> str | None:
+def _fault(tensor: torch.Tensor, repeated: bool) -> str | None:
     low, high = tensor.min().item(), tensor.max().item()
     if not (abs(low) < float("inf") and abs(high) < float("inf")):
         return "holds values that are not finite"
     if low == high:
         return "is all zero" if low == 0 else f"is constant ({low})"
+    if repeated:
+        return None
     if tensor.shape[-2] > 1 and bool((tensor == tensor[..., :1, :]).all()):
         return "is the same for every token"
     return None

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Targets that no command can use: one line, and an exit code."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from vllm_mtp.cli.main import main
+from vllm_mtp.drafter.checkpoint import save_drafter
+from vllm_mtp.errors import UnsupportedTargetError
+from vllm_mtp.torch_host.hf_target import load_frozen
+from vllm_mtp.torch_host.new_drafter import new_drafter
+
+CONFIGS = {
+    "none": None,
+    "broken": '{"model_type": ',
+    "a list": "[1]",
+    "no type": "{}",
+    "an unknown type": '{"model_type": "no-such-model"}',
+    "a wrong value": '{"model_type": "llama", "hidden_size": "wide"}',
+    "not UTF-8": b'{"model_type": "\xff"}',
+}
+
+
+@pytest.fixture(scope="module")
+def drafter(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("drafter") / "own"
+    return save_drafter(new_drafter(tiny_llama, "own:3", 2), folder)
+
+
+@pytest.mark.parametrize("command", ["init", "generate", "train", "eval", "check"])
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=list(CONFIGS))
+def test_a_folder_with_such_a_config(
+    command: str,
+    config: str | bytes | None,
+    drafter: Path,
+    tiny_answers: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    target = tmp_path / "target"
+    target.mkdir()
+    if config is not None:
+        text = config.encode() if isinstance(config, str) else config
+        (target / "config.json").write_bytes(text)
+    out = str(tmp_path / "out")
+    flags = {
+        "init": ["--layers", "own:0", "--num_speculative_tokens", "2", "--out", out],
+        "generate": ["--prompts", "sharegpt", "--out", out],
+        "train": ["--data", str(tiny_answers), "--output_dir", out],
+        "eval": ["--drafter", str(drafter), "--data", str(tiny_answers)],
+        "check": ["--drafter", str(drafter)],
+    }
+    assert main([command, "--target", str(target), *flags[command]]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"vllm-mtp {command}: ")
+    assert str(target) in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "quantization",
+    [
+        {"quant_method": "awq", "bits": 4, "group_size": 128},
+        {"quant_method": "gptq", "bits": 4, "group_size": 128},
+        {"quant_method": "fp8"},
+        {"quant_method": "bitsandbytes", "load_in_4bit": True},
+        {"quant_method": "no-such-method"},
+    ],
+    ids=lambda quantization: quantization["quant_method"],
+)
+def test_quantised_weights_that_cannot_be_read_here(
+    quantization: dict[str, object], tiny_llama: Path, tmp_path: Path
+) -> None:
+    """Packages are missing, or the device: the reason is said."""
+    target = tmp_path / "target"
+    shutil.copytree(tiny_llama, target)
+    path = target / "config.json"
+    config = json.loads(path.read_text()) | {"quantization_config": quantization}
+    path.write_text(json.dumps(config))
+    refused = f"--target {target}: its weights cannot be loaded ("
+    try:
+        model = load_frozen(target, "float32", "cpu")
+    except UnsupportedTargetError as error:
+        said = str(error)
+    else:  # the package is here, and the weights are not quantised after all
+        assert torch.isfinite(model(torch.arange(3)[None]).logits).all()
+        return
+    assert said.startswith(refused)
+    assert "\n" not in said
