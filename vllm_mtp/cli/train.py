@@ -30,6 +30,8 @@ class Train(DrafterTrainingArguments):
             f"{self.output_dir}"
         )
         metrics = train(self, target_folder(self.target))
+        if self.process_index:
+            return 0  # the first process says it for all
         positions = [v for k, v in metrics.items() if "teacher_forced_position" in k]
         print(
             f"teacher-forced length on held-out text: "

@@ -152,10 +152,25 @@ class DrafterTrainer(Trainer):
                 self._parts.setdefault(name, []).append(value)
         return (loss, outputs) if return_outputs else loss
 
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
+        """This process's share of the texts; it may be none.
+
+        Trainer's own loader gives some texts to several processes, so that all have as
+        many, and they would count several times.
+        """
+        texts: Any = self.eval_dataset if eval_dataset is None else eval_dataset
+        share = range(self.args.process_index, len(texts), self.args.world_size)
+        return DataLoader(
+            torch.utils.data.Subset(texts, share),
+            batch_size=self.args.per_device_eval_batch_size,
+            collate_fn=collate,
+        )
+
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
             for name, values in self._parts.items():
-                logs[f"loss_{name}"] = torch.stack(values).mean().item()
+                mean = torch.stack(values).mean()
+                logs[f"loss_{name}"] = self.accelerator.reduce(mean, "mean").item()
             self._parts = {}
         super().log(logs, *args, **kwargs)
 
@@ -185,7 +200,7 @@ class DrafterTrainer(Trainer):
             predictions=(),  # type: ignore[arg-type]
             label_ids=None,
             metrics=metrics,
-            num_samples=len(dataloader.dataset),  # type: ignore[arg-type]
+            num_samples=len(self.eval_dataset),  # type: ignore[arg-type]
         )
 
     @torch.no_grad()
