@@ -566,6 +566,7 @@ def make_tiny_qwen3(folder: Path, **overrides: Any) -> Path:
 _W8A8 = {
     "quant_method": "compressed-tensors",
     "format": "int-quantized",
+    "quantization_status": "compressed",
     "ignore": ["lm_head"],
     "config_groups": {
         "group_0": {

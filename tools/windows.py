@@ -22,12 +22,12 @@ from vllm_mtp import engine
 from vllm_mtp.bench.loads import context_loads
 from vllm_mtp.bench.plan import Load
 from vllm_mtp.bench.report import spread_text
-from vllm_mtp.bench.run import tokenizer_of
 from vllm_mtp.bench.summary import Spread
 from vllm_mtp.data.demo_target import ensure_demo_target
 from vllm_mtp.data.unseen import choice_in_words, unseen_prompts
 from vllm_mtp.drafter.checkpoint import read_config
 from vllm_mtp.drafter.layout import WINDOW_STEP
+from vllm_mtp.engine import tokenizer_of
 from vllm_mtp.installed import installed_folder
 from vllm_mtp.markdown import row as row_of_table
 from vllm_mtp.markdown import table

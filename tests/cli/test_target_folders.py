@@ -1,17 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Targets that no command can use: one line, and an exit code."""
 
-import json
-import shutil
 from pathlib import Path
 
 import pytest
-import torch
 
 from vllm_mtp.cli.main import main
 from vllm_mtp.drafter.checkpoint import save_drafter
-from vllm_mtp.errors import UnsupportedTargetError
-from vllm_mtp.torch_host.hf_target import load_frozen
 from vllm_mtp.torch_host.new_drafter import new_drafter
 
 CONFIGS = {
@@ -59,35 +54,3 @@ def test_a_folder_with_such_a_config(
     assert error.startswith(f"vllm-mtp {command}: ")
     assert str(target) in error
     assert error.count("\n") == 1
-
-
-@pytest.mark.parametrize(
-    "quantization",
-    [
-        {"quant_method": "awq", "bits": 4, "group_size": 128},
-        {"quant_method": "gptq", "bits": 4, "group_size": 128},
-        {"quant_method": "fp8"},
-        {"quant_method": "bitsandbytes", "load_in_4bit": True},
-        {"quant_method": "no-such-method"},
-    ],
-    ids=lambda quantization: quantization["quant_method"],
-)
-def test_quantised_weights_that_cannot_be_read_here(
-    quantization: dict[str, object], tiny_llama: Path, tmp_path: Path
-) -> None:
-    """Packages are missing, or the device: the reason is said."""
-    target = tmp_path / "target"
-    shutil.copytree(tiny_llama, target)
-    path = target / "config.json"
-    config = json.loads(path.read_text()) | {"quantization_config": quantization}
-    path.write_text(json.dumps(config))
-    refused = f"--target {target}: its weights cannot be loaded ("
-    try:
-        model = load_frozen(target, "float32", "cpu")
-    except UnsupportedTargetError as error:
-        said = str(error)
-    else:  # the package is here, and the weights are not quantised after all
-        assert torch.isfinite(model(torch.arange(3)[None]).logits).all()
-        return
-    assert said.startswith(refused)
-    assert "\n" not in said

@@ -73,12 +73,19 @@ def load_frozen(
     config = hf_config_of(folder)
     capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)
     try:
-        model = class_of(config).from_pretrained(
+        model, found = class_of(config).from_pretrained(
             folder,
             dtype=dtype,
             # torch's own attention leaves the cap out.
             attn_implementation="eager" if capped else None,
+            output_loading_info=True,
         )
+        # transformers fills them with random numbers.
+        if missing := sorted(found["missing_keys"]):
+            raise ValueError(
+                f"{len(missing)} of its tensors are missing, such as {missing[0]}; a "
+                "quantised target's config must say how its weights are stored"
+            )
         # A quantised model may refuse to be moved.
         return model.to(device).eval().requires_grad_(False)
     except Exception as error:  # of files, quantisers, their packages, the device ...

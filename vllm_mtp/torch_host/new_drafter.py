@@ -29,6 +29,7 @@ from vllm_mtp.drafter.target_facts import (
     sliding_windows,
 )
 from vllm_mtp.errors import MTPError, UnsupportedTargetError
+from vllm_mtp.torch_host.dequantise import dequantised
 from vllm_mtp.torch_host.layer_copy import LayerCopy
 from vllm_mtp.torch_host.one_layer import copy_of_layer
 
@@ -147,6 +148,8 @@ class TargetWeights:
 
     def __init__(self, folder: Path, facts: TargetFacts) -> None:
         self._folder = folder
+        quantised = getattr(hf_config_of(folder), "quantization_config", None) or {}
+        self._block = quantised.get("weight_block_size")
         self._file_of: dict[str, Path] = {}
         shapes: dict[str, list[int]] = {}
         for file in safetensors_files(folder):
@@ -175,14 +178,15 @@ class TargetWeights:
             return tensors.get_tensor(name)
 
     def layer(self, index: int) -> dict[str, torch.Tensor]:
-        """Tensors of one decoder layer, named from the layer on."""
+        """Tensors of one decoder layer, named from the layer on; not quantised."""
         prefix = f"{self._base}layers.{index}."
         found = {
             name.removeprefix(prefix): self.get(name)
             for name in self._file_of
             if name.startswith(prefix)
         }
-        return {name: tensor for name, tensor in found.items() if tensor is not None}
+        whole = {name: tensor for name, tensor in found.items() if tensor is not None}
+        return dequantised(whole, self._block)
 
     def mean_embedding(self) -> torch.Tensor:
         """Mean input embedding. ``[hidden_size]`` float32."""
