@@ -342,6 +342,19 @@ class TestSampling:
         assert capsys.readouterr().err.count("\n") == 1
 
 
+def test_the_mode_of_the_tokenizer_reaches_the_engine(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(tokenizer_mode="hf", chat_template_kwargs='{"mood": "calm"}') == 0
+    settings = read_provenance(tmp_path / "out").settings
+    assert settings.engine.tokenizer_mode == "hf"
+    assert settings.chat_template_kwargs == {"mood": "calm"}
+    assert run(chat_template_kwargs='{"mood": "calm"}') == 1
+    assert "engine.tokenizer_mode: the folder has 'hf'" in capsys.readouterr().err
+    assert run(tokenizer_mode="none-such", out=tmp_path / "other") == 1
+    assert capsys.readouterr().err.count("\n") == 1
+
+
 def test_arguments_of_the_template_are_json(
     run: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:

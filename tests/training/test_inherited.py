@@ -28,6 +28,7 @@ def test_every_field_is_decided() -> None:
 
 # Another value than the default, as a flag and as what it becomes.
 OTHER: dict[str, str] = {
+    "hub_token": "hf_secret",
     "gradient_checkpointing_kwargs": '{"use_reentrant": false}',
     "accelerator_config": '{"split_batches": true}',
     "fsdp_config": '{"min_num_params": 1}',
@@ -58,6 +59,7 @@ def test_what_does_not_work_is_refused_in_one_line(
     error = capsys.readouterr().err
     assert error.startswith(f"vllm-mtp train: {name}: got ")
     assert REFUSED[name] in error
+    assert "hf_secret" not in error
     assert error.count("\n") == 1
 
 

@@ -256,8 +256,8 @@ class Generate:
             raise DataError(_flag_errors(error)) from None
 
     def _from_flags(self, target: Path, sampling: dict[str, Any]) -> dict[str, Any]:
-        engine = self._fields("dtype", "max_num_seqs")
-        names = ("chat_template", "tokenizer_mode", "max_prompt_tokens", "held_out")
+        engine = self._fields("dtype", "tokenizer_mode", "max_num_seqs")
+        names = ("chat_template", "max_prompt_tokens", "held_out")
         return self._fields(*names) | {
             "source": self._source(),
             "sampling": sampling,

@@ -29,6 +29,7 @@ def answering(
         target,
         cache_gib=4,
         dtype=settings.dtype,
+        tokenizer_mode=settings.tokenizer_mode,  # which knows the token that ends
         max_model_len=settings.max_model_len,
         max_num_seqs=settings.max_num_seqs,
         disable_log_stats=True,

@@ -49,6 +49,7 @@ class EngineSettings(_Model):
     """The engine, so far as it can change an answer."""
 
     dtype: str = "auto"
+    tokenizer_mode: str = Field(default="auto", description="As vLLM's flag.")
     max_model_len: int = Field(ge=2, description="Prompt and answer, in tokens.")
     max_num_seqs: int = Field(default=256, ge=1, description="Decoded at once.")
 
@@ -62,7 +63,6 @@ class RunSettings(_Model):
     engine: EngineSettings
     chat_template: bool = Field(description="False: prompts as raw text.")
     chat_template_sha256: str | None = None
-    tokenizer_mode: str = Field(default="auto", description="As vLLM's flag.")
     chat_template_kwargs: dict[str, JsonValue] = Field(
         default={}, description="Arguments of the chat template."
     )

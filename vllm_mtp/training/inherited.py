@@ -127,8 +127,9 @@ def refuse_inherited(args: TrainingArguments) -> None:
         if not value and (not expected or expected == "no"):
             continue  # argparse has several ways to say nothing
         if value not in (expected, filled_in):
+            got = "a value" if field.name.endswith("_token") else repr(value)
             raise MTPError(
-                f"{field.name}: got {value!r}, expected {expected!r}, which is the "
+                f"{field.name}: got {got}, expected {expected!r}, which is the "
                 f"default: {REFUSED[field.name]}"
             )
     for name, why in _REFUSED_ENVIRONMENT.items():
