@@ -68,12 +68,15 @@ def run(
     from tests.serving.engines import cannot_here
     from tests.serving.lossless.matrix import Runs
     from tests.serving.lossless.rows import ENGINES, ROWS
-    from tests.serving.lossless.subjects import smollm2_subject, tiny_speaker_subject
+    from tests.serving.lossless.subjects import smollm2_subject, tiny_chain_subject
 
-    subject = smollm2_subject() if smollm2 else tiny_speaker_subject(folder)
+    subject = smollm2_subject() if smollm2 else tiny_chain_subject(folder)
     lines, problems = [], []
     wanted = [r for r in ROWS if not only or r.name in only]
-    reasons = {r.name: cannot_here(ENGINES[r.engine].settings) for r in wanted}
+    reasons = {
+        r.name: subject.without.get(r.engine) or cannot_here(ENGINES[r.engine].settings)
+        for r in wanted
+    }
     rows = [row for row in wanted if not reasons[row.name]]
     for result in Runs(rows).compared(subject, rows):
         lines.append(line_of(result))

@@ -141,5 +141,5 @@ def test_doctor_says_what_is_not_needed() -> None:
         assert not finding.failed
         if patch is not ledger.CPU_GDN:  # which is for some releases only
             needed = not finding.text.endswith("not needed with this vLLM")
-            repairs = (ledger.CPU_SAMPLING, ledger.V2_ADAPTER_ROWS)
+            repairs = (ledger.CPU_SAMPLING, ledger.V2_ADAPTER_ROWS, ledger.V1_THINKING)
             assert needed == (patch in repairs)

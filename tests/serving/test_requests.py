@@ -1,90 +1,90 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every sampling parameter of a request, beside speculation: answered or refused."""
 
-from collections.abc import Callable, Mapping
+import json
+import pkgutil
+import random
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields
 from inspect import getsource
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 from vllm import LLM, SamplingParams
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 from vllm.exceptions import VLLMValidationError
-from vllm.sampling_params import RepetitionDetectionParams
+from vllm.reasoning import ReasoningParserManager
+from vllm.sampling_params import StructuredOutputsParams
+from vllm.tool_parsers import ToolParserManager
 
 from tests.serving.engines import ON_V2, engine
+from tests.serving.lossless.fields import (
+    OPENAI,
+    SAMPLING_PARAMS,
+    STRUCTURED_OUTPUTS,
+    By,
+)
 from tests.serving.lossless.matrix import LOGPROB_MARGIN
 from tests.serving.lossless.rows import ROWS
-from tests.serving.lossless.subjects import make_speaker
-from tests.tiny_targets import make_tiny_llama
+from tests.tiny_tokenizer import save_tiny_tokenizer
 from vllm_mtp.serving.ledger import REQUESTS, is_installed
 from vllm_mtp.serving.requests import require_verifiable
-
-# Who says what becomes of a field: a row of the lossless matrix, a test, or why there
-# is nothing to show.
-BY_ROW = {
-    "allowed_token_ids": "allowed tokens",
-    "bad_words": "bad words",
-    "frequency_penalty": "penalties",
-    "ignore_eos": "EOS inside a draft",
-    "logprobs": "logprobs",
-    "max_tokens": "requests come and go",
-    "min_tokens": "min_tokens",
-    "n": "sampled, top-k 1, n = 3",
-    "presence_penalty": "penalties",
-    "prompt_logprobs": "prompt logprobs",
-    "repetition_penalty": "penalties",
-    "stop": "stop strings",
-    "stop_token_ids": "stop tokens",
-    "structured_outputs": "JSON schema",
-    "temperature": "greedy beside sampled",
-    "top_k": "sampled, top-k 1, n = 3",
-    "top_p": "sampled, top-p near 0",
-}
-BY_TEST = {
-    "flat_logprobs": "test_a_rarer_field_is_answered_as_without",
-    "include_stop_str_in_output": "test_a_rarer_field_is_answered_as_without",
-    "logit_bias": "test_matrix.py: test_what_vllm_refuses_with_any_speculation",
-    "logprob_token_ids": "test_one_request_is_refused_and_the_others_are_answered",
-    "min_p": "test_matrix.py: test_what_vllm_refuses_with_any_speculation",
-    "repetition_detection": "test_a_rarer_field_is_answered_as_without",
-    "seed": "test_seeds.py",
-}
-_TEXT = "of the text, which is made from verified tokens alone"
-_OWN = "vLLM's own"
-_PROMPT = "of the prompt, which is never verified"
-NOTHING_TO_SHOW = {
-    "_all_stop_token_ids": _OWN,
-    "_bad_words_token_ids": _OWN,
-    "_eos_token_id": _OWN,
-    "_watermarking_skipped": _OWN,
-    "detokenize": _TEXT,
-    "extra_args": "of custom logits processors: vLLM refuses to start with both",
-    "output_kind": _TEXT,
-    "output_text_buffer_length": _OWN,
-    "prompt_logprob_start": _PROMPT,
-    "prompt_logprob_token_ids": _PROMPT,
-    "routed_experts_prompt_start": _PROMPT,
-    "skip_clone": _OWN,
-    "skip_reading_prefix_cache": _PROMPT,
-    "skip_special_tokens": _TEXT,
-    "spaces_between_special_tokens": _TEXT,
-    "thinking_token_budget": "not looked at yet: a draft may pass the budget",
-    "trace_decode_token_ids": "vLLM refuses it with any speculation",
-    "stream_interval": _TEXT,
-    "watermarking": "needs --watermark-config, which the method refuses",
-}
-KNOWN = BY_ROW | BY_TEST | NOTHING_TO_SHOW
 
 PROMPTS = [[(7 * i + j) % 512 for i in range(20 + j)] for j in range(3)]
 MAX_TOKENS = 8 if ON_V2 else 24
 
 
-def test_every_field_is_known() -> None:
+TABLES = {
+    "SamplingParams": (SAMPLING_PARAMS, set(SamplingParams.__struct_fields__)),
+    "StructuredOutputsParams": (
+        STRUCTURED_OUTPUTS,
+        {field.name for field in fields(StructuredOutputsParams)},
+    ),
+    "the OpenAI API": (
+        SAMPLING_PARAMS | OPENAI,
+        {
+            name
+            for model in (ChatCompletionRequest, CompletionRequest, ResponsesRequest)
+            for name in model.model_fields
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_every_field_is_decided_on(name: str) -> None:
     """A field that a new vLLM brings is looked at before it is served."""
-    fields = SamplingParams.__struct_fields__
-    assert set(fields) - KNOWN.keys() == set()
-    assert set(BY_ROW.values()) <= {row.name for row in ROWS}
+    known, there = TABLES[name]
+    assert there - known.keys() == set()
+
+
+def test_no_field_is_made_up() -> None:
+    there = set().union(*(names for _, names in TABLES.values()))
+    assert (SAMPLING_PARAMS | STRUCTURED_OUTPUTS | OPENAI).keys() - there == set()
+
+
+@pytest.mark.parametrize("field", SAMPLING_PARAMS | STRUCTURED_OUTPUTS | OPENAI)
+def test_what_is_decided_is_there(field: str) -> None:
+    by, what = (SAMPLING_PARAMS | STRUCTURED_OUTPUTS | OPENAI)[field]
+    if by is By.ROW:
+        assert what in {row.name for row in ROWS}
+    elif by is By.TEST:
+        file, _, test = what.partition(": ")
+        assert f"def {test}(" in (Path(__file__).parent / file).read_text("utf-8")
+    elif by is By.VLLM:
+        function = pkgutil.resolve_name(what)
+        assert f"self.{field}" in getsource(function)
+        assert "speculative" in getsource(function)
+    elif by is By.OURS:
+        asked = params(**{field: [1]})
+        with pytest.raises(VLLMValidationError, match=f"^{what}"):
+            require_verifiable(asked, ours())
 
 
 def test_vllm_still_loses_them() -> None:
@@ -158,46 +158,6 @@ def test_one_request_is_refused_and_the_others_are_answered(
     assert [{5, 6, 7} <= step.keys() for step in ids.logprobs] == [True] * MAX_TOKENS
 
 
-RARER = {
-    "flat_logprobs": {"flat_logprobs": True, "logprobs": 2},
-    "logprobs 0": {"logprobs": 0},
-    "include_stop_str_in_output": {
-        "stop": ["a", "ti", "e "],
-        "include_stop_str_in_output": True,
-        "detokenize": True,
-    },
-    "repetition_detection": {
-        "repetition_detection": RepetitionDetectionParams(
-            max_pattern_size=4, min_count=2
-        )
-    },
-}
-
-
-@pytest.mark.engine
-@pytest.mark.skipif(ON_V2, reason="one runner will do: the runners see none of these")
-def test_a_rarer_field_is_answered_as_without(
-    tmp_path: Path, tiny_drafter: SPEC
-) -> None:
-    target = make_speaker(make_tiny_llama(tmp_path))
-    found = []
-    for spec in (None, spec_for(tiny_drafter("llama", "shared-4"))):
-        with engine(target, spec) as llm:
-            found.append(
-                [
-                    answer(llm, {"0": params(**sampling)})["0"]
-                    for sampling in RARER.values()
-                ]
-            )
-    for name, one, other in zip(RARER, *found, strict=True):
-        assert (one.token_ids, one.text) == (other.token_ids, other.text), name
-        assert one.finish_reason == other.finish_reason, name
-        if name == "flat_logprobs":
-            assert one.logprobs.token_ids == other.logprobs.token_ids
-        else:
-            require_alike(one, other)
-
-
 @pytest.mark.parametrize("wanted", [-1, 5, 2.0, "2", True, None, [1]])
 def test_a_request_asks_for_a_number_of_drafts_that_there_is(wanted: Any) -> None:
     asked = params(extra_args={"num_speculative_tokens": wanted})
@@ -219,3 +179,48 @@ def test_a_number_of_drafts_is_refused_where_it_would_be_ignored(wanted: int) ->
 
 def ours(takes_any_length: bool = True) -> Any:
     return SimpleNamespace(num_speculative_tokens=4, takes_any_length=takes_any_length)
+
+
+CALLS = [{"name": "weather", "arguments": {"city": city}} for city in ("Rome", "Oslo")]
+SAID = "<think>Where?</think>I look. " + "\n".join(
+    f"<tool_call>\n{json.dumps(call)}\n</tool_call>" for call in CALLS
+)
+
+
+def streamed(tokenizer: Any, sizes: Iterator[int]) -> tuple[str, list[Any]]:
+    """What a chat client gets of `SAID` in pieces of so many tokens: the reasoning, and
+    the calls."""
+    ids = tokenizer.encode(SAID)
+    thinks = ReasoningParserManager.get_reasoning_parser("deepseek_r1")(tokenizer)
+    tools = ToolParserManager.get_tool_parser("hermes")(tokenizer, [])
+    request = ChatCompletionRequest(messages=[], model="any")
+    reasoning, calls = "", [["", ""] for _ in CALLS]
+    seen: list[int] = []
+    while len(seen) < len(ids):
+        now = ids[: len(seen) + next(sizes)]
+        before, after = tokenizer.decode(seen), tokenizer.decode(now)
+        piece = after[len(before) :], seen, now, now[len(seen) :]
+        said = thinks.extract_reasoning_streaming(before, after, *piece)
+        reasoning += (said and said.reasoning) or ""
+        found = tools.extract_tool_calls_streaming(before, after, *piece, request)
+        for call in (found and found.tool_calls) or ():
+            calls[call.index][0] += call.function.name or ""
+            calls[call.index][1] += call.function.arguments or ""
+        seen = now
+    return reasoning, calls
+
+
+def test_parsers_read_pieces_of_any_size(tmp_path: Path) -> None:
+    """A step with drafts gives several tokens at once, which may begin before the end
+    of the reasoning, or of a call, and end behind it."""
+    save_tiny_tokenizer(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    tokenizer.add_tokens(["<tool_call>", "</tool_call>"])
+    for seed in range(20):
+        rng = random.Random(seed)
+        # The first token comes with the prompt, and alone.
+        sizes = (rng.randint(1, 9) if seed and n else 1 for n in count())
+        reasoning, calls = streamed(tokenizer, sizes)
+        assert reasoning == "Where?", seed
+        found = [{"name": name, "arguments": json.loads(text)} for name, text in calls]
+        assert found == CALLS, seed

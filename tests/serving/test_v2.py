@@ -48,7 +48,10 @@ SLOW_RUNS: dict[str, tuple[Sequence[str], str]] = {
         "slow",
     ),
     "slow-families": (("test_families.py",), "slow"),
-    "slow-others": (("test_async.py", "test_distribution.py"), EVERY_RUN),
+    "slow-others": (
+        ("test_async.py", "test_distribution.py", "test_over_budget.py"),
+        EVERY_RUN,
+    ),
 }
 WHOLE_MATRIX = (("test_matrix.py",), "matrix")
 

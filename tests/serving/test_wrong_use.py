@@ -225,6 +225,11 @@ WRONG_USE: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
         {"pipeline_parallel_size": 2},
         ["pipeline_parallel_size=2", "Use 1"],
     ),
+    "prompts as embeddings, scheduled ahead": (
+        {},
+        {"enable_prompt_embeds": True, "async_scheduling": True},
+        ["async_scheduling is on", "enable_prompt_embeds", "Leave out one"],
+    ),
     "a KV connector that nobody has tried": (
         {},
         {
@@ -253,6 +258,28 @@ def test_wrong_use_is_refused(
         start(tiny_targets["llama"], good | spec, **settings)
     for text in expected:
         assert text in str(error.value)
+
+
+@pytest.mark.parametrize("embeds", [True, False])
+def test_nothing_is_scheduled_ahead_of_embeddings(
+    embeds: bool,
+    tiny_targets: dict[str, Path],
+    tiny_drafter: Drafter,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where the user did not choose; on a CPU vLLM turns it off at the end anyway."""
+    chosen = []
+    create = EngineArgs.create_speculative_config
+
+    def watched(self: EngineArgs, *args: Any, **kwargs: Any) -> Any:
+        config = create(self, *args, **kwargs)
+        chosen.append(self.async_scheduling)
+        return config
+
+    monkeypatch.setattr(EngineArgs, "create_speculative_config", watched)
+    drafter = {"model": str(tiny_drafter("llama", "shared-4"))}
+    start(tiny_targets["llama"], drafter, enable_prompt_embeds=embeds)
+    assert chosen == [False if embeds else None]
 
 
 @pytest.mark.parametrize("is_simple", ["0", "1"])

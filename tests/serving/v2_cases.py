@@ -12,6 +12,10 @@ import pytest
 import torch
 
 from tests.serving.engines import ON_V2, bound_drafter_of, engine, generate, runner_of
+from tests.serving.lossless.matrix import Runs
+from tests.serving.lossless.plays import thinking
+from tests.serving.lossless.rows import Row
+from tests.serving.lossless.subjects import shorter_for_v2, tiny_chain_subject
 from tests.serving.played_graphs import play_graphs
 from vllm_mtp.drafter.layout import PAD_SLOT
 
@@ -269,3 +273,13 @@ def test_graphs_are_made_only_where_asked_for_and_possible(
     assert draft_graphs(config, device, CUDAGraphMode[mode], info) is None
     assert (warning or "") in caplog.text
     assert bool(caplog.text) == (warning is not None)
+
+
+@pytest.mark.slow
+def test_thinking_ends_behind_the_targets_token(tmp_path: Path) -> None:
+    """vLLM's V2 counts for each row of a step; on V1 a patch does."""
+    subject = shorter_for_v2(tiny_chain_subject(tmp_path))
+    row = Row("thinking budgets", thinking(None, max_tokens=16), "thinking")
+    (result,) = Runs([row]).compared(subject, [row])
+    assert not result.problems, "\n".join(result.problems)
+    assert result.drafted.facts.counts.accepted_tokens > 10

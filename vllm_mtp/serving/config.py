@@ -134,6 +134,10 @@ def build_config(
     settings = checked(requested)
     require_supported_settings(settings)
     require_supported_engine(engine_args, target_model_config, target_parallel_config)
+    if getattr(engine_args, "enable_prompt_embeds", False):
+        # Scheduled ahead of a step that accepts drafts, V1 (no other runner has such
+        # prompts) takes tokens for embeddings that nobody gave, and is wrong for all.
+        engine_args.async_scheduling = False
     facts = TargetFacts.from_hf_config(
         target_model_config.hf_config, name=target_model_config.model
     )

@@ -170,6 +170,27 @@ def sample_or_verify(original: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
+def thinking_budgets(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Ledger entry ``v1-thinking``."""
+
+    @functools.wraps(original)
+    def wrapper(
+        reasoning_config: Any,
+        max_num_seqs: int,
+        num_spec_tokens: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        make = original
+        if reasoning_config is not None and num_spec_tokens:
+            from vllm_mtp.serving.thinking import ThinkingBudgets
+
+            make = ThinkingBudgets
+        return make(reasoning_config, max_num_seqs, num_spec_tokens, *args, **kwargs)
+
+    return wrapper
+
+
 def apply_sampling_constraints(original: Callable[..., Any]) -> Callable[..., Any]:
     """Ledger entry ``cpu-sampling``."""
 

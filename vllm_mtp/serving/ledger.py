@@ -45,6 +45,7 @@ class Patch:
         cpu_only: Applies on the CPU platform only.
         fixed_in: First release of vLLM that needs it no more, and would be wrong with
             it.
+        only_with: Of vLLM's config, without which nobody needs it.
         until_registry: Stands in for the registry of methods that we propose to vLLM.
     """
 
@@ -59,6 +60,7 @@ class Patch:
     cpu_only: bool = False
     fixed_in: str | None = None
     until_registry: bool = False
+    only_with: str | None = None
 
     @property
     def seen(self) -> str:
@@ -114,6 +116,7 @@ V2_ADAPTER_ROWS = Patch(
     "adapter on the LM head is given to rows of other requests, or ends the engine "
     "(docs/upstream/).",
     remove_when="`LoraState.make_lora_inputs` counts the rows of drafts.",
+    only_with="lora_config",
 )
 V1_LATE_DRAFTS = Patch(
     name="v1-late-drafts",
@@ -171,6 +174,21 @@ CPU_GDN = Patch(
     cpu_only=True,
     fixed_in="0.33.0",
 )
+V1_THINKING = Patch(
+    name="v1-thinking",
+    symbol="vllm.v1.sample.thinking_budget_state:"
+    "maybe_create_thinking_budget_state_holder",
+    parameters=("reasoning_config", "max_num_seqs", "num_spec_tokens"),
+    wrapper="vllm_mtp.serving.hooks:thinking_budgets",
+    what="Ends thinking behind the same token as without speculation, where a request "
+    "has a thinking_token_budget.",
+    why="vLLM guesses the row of a step that ends the thinking. With drafts, budgets "
+    "are passed or cut short, and other requests of the batch get tokens that were "
+    "forced for their neighbour (docs/upstream/).",
+    remove_when="The V1 runner is gone, or vLLM counts for each row (vllm#39573).",
+    only_with="reasoning_config",
+    aliases=("vllm.v1.worker.gpu_input_batch",),
+)
 REQUESTS = Patch(
     name="requests",
     symbol="vllm.sampling_params:SamplingParams._validate_spec_decode",
@@ -191,6 +209,7 @@ PATCHES = (
     V1_PROPOSER,
     V1_LATE_DRAFTS,
     V1_NO_DRAFTS,
+    V1_THINKING,
     V2_SPECULATOR,
     V2_ADAPTER_ROWS,
     CPU_SAMPLING,
@@ -211,19 +230,17 @@ def install_for_requests() -> None:
     _install_if_needed(REQUESTS)
 
 
-def install_for_adapters() -> None:
-    """Apply what LoRA adapters on the target need, on the V2 runner."""
-    _install_if_needed(V2_ADAPTER_ROWS)
-
-
-def install_for_runner() -> None:
+def install_for_runner(vllm_config: Any = None) -> None:
     """Apply what the runner of this process needs, for modules already loaded.
 
-    Called by our config until the runner has its drafter, and once more behind the
-    target's modules.
+    Called by our config until the runner has its drafter, by that, and once more behind
+    the target's modules.
+
+    Args:
+        vllm_config: The runner's; None where it is not known yet.
     """
     for patch in PATCHES:
-        if patch is V2_ADAPTER_ROWS:
+        if patch.only_with and not getattr(vllm_config, patch.only_with, None):
             continue
         if patch.name in _settled or _split(patch.symbol)[0] not in sys.modules:
             continue

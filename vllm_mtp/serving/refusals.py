@@ -89,6 +89,13 @@ def require_supported_engine(engine_args: Any, model: Any, parallel: Any) -> Non
                 f"method {METHOD!r}: {setting} is set: {reason}. Leave it out, or "
                 "serve without this method."
             )
+    embeds = getattr(engine_args, "enable_prompt_embeds", False)
+    if embeds and engine_args.async_scheduling:
+        raise UnsupportedTargetError(
+            f"method {METHOD!r}: async_scheduling is on, and so is "
+            "enable_prompt_embeds: vLLM answers wrong with both where drafts are "
+            "verified. Leave out one of the two."
+        )
     text = model.hf_config.get_text_config()
     is_hybrid = len(layers_with_attention(text)) < text.num_hidden_layers
     if is_hybrid and versions.is_older_than(_FIRST_FOR_HYBRIDS):

@@ -43,6 +43,7 @@ from vllm_mtp.drafter.scopes import DRAFT
 from vllm_mtp.plugin import METHOD
 from vllm_mtp.serving.draft_length import DraftLength, Outcome
 from vllm_mtp.serving.faults import FILLER_TOKEN, DraftGuard
+from vllm_mtp.serving.ledger import install_for_runner
 from vllm_mtp.serving.loading import load_bound_drafter, replace_weights
 from vllm_mtp.serving.lookup import Lookups
 from vllm_mtp.serving.requests import MOST_DRAFTS
@@ -114,6 +115,7 @@ class MTPPlaceholderProposer(DraftModelProposer):
         self._runner = runner  # the base class does not keep it
         config: Any = self.speculative_config
         require_v2(config)
+        install_for_runner(vllm_config)
         config.runner_has_drafter = True
         most = config.num_speculative_tokens
         self.lengths = DraftLength(most) if config.chooses_length else None
@@ -358,8 +360,12 @@ class MTPPlaceholderProposer(DraftModelProposer):
                 continue
             params, output = request.sampling_params, request.output_token_ids
             wanted = (params and params.extra_args or {}).get(MOST_DRAFTS, most)
+            limit = min(wanted, most)
+            if params and params.min_tokens > len(output):
+                # vLLM forbids an end behind the last draft as if none were accepted.
+                limit = min(limit, params.min_tokens - len(output) - 1)
             over = self.skips_finished and has_finished(params, output, newest)
-            limits.append(0 if over else min(wanted, most))
+            limits.append(0 if over else limit)
         return limits
 
     def _batch(

@@ -43,7 +43,7 @@ from vllm_mtp.drafter.layout import (
 )
 from vllm_mtp.plugin import METHOD
 from vllm_mtp.serving.faults import FILLER_TOKEN, DraftGuard
-from vllm_mtp.serving.ledger import install_for_adapters
+from vllm_mtp.serving.ledger import install_for_runner
 from vllm_mtp.serving.loading import load_bound_drafter, replace_weights
 from vllm_mtp.serving.v2_graphs import draft_graphs
 from vllm_mtp.serving.worker import DraftWeights
@@ -60,9 +60,8 @@ class MTPPlaceholderSpeculator(DraftModelSpeculator):
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
         super().__init__(vllm_config, device)
         config: Any = self.speculative_config
+        install_for_runner(vllm_config)
         config.runner_has_drafter = True
-        if vllm_config.lora_config is not None:
-            install_for_adapters()
         self.num_query_per_req = num_draft_tokens = self.num_speculative_steps
         # The base class sizes its buffers by the target's token budget; ours may be
         # larger, since the drafter does not take from that budget.

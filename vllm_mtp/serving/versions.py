@@ -98,7 +98,7 @@ class Installed:
 
 _V1_HOOKS = (
     *("config", "requests", "v1-proposer", "v1-late-drafts", "v1-no-drafts"),
-    *("cpu-sampling", "cpu-gdn"),
+    *("v1-thinking", "cpu-sampling", "cpu-gdn"),
 )
 _ALL_HOOKS = (*_V1_HOOKS, "v2-speculator", "v2-adapter-rows")
 _WITHOUT_GDN = tuple(hook for hook in _ALL_HOOKS if hook != "cpu-gdn")

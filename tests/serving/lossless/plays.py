@@ -3,13 +3,16 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import count, islice
+from itertools import count, cycle, islice
 from typing import Any
 
 import torch
 from vllm import LLM, RequestOutput, SamplingParams
+from vllm.sampling_params import RequestOutputKind
 
 from tests.serving.lossless.subjects import MAX_MODEL_LEN, Prompts, Subject
+from tests.tiny_tokenizer import THINK
+from vllm_mtp.serving.requests import MOST_DRAFTS
 
 
 @dataclass(frozen=True)
@@ -73,14 +76,23 @@ def answers_of(outputs: Iterable[RequestOutput]) -> list[Answer]:
     ]
 
 
-def ask(name: str, **sampling: Any) -> Play:
+def ask(name: str, lengths: Sequence[int] = (), **sampling: Any) -> Play:
     """All prompts at once, with these sampling parameters."""
-    return lambda stage: stage.ask(stage.subject.prompts(name), **sampling)
-
-
-def ask_lengths(name: str, lengths: Sequence[int], **sampling: Any) -> Play:
-    """All prompts at once, of these lengths."""
     return lambda stage: stage.ask(stage.subject.prompts(name, lengths), **sampling)
+
+
+def rounds(number: int, name: str, **sampling: Any) -> Play:
+    """As `ask`, with other prompts each time: for answers that hardly draft."""
+
+    def play(stage: Stage) -> list[Answer]:
+        every = [f"{name} {count}" for count in range(number)]
+        return [
+            answer
+            for prompts in map(stage.subject.prompts, every)
+            for answer in stage.ask(prompts, **sampling)
+        ]
+
+    return play
 
 
 def crowd(name: str) -> Play:
@@ -104,14 +116,16 @@ def batches(size: int) -> Play:
     return play
 
 
-def twice(name: str, lengths: Sequence[int] = ()) -> Play:
+def twice(name: str, lengths: Sequence[int] = (), **sampling: Any) -> Play:
     """The second time, the prompts are found in the prefix cache."""
 
     def play(stage: Stage) -> list[Answer]:
         prompts = stage.subject.prompts(name, lengths)
         # In fours, so that few blocks are thrown out in between.
         fours = [prompts[i : i + 4] for i in range(0, len(prompts), 4)]
-        return [a for four in fours for _ in range(2) for a in stage.ask(four)]
+        return [
+            a for four in fours for _ in range(2) for a in stage.ask(four, **sampling)
+        ]
 
     return play
 
@@ -192,6 +206,47 @@ def drive(
     return answers_of(done[number] for number in kept)
 
 
+def streamed(stage: Stage) -> list[Answer]:
+    """Answers that come in pieces, as a server streams them."""
+    engine = stage.llm.llm_engine
+    prompts = stage.subject.prompts("streamed")
+    for number, inputs in enumerate(as_inputs(prompts)):
+        params = stage.params(
+            output_kind=RequestOutputKind.DELTA,
+            stream_interval=1 + number % 3,
+            logprobs=2,
+        )
+        engine.add_request(str(number), inputs, params)
+    pieces: dict[int, list[RequestOutput]] = {}
+    while engine.has_unfinished_requests():
+        for output in engine.step():
+            pieces.setdefault(int(output.request_id), []).append(output)
+    return [_joined(pieces[number]) for number in range(len(prompts))]
+
+
+def _joined(pieces: Sequence[RequestOutput]) -> Answer:
+    parts = [piece.outputs[0] for piece in pieces]
+    return Answer(
+        tuple(token for part in parts for token in part.token_ids),
+        "".join(part.text for part in parts),
+        parts[-1].finish_reason,
+        parts[-1].stop_reason,
+        [logprobs for part in parts for logprobs in part.logprobs],
+    )
+
+
+def drafts_by_request(stage: Stage) -> list[Answer]:
+    """Requests that ask for fewer drafts, or for none; without the method, nobody
+    reads what they say."""
+    prompts = stage.subject.prompts("drafts by request")
+    numbers = range(stage.subject.num_draft_tokens + 1)
+    params = [
+        stage.params(extra_args={MOST_DRAFTS: wanted})
+        for _, wanted in zip(prompts, cycle(numbers))
+    ]
+    return answers_of(stage.llm.generate(as_inputs(prompts), params, use_tqdm=False))
+
+
 def mixed_sampling(stage: Stage) -> list[Answer]:
     """Greedy and sampled requests in one batch; the greedy ones are compared."""
     prompts = stage.subject.prompts("mixed sampling")
@@ -203,6 +258,33 @@ def mixed_sampling(stage: Stage) -> list[Answer]:
     doubled = [ids for ids in prompts for _ in range(2)]
     outputs = stage.llm.generate(as_inputs(doubled), every, use_tqdm=False)
     return answers_of(outputs[::2])
+
+
+def thinking(free: int | None, **sampling: Any) -> Play:
+    """Requests that think from the start, or may begin to, most within a budget.
+
+    Args:
+        free: Budget of the others. The target alone leaves a budget to a request
+            without one that takes its row (docs/upstream): None only where all end at
+            once.
+        sampling: Of all.
+    """
+
+    def play(stage: Stage) -> list[Answer]:
+        tokenizer = stage.llm.get_tokenizer()
+        think = tokenizer.convert_tokens_to_ids(THINK)
+        names = ("thinking", "thinking 2")
+        every = [ids for name in names for ids in stage.subject.prompts(name)]
+        prompts = [ids + [think] * (number % 4 > 0) for number, ids in enumerate(every)]
+        params = [
+            stage.params(**sampling, thinking_token_budget=budget)
+            for _, budget in zip(prompts, cycle((0, 1, 3, 5, free, 8, 20, 0, 12)))
+        ]
+        return answers_of(
+            stage.llm.generate(as_inputs(prompts), params, use_tqdm=False)
+        )
+
+    return play
 
 
 def beams(stage: Stage) -> list[Answer]:

@@ -1,25 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
 """The rows of the matrix, as data."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
-from vllm.sampling_params import StructuredOutputsParams
+from vllm.config import ReasoningConfig
+from vllm.sampling_params import RepetitionDetectionParams, StructuredOutputsParams
 
 from tests.serving.lossless.plays import (
     Play,
     aborts,
     arrivals,
     ask,
-    ask_lengths,
     batches,
     beams,
     crowd,
+    drafts_by_request,
     embedded,
     mixed_sampling,
     near_the_limit,
     reset_in_between,
+    rounds,
+    streamed,
+    thinking,
     turns,
     twice,
 )
@@ -51,8 +57,22 @@ class Engine:
 
 _MANY = {"max_num_seqs": 64}
 _TIGHT = {"max_num_seqs": 8, "max_num_batched_tokens": 64}
+_THINKING = _MANY | {
+    "reasoning_parser": "deepseek_r1",
+    # What ends thinking by force: several tokens, of which two are said first.
+    "reasoning_config": ReasoningConfig(reasoning_end_str="so, </think>"),
+}
 ENGINES = {
-    "default": Engine(_MANY),
+    "default": Engine(
+        # Or a tiny target fills its JSON with blanks, which need no drafts.
+        _MANY
+        | {
+            "structured_outputs_config": {
+                "backend": "xgrammar",
+                "disable_any_whitespace": True,
+            }
+        }
+    ),
     # Long prompts come in pieces, and requests are thrown out and start again.
     "tight": Engine(_TIGHT, few_blocks=True),
     "no prefix cache": Engine(_MANY | {"enable_prefix_caching": False}),
@@ -65,6 +85,8 @@ ENGINES = {
         least_tokens=4,
     ),
     "probabilistic": Engine(_MANY, {"draft_sample_method": "probabilistic"}),
+    "thinking": Engine(_THINKING, least_tokens=4),
+    "thinking, ahead": Engine(_THINKING, scheduled_ahead=True, least_tokens=4),
     "scheduled ahead": Engine(_TIGHT, scheduled_ahead=True, few_blocks=True),
 }
 
@@ -105,18 +127,39 @@ def _structured(**what: Any) -> Mapping[str, Any]:
     }
 
 
+# Strings of any letters, so that a drafter that knows no grammar is right within them.
+_TEXT = {"type": "string", "minLength": 12, "maxLength": 40}
 _SCHEMA = {
     "type": "object",
     "properties": {
-        "name": {"type": "string", "maxLength": 12},
+        "name": _TEXT,
         "age": {"type": "integer"},
         "tags": {"type": "array", "items": {"enum": ["a", "bb", "ccc"]}},
     },
     "required": ["name", "age", "tags"],
 }
-_GRAMMAR = """root ::= term (("+" | "-") term)*
-term ::= [0-9]+ | "(" root ")"
+_REGEX = r"([a-z]{3,9}[ ,.]?){2,9}(\d{2}-)?[a-f]+"
+_GRAMMAR = """root ::= term ((" + " | " - ") term)*
+term ::= [a-z]+ | [0-9]+ | "(" root ")"
 """
+# Of many letters, or vLLM takes all drafts away.
+_CHOICES = ["".join(word) for word in product("abcdefghijk", repeat=4)]
+_TAG = {
+    "type": "structural_tag",
+    "format": {
+        "type": "triggered_tags",
+        "triggers": ["a"],
+        "tags": [
+            {
+                "begin": "a",
+                "content": {"type": "regex", "pattern": "[a-m ]{4,12}"},
+                "end": "z",
+            }
+        ],
+    },
+}
+_STOPS = ["ef", "ti", "ly", "q", "x"]
+_RAW = {"skip_special_tokens": False, "spaces_between_special_tokens": False}
 _STOP_TOKENS = list(range(5, 512, 16))
 _ONE = {"temperature": 1.0, "top_k": 1}
 
@@ -147,7 +190,7 @@ ROWS = (
     Row("no prefix cache", ask("no prefix cache"), "no prefix cache", first=True),
     Row(
         "prompts in pieces",
-        ask_lengths("pieces", (150, 30, 151, 97, 200, 10)),
+        ask("pieces", (150, 30, 151, 97, 200, 10)),
         "tight",
         ("chunked", "mixed"),
         first=True,
@@ -176,7 +219,27 @@ ROWS = (
         "EOS inside a draft", ask("eos", ignore_eos=False), shows=("ended",), on_v2=True
     ),
     Row("stop tokens", ask("stop", stop_token_ids=_STOP_TOKENS), shows=("ended",)),
-    Row("stop strings", ask("strings", stop=["a", "ti", "e "]), shows=("ended",)),
+    Row("stop strings", ask("strings", stop=_STOPS), shows=("ended",)),
+    Row(
+        "stop strings kept",
+        ask("kept", stop=_STOPS, include_stop_str_in_output=True),
+        shows=("ended",),
+    ),
+    Row(
+        "repetition detection",
+        ask(
+            "repeated",
+            max_tokens=40,
+            repetition_detection=RepetitionDetectionParams(
+                max_pattern_size=8, min_count=2
+            ),
+        ),
+        shows=("ended",),
+    ),
+    Row("streamed", streamed),
+    Row("raw text", ask("raw", ignore_eos=False, **_RAW)),
+    Row("no text", ask("no text", detokenize=False)),
+    Row("drafts by request", drafts_by_request),
     Row(
         "min_tokens",
         ask("min", ignore_eos=False, min_tokens=9, stop_token_ids=_STOP_TOKENS),
@@ -184,6 +247,10 @@ ROWS = (
     ),
     Row("logprobs", ask("logprobs", logprobs=5), on_v2=True),
     Row("prompt logprobs", ask("prompt logprobs", prompt_logprobs=3, logprobs=2)),
+    Row(
+        "flat logprobs", ask("flat", flat_logprobs=True, logprobs=2, prompt_logprobs=1)
+    ),
+    Row("prefix cache not read", twice("unread", skip_reading_prefix_cache=True)),
     Row(
         "penalties",
         ask(
@@ -203,16 +270,39 @@ ROWS = (
         ask("probabilistic", seed=1, **_ONE),
         "probabilistic",
     ),
-    Row("JSON schema", ask("json", **_structured(json=_SCHEMA)), trims=True),
     Row(
-        "regular expression",
-        ask("regex", **_structured(regex=r"(\d{2,4}-)*[a-f]+")),
+        "JSON schema",
+        rounds(3, "json", **_structured(json=_SCHEMA)),
         trims=True,
     ),
-    Row("grammar", ask("grammar", **_structured(grammar=_GRAMMAR)), trims=True),
     Row(
-        "choice",
-        ask("choice", **_structured(choice=["yes", "no", "perhaps"])),
+        "JSON object",
+        ask("object", **_structured(json_object=True)),
+        "blocks of 64",
+        trims=True,
+    ),
+    Row(
+        "regular expression",
+        rounds(2, "regex", **_structured(regex=_REGEX)),
+        trims=True,
+    ),
+    Row("grammar", rounds(2, "grammar", **_structured(grammar=_GRAMMAR)), trims=True),
+    Row("choice", rounds(12, "choice", **_structured(choice=_CHOICES)), trims=True),
+    Row(
+        "structural tag",
+        ask("tag", **_structured(structural_tag=json.dumps(_TAG))),
+        trims=True,
+    ),
+    Row("thinking budgets", thinking(None, max_tokens=40), "thinking"),
+    Row(
+        "thinking budgets, scheduled ahead",
+        thinking(None, max_tokens=40),
+        "thinking, ahead",
+    ),
+    Row(
+        "thinking, then a regular expression",
+        thinking(999, **_structured(regex=_REGEX)),
+        "thinking",
         trims=True,
     ),
     Row("prompts as embeddings", embedded, "blocks of 64"),
@@ -228,7 +318,7 @@ ROWS = (
     ),
     Row(
         "scheduled ahead, in pieces",
-        ask_lengths("ahead, pieces", (150, 30, 151, 97, 200, 10)),
+        ask("ahead, pieces", (150, 30, 151, 97, 200, 10)),
         "scheduled ahead",
         ("chunked", "mixed"),
         first=True,

@@ -3,13 +3,16 @@
 
 import json
 import random
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import load_file, save_file
+
 from tests.tiny_targets import VOCAB_SIZE, make_tiny_llama
-from tests.tiny_tokenizer import save_tiny_tokenizer
+from tests.tiny_tokenizer import THINK_END_ID, THINK_ID, save_tiny_tokenizer
 from vllm_mtp.drafter.checkpoint import save_drafter
 from vllm_mtp.installed import installed_folder
 from vllm_mtp.torch_host.new_drafter import DrafterOptions, new_drafter
@@ -45,6 +48,7 @@ class Subject:
         crowd_tokens: Tokens per answer there.
         few_blocks: How many cache blocks are few.
         spares: Facts that no row needs to show with this subject.
+        without: Engines of `rows.ENGINES` that it cannot have, and why.
         tie_margin: Largest logprob gap of a float tie, in nats; 0 accepts none.
         settings: vLLM settings of every engine.
         block_sizes: Of the KV-cache groups, ascending, with blocks of 32 tokens.
@@ -64,6 +68,7 @@ class Subject:
     crowd_tokens: int = 70
     few_blocks: int = 21
     spares: Collection[str] = ()
+    without: Mapping[str, str] = field(default_factory=dict)
     tie_margin: float = 0.0
     settings: dict[str, Any] = field(default_factory=dict)
     block_sizes: tuple[int, ...] = (32,)
@@ -112,16 +117,47 @@ def shorter_for_v2(subject: Subject) -> Subject:
     )
 
 
-def tiny_speaker_subject(folder: Path) -> Subject:
-    """A tiny Llama whose drafter is right at the first position and hardly ever later;
-    both are made in ``folder``."""
+# How much of its layers' output a tiny chain keeps: with all of it, no later token can
+# be guessed; with none, every token follows from the one before, and no cache matters.
+_CHAIN = 0.002
+_OFTEN = 1.4
+_SURE = 20.0  # of which the sigmoid is 1
+
+
+def tiny_chain_subject(folder: Path) -> Subject:
+    """A tiny Llama whose drafter is right at the first position, and often later.
+
+    The next token mostly follows from the last one; the rest of the text decides where
+    two are about as good. The drafter is the target at the first position, and its
+    Markov correction knows what follows from what. Both are made in ``folder``.
+    """
     target = make_speaker(make_tiny_llama(folder / "target"))
-    options = DrafterOptions(dtype="float32")
-    drafter = save_drafter(
-        new_drafter(target, "shared:all", 4, options), folder / "drafter"
+    file = target / "model.safetensors"
+    weights = load_file(file)
+    for name, weight in weights.items():
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            weight.mul_(_CHAIN)
+    head = weights["lm_head.weight"]
+    head[[THINK_ID, THINK_END_ID]] *= _OFTEN
+    save_file(weights, file, metadata={"format": "pt"})
+    options = DrafterOptions(dtype="float32", markov_rank=head.shape[1])
+    drafter = new_drafter(target, "shared:all", 4, options)
+    assert drafter.markov is not None
+    tokens = weights["model.embed_tokens.weight"]
+    tokens = tokens * tokens.square().mean(dim=-1, keepdim=True).rsqrt()
+    with torch.no_grad():
+        drafter.markov.embed.weight.copy_(tokens * weights["model.norm.weight"])
+        drafter.markov.gate.weight.zero_()
+        drafter.markov.gate.bias.fill_(_SURE)
+        drafter.markov.unembed.weight.copy_(3 * head)  # more than the position's own
+    spec = {
+        "method": "mtp_placeholder",
+        "model": str(save_drafter(drafter, folder / "drafter")),
+    }
+    # vLLM puts a block that accepted drafts fill into the prefix cache a step later.
+    return Subject(
+        "tiny", target, spec, random_stream, exact=True, spares=("same_hits",)
     )
-    spec = {"method": "mtp_placeholder", "model": str(drafter)}
-    return Subject("tiny", target, spec, random_stream, exact=True)
 
 
 def smollm2_subject() -> Subject:
@@ -150,6 +186,9 @@ def smollm2_subject() -> Subject:
         num_prompts=8,
         max_tokens=16,
         spares=("preempted_twice",),
+        without=dict.fromkeys(
+            ("thinking", "thinking, ahead"), "its tokenizer has no tokens for thinking"
+        ),
         settings={"kv_cache_memory_bytes": 1 << 30},
     )
 
