@@ -204,6 +204,10 @@ def test_several_connectors_at_once(
             "MooncakeConnector",
         ),
         ({"kv_connector": "MultiConnector"}, None),
+        (
+            {"kv_connector": "NixlConnector", "kv_connector_module_path": "mine"},
+            "mine.NixlConnector",
+        ),
     ],
 )
 def test_connectors_that_nobody_has_tried_are_refused(

@@ -107,14 +107,18 @@ def test_metrics_show_the_drafts(server: Server, client: OpenAI) -> None:
 
 
 def test_the_drafter_is_replaced_over_http(server: Server, client: OpenAI) -> None:
-    def replace(drafter: str) -> httpx.Response:
+    def replace(drafter: str) -> dict[str, str | None]:
         call = {"method": "replace_drafter", "args": [drafter]}
-        return httpx.post(f"{server.url}/collective_rpc", json=call, timeout=60)
+        answer = httpx.post(f"{server.url}/collective_rpc", json=call, timeout=60)
+        (result,) = answer.json()["results"]
+        return result
 
     text = chat(client, str(server.target))
     folder = str(installed_folder("cheap"))  # the one that the target finds
-    assert replace(folder).json()["results"] == [folder]
-    assert replace("/nonexistent").is_error
+    assert replace(folder) == {"drafter": folder, "error": None}
+    refused = replace("/nonexistent")
+    assert refused["drafter"] == folder
+    assert "no such folder: '/nonexistent'" in str(refused["error"])
     assert chat(client, str(server.target)) == text
 
 

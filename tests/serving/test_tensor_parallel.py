@@ -72,6 +72,7 @@ class Sides(NamedTuple):
     one: Runs
     two: Runs
     parts: list[Part]
+    replaced: Run  # two ranks, the drafter replaced by itself
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +120,14 @@ def sides(
     with two_ranks(target, spec) as llm:
         two = answer(llm)
         parts = of_each_runner(llm, part_of_rank)
-    return Sides(case, plain_runs[target], one, two, parts)
+        for refused in llm.collective_rpc("replace_drafter", args=("/nonexistent",)):
+            assert refused["drafter"] == str(folder)
+            assert "no such folder" in refused["error"]
+        taken = {"drafter": str(folder), "error": None}
+        answers = llm.collective_rpc("replace_drafter", args=(str(folder),))
+        assert answers == [taken, taken]
+        replaced = generate(llm, PROMPTS, MAX_TOKENS)
+    return Sides(case, plain_runs[target], one, two, parts, replaced)
 
 
 def test_outputs_are_those_of_two_ranks_without_the_method(sides: Sides) -> None:
@@ -134,6 +142,11 @@ def test_two_ranks_draft_and_accept_what_one_process_does(sides: Sides) -> None:
         if sides.case in EXACT:
             assert two.counts.acceptance_rate == 1.0
     assert sides.two.greedy.counts.accepted_tokens > 0
+
+
+def test_both_ranks_take_another_drafter_or_neither(sides: Sides) -> None:
+    assert sides.replaced.token_ids == sides.two.greedy.token_ids
+    assert sides.replaced.counts == sides.two.greedy.counts
 
 
 def test_both_ranks_draft_the_same_tokens(sides: Sides) -> None:

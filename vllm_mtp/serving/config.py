@@ -33,6 +33,7 @@ logger = logging.getLogger("vllm.mtp_placeholder")
 
 # With one of these, the user chooses how much is drafted.
 _LENGTHS = ("num_speculative_tokens", "num_speculative_tokens_per_batch_size")
+_FIRST_TO_KEEP = "0.32.0"
 _OF_DRAFTER = "draft.*"  # what vLLM calls the parameters of a draft model
 _WORKER = "vllm_mtp.serving.worker.DrafterWorker"
 
@@ -189,8 +190,10 @@ def keep_drafter_asleep(model: Any) -> None:
 
     The user loads the target's anew after it, and would have to know of ours.
     """
-    kept = getattr(model, "sleep_preserve_parameter_names", None)  # from 0.31 on
-    if model.enable_sleep_mode and kept is not None and _OF_DRAFTER not in kept:
+    if not model.enable_sleep_mode or versions.is_older_than(_FIRST_TO_KEEP):
+        return
+    kept = model.sleep_preserve_parameter_names
+    if _OF_DRAFTER not in kept:
         kept.append(_OF_DRAFTER)
 
 

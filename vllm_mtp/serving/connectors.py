@@ -58,7 +58,9 @@ def _names(transfer_config: Any) -> Iterator[str]:
         return getattr(transfer_config, key, None)
 
     name = of("kv_connector")
-    if name == _OF_OTHERS:
+    if path := of("kv_connector_module_path"):
+        yield f"{path}.{name}"  # whatever its name, it is not vLLM's
+    elif name == _OF_OTHERS:
         for part in (of("kv_connector_extra_config") or {}).get("connectors") or ():
             yield from _names(part)
     elif name is not None:

@@ -104,29 +104,24 @@ def init_speculator(original: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
-def sample(original: Callable[..., Any]) -> Callable[..., Any]:
+def prepare_inputs(original: Callable[..., Any]) -> Callable[..., Any]:
     """Ledger entry ``v2-adapter-rows``."""
 
     @functools.wraps(original)
-    def wrapper(
-        self: Any,
-        hidden_states: torch.Tensor,
-        input_batch: Any,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
         from vllm_mtp.serving.config import is_ours
 
-        drafts = input_batch.num_draft_tokens
-        if self.lora_config and drafts and is_ours(self.vllm_config):
-            adapters = self.lora_state.lora_ids[input_batch.idx_mapping_np]
-            rows = np.diff(input_batch.cu_num_logits_np)
-            self._set_active_loras(
-                tuple(adapters.repeat(rows)),
-                tuple(adapters.repeat(input_batch.num_scheduled_tokens)),
-                self.lora_state.get_activate_loras(input_batch.req_ids),
-            )
-        return original(self, hidden_states, input_batch, *args, **kwargs)
+        batch = original(self, *args, **kwargs)
+        if self.lora_config and is_ours(self.vllm_config):
+            # The runner asks it next, of this batch.
+            state, rows = self.lora_state, np.diff(batch.cu_num_logits_np)
+
+            def make_lora_inputs(names: Any, slots: Any, tokens: Any) -> Any:
+                of_requests = type(state).make_lora_inputs(state, names, slots, tokens)
+                return tuple(state.lora_ids[slots].repeat(rows)), *of_requests[1:]
+
+            state.make_lora_inputs = make_lora_inputs
+        return batch
 
     return wrapper
 

@@ -22,6 +22,7 @@ from vllm_mtp.errors import MTPError
 from vllm_mtp.serving import versions
 
 _ORIGINAL = "__vllm_mtp_original__"
+_REGISTERS = ["method", "config_cls"]
 _PROPOSAL = "docs/upstream/plugin-methods.md"
 
 
@@ -46,6 +47,7 @@ class Patch:
         fixed_in: First release of vLLM that needs it no more, and would be wrong with
             it.
         only_with: Of vLLM's config, without which nobody needs it.
+        until_says: What the original says where vLLM does the same itself.
         until_registry: Stands in for the registry of methods that we propose to vLLM.
     """
 
@@ -61,6 +63,7 @@ class Patch:
     fixed_in: str | None = None
     until_registry: bool = False
     only_with: str | None = None
+    until_says: str | None = None
 
     @property
     def seen(self) -> str:
@@ -107,9 +110,9 @@ V2_SPECULATOR = Patch(
 )
 V2_ADAPTER_ROWS = Patch(
     name="v2-adapter-rows",
-    symbol="vllm.v1.worker.gpu.model_runner:GPUModelRunner.sample",
-    parameters=("self", "hidden_states", "input_batch"),
-    wrapper="vllm_mtp.serving.hooks:sample",
+    symbol="vllm.v1.worker.gpu.model_runner:GPUModelRunner.prepare_inputs",
+    parameters=("self",),
+    wrapper="vllm_mtp.serving.hooks:prepare_inputs",
     what="Tells the kernels of LoRA adapters which adapter each row of logits has, "
     "where a step verifies drafts.",
     why="vLLM tells them of one row per request. With drafts there are more, so an "
@@ -131,7 +134,7 @@ V1_LATE_DRAFTS = Patch(
     remove_when="The V1 runner is gone, or drafts after it has given its output "
     f"({_PROPOSAL}).",
     cpu_only=True,
-    until_registry=True,
+    until_says="late_drafts",
 )
 V1_NO_DRAFTS = Patch(
     name="v1-no-drafts",
@@ -144,7 +147,7 @@ V1_NO_DRAFTS = Patch(
     remove_when="The V1 runner is gone, or takes its plain sampler for such a step "
     f"({_PROPOSAL}).",
     cpu_only=True,
-    until_registry=True,
+    until_says="metadata.max_spec_len == 0",
 )
 CPU_SAMPLING = Patch(
     name="cpu-sampling",
@@ -255,14 +258,28 @@ def vllm_registry() -> Callable[[str, str], None] | None:
         module = importlib.import_module("vllm.v1.spec_decode.registry")
     except ImportError:
         return None
-    return getattr(module, "register_speculative_method", None)
+    register = getattr(module, "register_speculative_method", None)
+    if register is None or [*inspect.signature(register).parameters] != _REGISTERS:
+        return None  # another one than we know
+    return register
 
 
 def is_outdated(patch: Patch) -> bool:
     """Whether this vLLM can do without the patch."""
     if patch.fixed_in is not None and not versions.is_older_than(patch.fixed_in):
         return True
+    if patch.until_says is not None and patch.until_says in _source_of(patch):
+        return True
     return patch.until_registry and vllm_registry() is not None
+
+
+def _source_of(patch: Patch) -> str:
+    """Of the original; empty where it cannot be read or is not there."""
+    try:
+        owner, attribute = _owner(patch)
+        return inspect.getsource(inspect.unwrap(getattr(owner, attribute)))
+    except (AttributeError, HookMissingError, ImportError, OSError, TypeError):
+        return ""
 
 
 def install(patch: Patch) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from vllm.config import VllmConfig
+from vllm.distributed import get_tp_group
 
 from vllm_mtp.drafter.checkpoint import load_drafter
 from vllm_mtp.drafter.config import DrafterConfig
@@ -16,6 +17,7 @@ from vllm_mtp.serving.compiled import compile_layers
 from vllm_mtp.serving.connectors import require_known_connector
 from vllm_mtp.serving.kernels import use_vllm_kernels
 from vllm_mtp.serving.ledger import install_for_runner
+from vllm_mtp.serving.resolve import resolve_drafter
 from vllm_mtp.serving.vllm_target import VllmTarget, this_rank
 
 
@@ -54,7 +56,9 @@ def load_bound_drafter(
 
 
 @torch.inference_mode()
-def replace_weights(bound: BoundDrafter, host: VllmTarget, folder: Path) -> None:
+def replace_weights(
+    bound: BoundDrafter, host: VllmTarget, model: str, revision: str | None
+) -> Path:
     """Put another drafter's weights in the place of those that draft.
 
     A drafter keeps nothing between steps, so the next draft is the new one's. Only
@@ -64,19 +68,45 @@ def replace_weights(bound: BoundDrafter, host: VllmTarget, folder: Path) -> None
     Args:
         bound: The drafter that drafts, this rank's part.
         host: Its target.
-        folder: The other drafter's; its config must be the same.
+        model: The other drafter, as in ``speculative_config``; its config must be the
+            same.
+        revision: Of a hub id.
+
+    Returns:
+        The folder that was read.
 
     Raises:
-        MTPError: It cannot be read, or has another config. The drafter stays as it is.
+        MTPError: It cannot be read, or has another config, on this rank or another. The
+            drafter stays as it is on all.
     """
-    now = bound.drafter
-    new = part_of(load_drafter(folder, dtype=host.dtype), this_rank())
-    _require_same(new.config, now.config, folder)
-    weights = new.state_dict()
+    now, problem = bound.drafter, None
+    facts = now.config.target
+    try:
+        folder = resolve_drafter(model, facts.name or "", facts, revision=revision)
+        new = part_of(load_drafter(folder, dtype=host.dtype), this_rank())
+        _require_same(new.config, now.config, folder)
+        weights = new.state_dict()
+    except Exception as error:  # the other ranks wait for what this one says
+        problem = error
+    if not _on_all_ranks(problem is None):
+        raise problem or CheckpointError(
+            f"{model}: another rank cannot take this drafter, see its error"
+        )
     for name, tensor in now.state_dict().items():
         tensor.copy_(weights[name])
     use_vllm_kernels(now)
     host.take_weights()
+    return folder
+
+
+def _on_all_ranks(good: bool) -> bool:
+    """Whether all ranks that share the target say so."""
+    group = get_tp_group()
+    if group.world_size == 1:
+        return good
+    bad = torch.tensor(not good, dtype=torch.int32)
+    torch.distributed.all_reduce(bad, group=group.cpu_group)
+    return not bad
 
 
 def _require_same(new: DrafterConfig, now: DrafterConfig, folder: Path) -> None:

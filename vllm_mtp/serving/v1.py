@@ -139,12 +139,13 @@ class MTPPlaceholderProposer(DraftModelProposer):
         # metadata for them, and allocates no cache for the drafter.
         self._draft_attn_layer_names = self._host.attention_layer_names
 
-    def replace_weights(self, folder: Path) -> None:
+    def replace_weights(self, model: str, revision: str | None) -> Path:
         """Draft with another drafter's weights from now on; see `loading`."""
-        replace_weights(self._bound, self._host, folder)
+        folder = replace_weights(self._bound, self._host, model, revision)
         self.faults = DraftGuard(alone=self.vllm_config.parallel_config.world_size == 1)
         if self.lengths is not None:  # what it knows is about the weights that went
             self.lengths = DraftLength(self.speculative_config.num_speculative_tokens)
+        return folder
 
     def initialize_attn_backend(
         self,

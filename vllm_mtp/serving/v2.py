@@ -98,13 +98,14 @@ class MTPPlaceholderSpeculator(DraftModelSpeculator):
             )
         return DraftWeights(self._bound.weights)
 
-    def replace_weights(self, folder: Path) -> None:
+    def replace_weights(self, model: str, revision: str | None) -> Path:
         """Draft with another drafter's weights from now on; see `loading`.
 
         They go where the former were, which is where CUDA graphs look for them.
         """
-        replace_weights(self._bound, self._host, folder)
+        folder = replace_weights(self._bound, self._host, model, revision)
         self.faults = DraftGuard(alone=self.vllm_config.parallel_config.world_size == 1)
+        return folder
 
     def set_attn(
         self,

@@ -303,7 +303,7 @@ class VllmTarget:
         rows_of_replicas = None
         if replicas > 1:
             # Made up, or vLLM would ask the others, who may be drafting nothing. Only
-            # experts would read it, and no draft runs any then (`config`).
+            # experts would read it, and no draft runs any then (`require_parts`).
             rows_of_replicas = torch.full((replicas,), num_rows, dtype=torch.int32)
         with (
             self._no_connector(),
@@ -384,9 +384,10 @@ class _FiniteAttention(nn.Module):
 
 # Drafts after which a device, or one of several ranks, takes its rows of the head anew:
 # to look whether they have changed would make the host wait for the one, and the other
-# ranks wait in a collective. On one H200 a gather of 32,768 rows of 4,096 numbers would
-# move 0.5 GB, 0.1 ms of its memory's time.
+# ranks wait in a collective.
 _DRAFTS_BETWEEN = 1024
+# Rows that are taken at a time: nobody reckoned with more memory while serving.
+_AT_ONCE = 1024
 
 
 class _SmallHead(nn.Module):
@@ -401,7 +402,8 @@ class _SmallHead(nn.Module):
         self, model: Any, token_ids: torch.Tensor, model_dtype: object
     ) -> None:
         super().__init__()
-        head, processor = getattr(model, "lm_head", None), model.logits_processor
+        head: Any = getattr(model, "lm_head", None)
+        processor = model.logits_processor
         method = getattr(head, "quant_method", None)
         plain = isinstance(method, UnquantizedEmbeddingMethod | UnquantizedLinearMethod)
         same_dtype = getattr(processor, "head_dtype", None) in (None, model_dtype)
@@ -415,40 +417,47 @@ class _SmallHead(nn.Module):
         self._head: Any = [head]  # not a part of this module
         self._token_ids = token_ids
         self.num_tokens = len(token_ids)
-        self.weight = nn.Parameter(self._rows(), requires_grad=False)
-        self._product = product_with(self)
-        self._can_look = not token_ids.is_cuda and this_rank().size == 1
-        self._seen = self._a_few()
+        rank = this_rank()
+        share = -(-self.num_tokens // rank.size)
+        self._first = share * rank.index
+        # Zeros fill the last rank's up.
+        rows = head.weight.new_zeros(share, head.weight.shape[1])
+        self.weight = nn.Parameter(rows, requires_grad=False)
+        self._can_look = token_ids.device.type == "cpu" and rank.size == 1
         self._drafts = 0
+        self._some = token_ids[:: max(1, self.num_tokens // 64)]
+        self.take()
         self.scale: float = processor.scale
         self.soft_cap: float | None = processor.soft_cap
-
-    def _rows(self) -> torch.Tensor:
-        return _share_of_this_rank(_rows_of_all_ranks(self._head[0], self._token_ids))
-
-    def _a_few(self) -> torch.Tensor:
-        """Numbers of the head, all over it."""
-        head = self._head[0].weight
-        rows, columns = (
-            torch.linspace(0, size - 1, 64, device=head.device).long()
-            for size in (self.num_tokens, head.shape[1])
-        )
-        return head[self._token_ids[rows].clamp(max=len(head) - 1), columns]
 
     def follow(self) -> None:
         """Take the rows anew, if they have changed or it has been long enough."""
         self._drafts += 1
         if self._can_look:
-            if torch.equal(seen := self._a_few(), self._seen):
+            if torch.equal(self._a_few(), self._seen):
                 return
-            self._seen = seen
         elif self._drafts % _DRAFTS_BETWEEN:
             return
         self.take()
 
+    def _a_few(self) -> torch.Tensor:
+        """Numbers of the head, all over its rows."""
+        head: torch.Tensor = self._head[0].weight
+        return head[self._some, self._some % head.shape[1]]
+
     def take(self) -> None:
         """Take the rows anew, where the kernels have them."""
-        self.weight.data.copy_(self._rows())
+        for start in range(0, self.num_tokens, _AT_ONCE):
+            ids = self._token_ids[start : start + _AT_ONCE]
+            rows = _rows_of_all_ranks(self._head[0], ids)
+            # The part of them that is this rank's.
+            first = max(start, self._first)
+            end = min(start + len(ids), self._first + len(self.weight))
+            if first < end:
+                mine = self.weight.data[first - self._first : end - self._first]
+                mine.copy_(rows[first - start : end - start])
+        if self._can_look:
+            self._seen = self._a_few()
         self._product = product_with(self)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -469,14 +478,6 @@ def _rows_of_all_ranks(head: Any, token_ids: torch.Tensor) -> torch.Tensor:
     # Each row is on one rank, so the sum only collects them.
     rows = rows.masked_fill(~is_here[:, None], 0)
     return rows if head.tp_size == 1 else tensor_model_parallel_all_reduce(rows)
-
-
-def _share_of_this_rank(rows: torch.Tensor) -> torch.Tensor:
-    """An equal share of all rows; zeros fill the last one up."""
-    rank = this_rank()
-    share = -(-len(rows) // rank.size)
-    rows = nn.functional.pad(rows, (0, 0, 0, share * rank.size - len(rows)))
-    return rows[rank.index * share :][:share].clone()
 
 
 def _has_bias(head: Any) -> bool:

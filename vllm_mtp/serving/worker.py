@@ -7,14 +7,12 @@ vLLM mixes the class that ``worker_extension_cls`` names into its worker, so tha
 
 import logging
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from vllm_mtp.errors import MTPError
 from vllm_mtp.plugin import METHOD
-from vllm_mtp.serving.resolve import resolve_drafter
 
 logger = logging.getLogger("vllm.mtp_placeholder")
 
@@ -24,9 +22,15 @@ class DraftWeights(nn.ModuleList):
     parameters and buffers, and not to load weights by vLLM's own way."""
 
     def modules(self, remove_duplicate: bool = True) -> Iterator[nn.Module]:
-        """Asked by vLLM's sessions for draft weights, before they touch anything.
+        """None. vLLM takes the parameters of each away before it loads new ones, and
+        knows of no packed copy of them."""
+        return iter(())
 
-        They take parameters away until new ones have come, and know of no packed copy.
+    def load_weights(self, weights: Any) -> None:
+        """Asked by vLLM's sessions for draft weights.
+
+        Raises:
+            MTPError: Always.
         """
         raise MTPError(
             f"method {METHOD!r}: vLLM's updates of draft weights do not know this kind "
@@ -43,11 +47,14 @@ class DrafterWorker:
 
     model_runner: Any
 
-    def replace_drafter(self, model: str, revision: str | None = None) -> str:
+    def replace_drafter(
+        self, model: str, revision: str | None = None
+    ) -> dict[str, str | None]:
         """Draft with the weights of another drafter from the next step on.
 
         Requests go on. Nothing is cached for a drafter, so there is nothing to throw
-        away.
+        away. It never raises: vLLM's executor of several workers, of which one has
+        raised, takes the others' answers for those of its next call.
 
         Args:
             model: Folder or hub id, as in ``speculative_config``. The drafter must be
@@ -55,17 +62,20 @@ class DrafterWorker:
             revision: Branch, tag or commit of a hub id.
 
         Returns:
-            The folder that was read.
-
-        Raises:
-            MTPError: It cannot be read, or differs. The drafter stays as it is.
+            ``drafter``: the folder of what drafts now. ``error``: why that is not the
+            new one, else None.
         """
-        runner = self.model_runner
-        drafts = getattr(runner, "speculator", None) or runner.drafter
-        facts = drafts._bound.drafter.config.target
-        folder: Path = resolve_drafter(
-            model, facts.name or "", facts, revision=revision
-        )
-        drafts.replace_weights(folder)
-        logger.info("%s: drafter replaced by %s", METHOD, folder)
-        return str(folder)
+        runner, error = self.model_runner, None
+        drafts: Any = getattr(runner, "speculator", None)
+        drafts = drafts or getattr(runner, "drafter", None)
+        if not hasattr(drafts, "replace_weights"):
+            error = f"no drafter of method {METHOD!r} runs here that could be replaced"
+            return {"drafter": None, "error": error}
+        config = drafts.speculative_config
+        try:
+            config.model = str(drafts.replace_weights(model, revision))
+            logger.info("%s: drafter replaced by %s", METHOD, config.model)
+        except Exception as problem:
+            error = str(problem)
+            logger.warning("%s: the drafter stays: %s", METHOD, error)
+        return {"drafter": config.model, "error": error}
