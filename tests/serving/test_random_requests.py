@@ -234,7 +234,10 @@ def test_random_requests(seed: int, number: int, subject: Subject) -> None:
             continue
         compared += 1
         one, other = plain.answers[index], drafted.answers[index]
-        assert len(one) == len(other) == wish.sampling.get("n", 1)
+        assert len(one) == len(other)
+        # Of a request whose grammar fails on its own tokens, vLLM gives no more.
+        if not any(answer.finish_reason == "error" for answer in one):
+            assert len(one) == wish.sampling.get("n", 1)
         for a, b in zip(one, other, strict=True):
             assert alike(a, b), (index, wish, a, b)
     for turns in (plain.steady, drafted.steady):
