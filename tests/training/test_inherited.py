@@ -2,6 +2,9 @@
 """Every flag of transformers' Trainer works, or is refused in one line."""
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -13,7 +16,7 @@ from tests.tiny_answers import MakeArguments
 from vllm_mtp.cli.main import main
 from vllm_mtp.drafter.checkpoint import load_drafter
 from vllm_mtp.errors import MTPError
-from vllm_mtp.training.inherited import REFUSED, WORKS
+from vllm_mtp.training.inherited import FILLED_IN, REFUSED, WORKS, _default
 from vllm_mtp.training.run import train
 
 FIELDS = {field.name: field for field in fields(TrainingArguments)}
@@ -26,6 +29,40 @@ def test_every_field_is_decided() -> None:
     assert not WORKS & set(REFUSED)
 
 
+def test_what_transformers_fills_in_is_known() -> None:
+    """A new version fills in something else? Put it into the table."""
+    fresh = TrainingArguments(output_dir="x", use_cpu=True, report_to="none")
+    for name in set(FIELDS) & set(REFUSED):
+        value, default = getattr(fresh, name), _default(FIELDS[name])
+        if name != "remove_unused_columns" and (value or default):
+            assert value == FILLED_IN.get(name, default), name
+
+
+def test_looking_at_the_arguments_joins_no_other_process() -> None:
+    code = """
+import torch
+from vllm_mtp.training.arguments import DrafterTrainingArguments
+from vllm_mtp.errors import MTPError
+try:
+    DrafterTrainingArguments(output_dir="x", skip_memory_metrics=False)
+except MTPError as error:
+    assert "skip_memory_metrics: got False" in str(error)
+else:
+    raise AssertionError
+assert not torch.distributed.is_initialized()
+"""
+    launched = {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "29999",
+    }
+    subprocess.run(
+        [sys.executable, "-c", code], check=True, timeout=100, env=os.environ | launched
+    )
+
+
 # Another value than the default, as a flag and as what it becomes.
 OTHER: dict[str, str] = {
     "hub_token": "hf_secret",
@@ -35,6 +72,7 @@ OTHER: dict[str, str] = {
     "deepspeed": '{"zero_optimization": {"stage": 3}}',
     "include_num_input_tokens_seen": "true",
     "eval_do_concat_batches": "false",
+    "average_tokens_across_devices": "false",
     "remove_unused_columns": "true",
     "skip_memory_metrics": "false",
     "hub_strategy": "end",
@@ -69,13 +107,35 @@ def test_objects_are_refused(name: str, arguments: MakeArguments) -> None:
         arguments(**{name: {"a": True}})
 
 
-@pytest.mark.parametrize("name", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("ACCELERATE_USE_FSDP", "true"),
+        ("ACCELERATE_USE_DEEPSPEED", "true"),
+        ("ACCELERATE_MIXED_PRECISION", "fp16"),
+        ("ACCELERATE_MIXED_PRECISION", "fp8"),
+        ("ACCELERATE_MIXED_PRECISION", "bf16"),  # and no --bf16
+        ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR"),
+    ],
+)
 def test_what_the_launcher_asks_for_is_refused(
-    name: str, arguments: MakeArguments, monkeypatch: pytest.MonkeyPatch
+    name: str, value: str, arguments: MakeArguments, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(name, "true")
-    with pytest.raises(MTPError, match=f"{name}=true"):
-        arguments()
+    monkeypatch.setenv(name, value)
+    with pytest.raises(MTPError, match=f"{name}={value}"):
+        arguments(bf16=False)
+
+
+def test_what_the_launcher_says_by_default_is_taken(
+    arguments: MakeArguments, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "NO")
+    monkeypatch.setenv("ACCELERATE_DYNAMO_MODE", "default")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    arguments(bf16=False)
+    arguments(bf16=True)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    arguments(bf16=True)
 
 
 WRONG: list[tuple[str, list[str]]] = [

@@ -9,10 +9,10 @@ where a new version of transformers has one that is in neither.
 import os
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, fields
-from functools import cache
 from typing import Any
 
 from transformers import TrainingArguments
+from transformers.trainer_pt_utils import AcceleratorConfig
 
 from vllm_mtp.errors import MTPError
 
@@ -20,7 +20,7 @@ WORKS = frozenset((
     "output_dir", "resume_from_checkpoint", "seed", "data_seed", "full_determinism",
     "use_cpu", "local_rank", "num_train_epochs", "max_steps",
     "per_device_train_batch_size", "gradient_accumulation_steps",
-    "average_tokens_across_devices", "train_sampling_strategy", "ignore_data_skip",
+    "train_sampling_strategy", "ignore_data_skip",
     "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps",
     "optim", "optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon",
     "max_grad_norm", "bf16", "tf32", "torch_empty_cache_steps", "logging_strategy",
@@ -60,6 +60,8 @@ REFUSED: Mapping[str, str] = {
     "neftune_noise_alpha": "the embeddings are the frozen target's; leave it out",
     "label_smoothing_factor": "the losses are ce_weight, kl_weight and tv_weight; "
     "kl_weight teaches the target's own distribution",
+    "average_tokens_across_devices": "the loss is a mean over blocks, and devices have "
+    "as many texts each; leave it out",
     "auto_find_batch_size": "lower per_device_train_batch_size or anchors_per_text "
     "where memory is short",
     "optim_target_modules": "optimizers of single layers (GaLore and the like) are not "
@@ -98,13 +100,18 @@ REFUSED: Mapping[str, str] = {
     "debug": "it looks for layers of whole language models; leave it out",
     "skip_memory_metrics": "memory is not measured; leave it out",
 }
-_OURS = ("remove_unused_columns",)  # with another default than transformers'
+# Defaults after transformers' own changes to them. No arguments are made here to look:
+# where there are several processes, that joins them, before the user's own settings.
+FILLED_IN: Mapping[str, Any] = {"accelerator_config": AcceleratorConfig(), "debug": []}
 # What `accelerate launch` asks for without a flag of ours.
 _REFUSED_ENVIRONMENT = {
     "ACCELERATE_USE_FSDP": _ONE_COPY,
     "ACCELERATE_USE_DEEPSPEED": _ONE_COPY,
     "ACCELERATE_USE_MEGATRON_LM": _ONE_COPY,
     "ACCELERATE_USE_PARALLELISM_CONFIG": _ONE_COPY,
+    "ACCELERATE_DYNAMO_BACKEND": _COMPILED,
+    "ACCELERATE_MIXED_PRECISION": "--bf16 says the type of training; give both the "
+    "same, bf16, or launch with --mixed_precision no",
 }
 
 
@@ -121,9 +128,7 @@ def refuse_inherited(args: TrainingArguments) -> None:
         if field.name not in REFUSED:
             continue
         value, expected = getattr(args, field.name), _default(field)
-        filled_in = getattr(_filled_in(), field.name, expected)
-        if field.name in _OURS:
-            filled_in = expected
+        filled_in = FILLED_IN.get(field.name, expected)
         if not value and (not expected or expected == "no"):
             continue  # argparse has several ways to say nothing
         if value not in (expected, filled_in):
@@ -132,19 +137,19 @@ def refuse_inherited(args: TrainingArguments) -> None:
                 f"{field.name}: got {got}, expected {expected!r}, which is the "
                 f"default: {REFUSED[field.name]}"
             )
+    _refuse_environment("bf16" if args.bf16 else "no")
+
+
+def _refuse_environment(precision: str) -> None:
+    nothing = {"", "no", "0", "false", "off", "n", "f"}
     for name, why in _REFUSED_ENVIRONMENT.items():
-        value = os.environ.get(name, "false")
-        if value.lower() in ("1", "true", "yes", "on"):
+        value = os.environ.get(name, "")
+        same = name == "ACCELERATE_MIXED_PRECISION" and value.lower() == precision
+        if value.lower() not in nothing and not same:
             raise MTPError(
                 f"the environment says {name}={value}, as `accelerate launch` sets it: "
                 f"{why}"
             )
-
-
-@cache
-def _filled_in() -> TrainingArguments:
-    """The defaults after transformers' own changes to them."""
-    return TrainingArguments(output_dir="unused", use_cpu=True, report_to="none")
 
 
 def _default(field: "Field[Any]") -> Any:
