@@ -86,21 +86,36 @@ def front_end(
         MTPError: vLLM does not take the target, or its tokenizer cannot be loaded.
     """
     _quietly()
+    # What the import sets stays: it happens once.
     from vllm.engine.arg_utils import EngineArgs
 
     try:
-        arguments = EngineArgs(
-            str(target),
-            generation_config=generation_config,
-            tokenizer_mode=tokenizer_mode,
-            **_text_only(target),
-        )
-        return FrontEnd(arguments.create_engine_config())
+        with _same_environment():
+            arguments = EngineArgs(
+                str(target),
+                generation_config=generation_config,
+                tokenizer_mode=tokenizer_mode,
+                **_text_only(target),
+            )
+            return FrontEnd(arguments.create_engine_config())
     except Exception as error:  # of configs, pydantic, tokenizers, the hub ...
         raise MTPError(
             f"--target {target}: its tokenizer cannot be loaded by vLLM "
             f"({type(error).__name__}: {' '.join(str(error).split())[:300]})"
         ) from None
+
+
+@contextlib.contextmanager
+def _same_environment() -> Iterator[None]:
+    """Take back what vLLM sets for an engine, such as LD_PRELOAD on a CPU: there is
+    none, and servers that are started later would get it."""
+    before = dict(os.environ)
+    try:
+        yield
+    finally:
+        for name in set(os.environ) - set(before):
+            del os.environ[name]
+        os.environ.update(before)
 
 
 class FrontEnd:

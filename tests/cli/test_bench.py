@@ -87,7 +87,7 @@ def test_wrong_use_is_refused_before_anything_starts(
 def test_the_prompts_are_unseen_and_the_report_says_how(tmp_path: Path) -> None:
     bench = Bench(target=str(tmp_path), drafters=["cheap", "shared"], contexts=[512])
     tokenizer = Path(ensure_demo_target(), "tokenizer.json")
-    for name in ("tokenizer.json", "tokenizer_config.json"):
+    for name in ("tokenizer.json", "tokenizer_config.json", "config.json"):
         shutil.copy(tokenizer.with_name(name), tmp_path)
     plan = bench._plan(bench._drafters())
     texts = {text for load in plan.loads_of(CONCURRENCY) for text in load.prompts}

@@ -3,6 +3,7 @@
 
 import json
 import logging
+import os
 import shutil
 from pathlib import Path
 
@@ -31,6 +32,22 @@ def test_the_template_of_transformers_is_applied(chat_target: Path) -> None:
     assert turns[0]["content"] == [{"type": "text", "text": "hi"}]
     assert chat.vocab_size == 512
     assert chat.can_chat
+
+
+def test_the_environment_stays_as_it_was(
+    chat_target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM preloads and counts for an engine; servers are started after this one."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    monkeypatch.delenv("LD_PRELOAD", raising=False)
+    monkeypatch.delenv("NUMEXPR_MAX_THREADS", raising=False)
+    engine.vllm_version()  # imports it
+    before = dict(os.environ)
+    engine.front_end(chat_target)
+    assert dict(os.environ) == before
+    with pytest.raises(MTPError):
+        engine.front_end(tmp_path)
+    assert dict(os.environ) == before
 
 
 @pytest.fixture

@@ -211,6 +211,7 @@ class Bench:
         from vllm_mtp.cli.targets import target_folder
         from vllm_mtp.data.demo_target import ensure_demo_target
 
+        environment = fastest_environment(os.environ)  # as the user left it
         given = target_folder(self.target) if self.target else ensure_demo_target()
         target, known = Path(given), _trained_on(drafters)
         longest = max(self.contexts, default=0) + self.max_tokens + _ROOM_AROUND
@@ -225,7 +226,7 @@ class Bench:
             chat_template=engine.front_end(target).can_chat,
             profiled_steps=_PROFILED_STEPS if self.profile else 0,
             fresh_servers=self.fresh_servers,
-            environment=fastest_environment(os.environ),
+            environment=environment,
             prompts=self._choice_in_words(known),
         )
 
