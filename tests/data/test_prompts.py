@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Prompts from files and datasets, and what is said of broken ones."""
 
+import json
+import shutil
 from collections.abc import Iterator
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -113,8 +116,18 @@ ODD = [
             '{"messages": [{"role": "user", "content": "a"}, '
             '{"role": "assistant", "content": "b"}]}'
         ),
-        "the last turn is the assistant's, and not the user's or a tool's",
-        ["leave the answer out"],
+        "the last turn is not the user's or a tool's",
+        ["got the role 'assistant'", "leave the answer out"],
+    ),
+    (
+        json.dumps({"messages": [{"role": "x\n" * 999, "content": "a"}]}),
+        "the last turn is not the user's or a tool's",
+        [],
+    ),
+    (
+        json.dumps({"messages": [{"role": "user", "content": [{"type": "x\n" * 99}]}]}),
+        "content has a part that is no text ('unknown')",
+        [],
     ),
     ('{"prompt": ""}', "the last turn is empty", []),
     ('{"prompt": " \\n"}', "the last turn is empty", []),
@@ -132,6 +145,8 @@ ODD = [
                 f'{{"messages": [{{"role": "ab{SURROGATE}", "content": "x"}}, '
                 '{"role": "user", "content": "x"}]}'
             ),
+            f'{{"messages": [{{"role": "ab{SURROGATE}", "content": "x"}}]}}',
+            f'{{"messages": ["ab{SURROGATE}"]}}',
             f'{{"messages": [{{"role": "user", "content": ["x", "ab{SURROGATE}"]}}]}}',
             (
                 '{"messages": [{"role": "assistant", "content": null, "tool_calls": '
@@ -177,11 +192,37 @@ def test_odd_lines_are_skipped_and_counted(tmp_path: Path) -> None:
         f"{path}, line {len(lines) + 2}",
     ]
     assert sum(odd.counts.values()) == len(lines)
-    assert set(odd.counts) == {reason for _, reason, _ in ODD}
+    assert len(odd.counts) == len({reason for _, reason, _ in ODD})
+    for text in (*odd.counts, *odd.explained()):
+        assert text.encode()
+        assert "\n" not in text
+        assert len(text) < 700
     assert any(
         line.startswith(f"8 x not JSON (first: {path}, line 2: ")
         for line in odd.explained()
     )
+
+
+@pytest.mark.parametrize("value", [b"x", date(2026, 1, 1), {"a": b"x"}])
+def test_values_of_datasets_that_no_request_can_have(
+    tmp_path: Path, value: Any
+) -> None:
+    call = {"function": {"name": "f", "arguments": value}}
+    more: list[dict[str, Any]] = [
+        {"role": "user", "content": "a", "name": value},
+        {"role": "user", "content": "a", "tool_calls": [call]},
+        {"role": "user", "content": "a", "tool_call_id": value},
+    ]
+    for turn in more:
+        datasets.Dataset.from_dict({"prompt": [[turn], [TURNS[0]]]}).save_to_disk(
+            str(tmp_path / "saved")
+        )
+        odd = OddRows()
+        source = SourceSettings(prompts=f"hf:{tmp_path / 'saved'}")
+        assert texts(list(read_prompts(source, odd))) == ["hi"]
+        assert odd.counts == {"a value that JSON cannot write": 1}
+        assert "is not JSON serializable" in odd.explained()[0]
+        shutil.rmtree(tmp_path / "saved")
 
 
 def test_parts_of_text_and_calls_of_tools_are_kept(write_jsonl: WriteJsonl) -> None:

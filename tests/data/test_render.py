@@ -152,8 +152,8 @@ def test_duplicates_and_long_prompts_are_dropped_and_counted() -> None:
     assert odd.explained() == [
         "1 x too long (first: line 5: 10 tokens, --max-prompt-tokens is 9)"
     ]
-    with pytest.raises(OddRowError, match="line 5: too long: 10 tokens, .*is 9"):
-        prepare(read, raw_renderer(), 9, OddRows(strict=True))
+    # Real data has long prompts, and --strict is to find faults in it.
+    assert prepare(read, raw_renderer(), 9, OddRows(strict=True))[1] == counts
 
 
 def test_a_prompt_without_any_token_is_odd(

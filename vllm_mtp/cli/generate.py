@@ -52,8 +52,8 @@ class Generate:
     skip: int = flag("rows to pass over first", 0)
     limit: int | None = flag("most rows to read; left out, all", None)
     strict: bool = flag(
-        "stop at the first row that cannot be used; left out, such rows are skipped, "
-        "counted and explained at the end",
+        "stop at the first row that cannot be used, but not at prompts that are only "
+        "too long; left out, such rows are skipped, counted and explained at the end",
         False,
     )
     chat_template: bool = flag(

@@ -5,6 +5,8 @@ from collections import Counter
 
 from vllm_mtp.errors import DataError
 
+_LONGEST = 400  # characters
+
 
 class OddRowError(DataError):
     """One row cannot be used.
@@ -16,10 +18,17 @@ class OddRowError(DataError):
     """
 
     def __init__(self, reason: str, where: str, detail: str) -> None:
+        reason, detail = _line(reason), _line(detail)
         super().__init__(f"{where}: {reason}: {detail}")
         self.reason = reason
         self.where = where
         self.detail = detail
+
+
+def _line(text: str) -> str:
+    """What can be printed and kept as JSON, whatever the row has: rows are quoted."""
+    whole = text.encode("utf-8", "backslashreplace").decode()
+    return " ".join(whole.split())[:_LONGEST]
 
 
 class OddRows:
@@ -42,6 +51,10 @@ class OddRows:
         """
         if self._strict:
             raise error
+        self.note(error)
+
+    def note(self, error: OddRowError) -> None:
+        """Count one row that is left out, and is no reason to end the run."""
         self._counts[error.reason] += 1
         self._first.setdefault(error.reason, error)
 

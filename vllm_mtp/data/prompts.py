@@ -2,7 +2,7 @@
 """Where prompts come from: a JSONL file, a Hugging Face dataset, or ShareGPT."""
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -14,6 +14,7 @@ from vllm_mtp.data.split import Message
 from vllm_mtp.errors import DataError
 
 _HF = "hf:"
+_READ = ("prompt", "messages", "category", "tools")  # of a row's fields
 # Besides role and content, what vLLM's chat endpoint hands to a chat template.
 _MORE_OF_A_TURN = (
     "name",
@@ -88,6 +89,10 @@ class _Row:
             raise OddRowError(
                 "not an object", self.where, f"got {_short(fields)}, expected one"
             )
+        # First: all else quotes them, looks into them or writes them.
+        read = [fields.get(key) for key in _READ]
+        _require_text(read, self.where)
+        _require_json(read, self.where)
         given = [key for key in ("prompt", "messages") if key in fields]
         if len(given) != 1:
             raise OddRowError(
@@ -96,15 +101,12 @@ class _Row:
                 'expected an object with either "prompt" (a text) or "messages" (a '
                 f"list of turns), got {_short(fields)}",
             )
-        found = Prompt(
+        return Prompt(
             messages_of(fields[given[0]], self.where),
             _category_of(fields.get("category"), self.category, self.where),
             _tools_of(fields.get("tools"), self.where),
             self.where,
         )
-        _require_text(found.messages, self.where)
-        _require_text([found.category, found.tools], self.where)
-        return found
 
 
 def _stop(source: SourceSettings) -> int | None:
@@ -210,9 +212,9 @@ def messages_of(value: Any, where: str) -> tuple[Message, ...]:
     last = turns[-1]
     if last["role"] not in ("user", "tool"):
         raise OddRowError(
-            f"the last turn is the {last['role']}'s, and not the user's or a tool's",
+            "the last turn is not the user's or a tool's",
             where,
-            "leave the answer out",
+            f"got the role {ascii(last['role'])[:40]}; leave the answer out",
         )
     if not text_of(last["content"]).strip():
         raise OddRowError("the last turn is empty", where, "expected some text")
@@ -265,9 +267,11 @@ def _part_of(part: Any, where: str) -> dict[str, str]:
     kind = part.get("type") if isinstance(part, Mapping) else None
     if kind == "text" and isinstance(part.get("text"), str):
         return {"type": "text", "text": part["text"]}
-    what = kind if isinstance(kind, str) and kind != "text" else "unknown"
+    # A name such as image_url, and no long text: it tells rows apart in the counts.
+    named = isinstance(kind, str) and kind.isidentifier() and len(kind) < 40
+    what = kind if named and kind != "text" else "unknown"
     raise OddRowError(
-        f"content has a part that is no text ({ascii(what)[:40]})",
+        f"content has a part that is no text ({what!r})",
         where,
         f"got {_short(part)}; a drafter is trained on text alone",
     )
@@ -305,6 +309,18 @@ def _require_text(value: Any, where: str) -> None:
             ) from None
 
 
+def _require_json(value: Any, where: str) -> None:
+    """Datasets hold dates, bytes and arrays too, which no request can."""
+    try:
+        json.dumps(value, sort_keys=True)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise OddRowError(
+            "a value that JSON cannot write",
+            where,
+            f"{error}; expected texts, numbers, lists and objects",
+        ) from None
+
+
 def _texts_in(value: Any) -> Iterator[str]:
     """Every text inside, keys included, however deep."""
     left = [value]
@@ -314,7 +330,7 @@ def _texts_in(value: Any) -> Iterator[str]:
             yield found
         elif isinstance(found, Mapping):
             left += [*found.keys(), *found.values()]
-        elif isinstance(found, Iterable):
+        elif isinstance(found, (list, tuple)):
             left += found
 
 

@@ -115,7 +115,12 @@ class Renderer:
         # Templates write the special tokens themselves.
         special = not self._chat_template
         while batch := list(islice(source, _BATCH)):
-            rendered = [(prompt, self._or_odd(prompt, odd)) for prompt in batch]
+            rendered: list[tuple[Prompt, str | list[int]]] = []
+            for prompt in batch:
+                try:
+                    rendered.append((prompt, self._rendered(prompt)))
+                except OddRowError as error:
+                    odd.skip(error)
             texts = [found for _, found in rendered if isinstance(found, str)]
             tokenized = iter(
                 self._chat.tokenizer(texts, add_special_tokens=special)["input_ids"]
@@ -123,18 +128,9 @@ class Renderer:
                 else ()
             )
             for prompt, found in rendered:
-                if found is None:
-                    continue
                 ids = next(tokenized) if isinstance(found, str) else found
                 if self._are_usable(ids, prompt, odd):
                     yield prompt, ids
-
-    def _or_odd(self, prompt: Prompt, odd: OddRows) -> str | list[int] | None:
-        try:
-            return self._rendered(prompt)
-        except OddRowError as error:
-            odd.skip(error)
-            return None
 
     def _rendered(self, prompt: Prompt) -> str | list[int]:
         messages = list(prompt.messages)
@@ -183,7 +179,7 @@ def prepare(
     Args:
         prompts: Read with the same ``odd``.
         renderer: Of the target.
-        max_prompt_tokens: Longer ones are odd.
+        max_prompt_tokens: Longer ones are dropped.
         odd: Counts what is dropped, but for duplicates.
 
     Returns:
@@ -202,7 +198,7 @@ def prepare(
             requests.append(Request(identifier, prompt.category, ids))
         else:
             detail = f"{len(ids)} tokens, --max-prompt-tokens is {max_prompt_tokens}"
-            odd.skip(OddRowError(_TOO_LONG, prompt.where, detail))
+            odd.note(OddRowError(_TOO_LONG, prompt.where, detail))
     skipped = odd.counts
     too_long = skipped.pop(_TOO_LONG, 0)
     duplicates = read - len(kept)
