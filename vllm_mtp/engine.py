@@ -15,6 +15,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from vllm_mtp.errors import MTPError
@@ -126,6 +127,9 @@ class FrontEnd:
     """
 
     def __init__(self, config: Any) -> None:
+        from vllm.entrypoints.openai.chat_completion.protocol import (
+            ChatCompletionToolsParam,
+        )
         from vllm.renderers.params import ChatParams
         from vllm.renderers.registry import renderer_from_config
         from vllm.tokenizers.registry import tokenizer_args_from_config
@@ -133,6 +137,7 @@ class FrontEnd:
         # A conversation that is refused is told by an exception, without a traceback.
         logging.getLogger("vllm.renderers").setLevel(logging.CRITICAL)
         self._params = ChatParams
+        self._tool = ChatCompletionToolsParam
         self._model = config.model_config
         self._renderer = renderer_from_config(config)
         self.tokenizer: Any = self._renderer.get_tokenizer()
@@ -144,6 +149,12 @@ class FrontEnd:
     def vocab_size(self) -> int:
         """Rows of the target's embedding."""
         return self._model.get_vocab_size()
+
+    @property
+    def is_harmony(self) -> bool:
+        """Whether the chat endpoint writes OpenAI's harmony format, as for gpt-oss, and
+        leaves the chat template aside; `render` does not."""
+        return self._model.hf_config.model_type == "gpt_oss"
 
     @property
     def can_chat(self) -> bool:
@@ -176,20 +187,43 @@ class FrontEnd:
         settings = dict(arguments or {}) | {
             "add_generation_prompt": True,
             "continue_final_message": False,
-            "tools": list(tools) or None,
+            # Checked, with keys in order and every default, as the endpoint has them.
+            "tools": [self._tool(**tool).model_dump() for tool in tools] or None,
             "tokenize": self._tokenize,
         }
         # The renderer changes the turns that it is given.
         turns: Any = copy.deepcopy(list(messages))
+        if self._tokenize:
+            self._as_mistral_asks(turns)
         _, prompt = self._renderer.render_messages(
             turns, self._params(chat_template_kwargs=settings)
         )
         found = prompt.get("prompt_token_ids")
         return prompt["prompt"] if found is None else list(found)
 
+    @staticmethod
+    def _as_mistral_asks(turns: list[Any]) -> None:
+        from vllm.tokenizers import mistral
+
+        request: Any = SimpleNamespace(messages=turns)
+        mistral.maybe_serialize_tool_calls(request)
+        mistral.truncate_tool_call_ids(request)
+
     def sampling_defaults(self) -> dict[str, Any]:
-        """What the chat endpoint samples with where a request does not say."""
-        return dict(self._model.get_diff_sampling_param())
+        """What the chat endpoint samples with where a request does not say.
+
+        Raises:
+            MTPError: The ``generation_config.json`` holds something else.
+        """
+        try:
+            return dict(self._model.get_diff_sampling_param())
+        except Exception as error:  # of any kind: transformers does not check
+            source = self._model.generation_config
+            folder = self._model.model if source in ("auto", "vllm") else source
+            raise MTPError(
+                f"{folder}/generation_config.json: cannot be used ({error}); expected "
+                "a JSON object of transformers' generation settings, or no such file"
+            ) from None
 
 
 def tokenizer_of(target: str | os.PathLike[str]) -> Any:

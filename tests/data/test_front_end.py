@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -32,6 +33,37 @@ def test_the_template_of_transformers_is_applied(chat_target: Path) -> None:
     assert turns[0]["content"] == [{"type": "text", "text": "hi"}]
     assert chat.vocab_size == 512
     assert chat.can_chat
+
+
+TOOL = {
+    "function": {"parameters": {"b": 1, "a": 2}, "name": "f"},
+    "type": "function",
+}
+
+
+def test_tools_are_what_the_chat_endpoint_makes_of_them(
+    chat_target: Path, tmp_path: Path
+) -> None:
+    """Checked, with the keys in its order, and null for what is left out."""
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+
+    target = tmp_path / "tools"
+    shutil.copytree(chat_target, target)
+    template = "{{ tools | tojson }}{{ messages[-1].content }}"
+    (target / "chat_template.jinja").write_text(template)
+    chat = engine.front_end(target)
+    request = ChatCompletionRequest(messages=QUESTION, tools=[TOOL])
+    (served,) = [tool.model_dump() for tool in request.tools or ()]
+    rendered = str(chat.render(QUESTION, [TOOL]))
+    found = json.loads(rendered.removesuffix("Hello"))
+    assert json.dumps(found) == json.dumps([served])
+    assert list(found[0]) != list(TOOL)
+    assert found[0]["function"]["description"] is None
+    odd = OddRows()
+    wrong: list[Any] = [{"type": "function"}, TOOL | {"type": "x"}, {"x": 1}, {}]
+    prompts = [Prompt(tuple(QUESTION), "c", (tool,)) for tool in [*wrong, TOOL]]  # type: ignore[arg-type]
+    assert len(list(Renderer(chat).render(prompts, odd))) == 1
+    assert odd.counts == {"the target's chat template refuses it": len(wrong)}
 
 
 def test_the_environment_stays_as_it_was(
@@ -97,6 +129,21 @@ def test_mistral_files_are_read_by_mistral_common(
     assert engine.tokenizer_of(whole)("Hello").input_ids == [
         1, 1072, 1299, 1108, 1111,
     ]  # fmt: skip
+
+
+def test_ids_of_calls_are_cut_as_mistral_asks(mistral_target: Path) -> None:
+    chat = engine.front_end(mistral_target, tokenizer_mode="mistral")
+
+    def turns(identifier: str) -> list[dict[str, Any]]:
+        function = {"name": "f", "arguments": "{}"}
+        call = {"id": identifier, "type": "function", "function": function}
+        return [
+            QUESTION[0],
+            {"role": "assistant", "content": None, "tool_calls": [call]},
+            {"role": "tool", "content": "y", "tool_call_id": identifier},
+        ]
+
+    assert chat.render(turns("call_123456789")) == chat.render(turns("123456789"))
 
 
 def test_without_a_template_the_mode_is_advised(

@@ -6,21 +6,25 @@ The real one is in `test_resume`.
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+from transformers import GptOssConfig
 
 from tests.data.conftest import ASSISTANT, BEGIN, USER, WriteJsonl, make_tokenizer
 from tests.tiny_targets import make_tiny_llama
 from vllm_mtp.cli.main import main
-from vllm_mtp.data.answerer import sampling_params
+from vllm_mtp.data.answerer import answering, sampling_params
 from vllm_mtp.data.generation import Answer
 from vllm_mtp.data.progress import Progress, time_text
 from vllm_mtp.data.render import Request
+from vllm_mtp.data.served_sampling import difference_from_served
 from vllm_mtp.data.settings import EngineSettings, PromptCounts, SamplingSettings
 from vllm_mtp.data.store import SPLITS, read_provenance, read_split
+from vllm_mtp.errors import DataError
 
 datasets = pytest.importorskip("datasets")
 
@@ -247,11 +251,13 @@ def test_strict_stops_at_the_first_odd_row(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    for row in ODD_ROWS[1:5]:
-        path = write_jsonl([ODD_ROWS[0], row])
+    too_long = {"prompt": "x" * 100}
+    assert too_long in ODD_ROWS
+    for row in [row for row in ODD_ROWS[1:5] if row != too_long]:
+        path = write_jsonl([ODD_ROWS[0], too_long, row])
         assert run("--strict") == 1
         error = capsys.readouterr().err
-        assert error.startswith(f"vllm-mtp generate: {path}, line 2: ")
+        assert error.startswith(f"vllm-mtp generate: {path}, line 3: ")
         assert error.count("\n") == 1
     assert not engine.calls
     assert not (tmp_path / "out").exists()
@@ -304,6 +310,84 @@ class TestSampling:
         assert "sampling: max_tokens 9, temperature 0.7, top_p 0.8" in out
         assert "own defaults" in out
 
+    @pytest.mark.parametrize("only", [{"top_p": 0.9}, {"top_k": 5}, {"min_p": 0.2}])
+    def test_a_target_that_only_filters_is_served_at_temperature_1(
+        self, run: Run, chat_target: Path, tmp_path: Path, only: dict[str, Any]
+    ) -> None:
+        target = tmp_path / "filters"
+        shutil.copytree(chat_target, target)
+        # transformers leaves out what it has as a default too.
+        (target / "generation_config.json").write_text(
+            json.dumps(only | {"temperature": 1.0})
+        )
+        assert run(target=target) == 0
+        expected = SamplingSettings(max_tokens=32, temperature=1.0, **only)
+        assert self.used(tmp_path / "out") == expected
+        assert difference_from_served(expected, target) is None
+
+    def test_greedy_answers_name_no_setting_of_sampling(
+        self, run: Run, target: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert run(target=target, temperature=0) == 0
+        (said,) = [
+            line
+            for line in capsys.readouterr().out.splitlines()
+            if "the target's own defaults" in line
+        ]
+        assert ": repetition_penalty (" in said
+        assert "top_p" not in said
+
+    @pytest.mark.parametrize("held", ["[1]", "7", '"a"'])
+    def test_a_file_that_holds_no_settings_is_one_line(
+        self, run: Run, target: Path, held: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        path = target / "generation_config.json"
+        path.write_text(held)
+        assert run(target=target) == 1
+        error = capsys.readouterr().err
+        assert f"{path}: cannot be used (" in error
+        assert error.count("\n") == 1
+        with pytest.raises(DataError, match="json: cannot be used .*expected a JSON"):
+            difference_from_served(SamplingSettings(), target)
+
+    def test_a_folder_with_other_ends_reaches_the_engine(
+        self, run: Run, target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        other = tmp_path / "other"
+        other.mkdir()
+        shutil.copy(target / "generation_config.json", other)
+        assert run(generation_config=other) == 0
+        settings = read_provenance(tmp_path / "out").settings
+        started: dict[str, Any] = {}
+
+        @contextmanager
+        def start(_: Path, **given: Any) -> Iterator[None]:
+            started.update(given)
+            yield
+
+        monkeypatch.setattr("vllm_mtp.engine.start", start)
+        with answering(target, settings.engine, settings.sampling):
+            assert started["generation_config"] == str(other)
+        assert run(generation_config="vllm", out=tmp_path / "none") == 0
+        engine = read_provenance(tmp_path / "none").settings.engine
+        assert engine.generation_config == "auto"
+
+    def test_a_run_begun_without_the_defaults_is_kept_by_flags(
+        self, run: Run, target: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """As folders of earlier versions were: the same command takes others now."""
+        assert run("--generation-config", "vllm", target=target) == 0
+        path = tmp_path / "out" / "generation.json"
+        before = read_provenance(path.parent)
+        path.unlink()  # a run that was stopped
+        assert run(target=target) == 1
+        error = capsys.readouterr().err
+        assert "sampling.temperature: the folder has 0.0, this run has 0.7" in error
+        flags = error.rsplit("these flags go on with it: ")[1].splitlines()[0].split()
+        assert flags[:2] == ["--temperature", "0.0"]
+        assert run(*flags, target=target) == 0
+        assert read_provenance(path.parent).settings == before.settings
+
     def test_flags_win(
         self,
         run: Run,
@@ -315,7 +399,7 @@ class TestSampling:
         used = self.used(tmp_path / "out")
         assert (used.temperature, used.top_k, used.max_tokens) == (0, 0, 32)
         assert (used.repetition_penalty, used.frequency_penalty) == (1.3, 0.5)
-        own = "applies too: top_p, min_p, repetition_penalty ("
+        own = "applies too: repetition_penalty ("
         assert own in capsys.readouterr().out
         # Greedy answers are penalised too, as vLLM does.
         asked = sampling_params(used, "ab")
@@ -360,6 +444,33 @@ def test_arguments_of_the_template_are_json(
 ) -> None:
     assert run(chat_template_kwargs="[1]") == 1
     assert "--chat-template-kwargs: got '[1]', expected" in capsys.readouterr().err
+
+
+def test_a_target_with_a_format_of_its_own_is_refused(
+    run: Run, chat_target: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The chat endpoint leaves gpt-oss's chat template aside."""
+    target = tmp_path / "gpt-oss"
+    shutil.copytree(chat_target, target)
+    GptOssConfig(
+        vocab_size=512,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        num_local_experts=2,
+        num_experts_per_tok=1,
+        max_position_embeddings=256,
+        architectures=["GptOssForCausalLM"],
+    ).save_pretrained(target)
+    assert run(target=target) == 1
+    error = capsys.readouterr().err
+    assert f"--target {target}: `vllm serve` writes gpt-oss's conversations" in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+    assert run("--no-chat-template", target=target) == 0
 
 
 def test_nothing_to_answer(
@@ -432,7 +543,7 @@ def test_other_flags_on_the_same_folder_are_refused(
     assert run() == 0
     capsys.readouterr()
     assert run(**flags) == 1
-    lines = capsys.readouterr().err.splitlines()[1:-1]
+    lines = [ln for ln in capsys.readouterr().err.splitlines() if ln[:2] == "  "]
     assert sorted(line.split(":")[0].strip() for line in lines) == sorted(keys)
 
 

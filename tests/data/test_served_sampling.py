@@ -51,6 +51,15 @@ def test_only_what_differs_is_said(target: Path) -> None:
     assert said is not None
     assert "temperature 0.0 (served: 0.7), repetition_penalty 1.0 (served: 1.3)" in said
     assert "presence_penalty 1.0 (served: 0.0)" in said
+    # Greedy decoding ignores what only filters, on either side.
+    write(target, temperature=0.7, top_p=0.9)
+    said = difference_from_served(SamplingSettings(top_k=5), target)
+    assert said is not None
+    assert "temperature 0.0 (served: 0.7):" in said
+    write(target, top_p=0.9)
+    said = difference_from_served(SamplingSettings(), target)
+    assert said is not None
+    assert "temperature 0.0 (served: 1.0):" in said
     (target / "generation_config.json").write_text("{")
     assert difference_from_served(SamplingSettings(), target) is None
 

@@ -299,8 +299,10 @@ def test_other_settings_are_refused_by_key(
     store = Store(finished(tmp_path / "a")) if done else answered(tmp_path / "a")
     with pytest.raises(DataError) as error:
         store.check(SETTINGS.model_copy(update=changes))
+    flags = ["Of sampling, these flags go on with it: --seed 0"]
     assert str(error.value).splitlines()[1:] == [
         f"  {line}",
+        *(flags if "sampling." in line else []),
         "Use the settings that it has, or name another folder",
     ]
 

@@ -19,10 +19,6 @@ if TYPE_CHECKING:
     from vllm_mtp.data.settings import PromptCounts, Provenance, RunSettings
     from vllm_mtp.data.store import Store
 
-_SAMPLING = (
-    "max_tokens", "temperature", "top_p", "top_k", "min_p",
-    "repetition_penalty", "presence_penalty", "frequency_penalty",
-)  # fmt: skip
 _MAX_TOKENS = 512  # the longest answer, unless the user or the target says
 _SHOWN = 1000  # characters of the first prompt
 
@@ -82,8 +78,8 @@ class Generate:
         "auto",
     )
     temperature: float | None = flag(
-        "0: greedy; above: sample the answers; left out, the target's default, or "
-        "greedy where it has none",
+        "0: greedy; above: sample the answers; left out, the target's default (1 where "
+        "it only sets top_p, top_k or min_p), or greedy where it has none",
         None,
     )
     top_p: float | None = flag(
@@ -129,6 +125,7 @@ class Generate:
     def run(self) -> int:
         from vllm_mtp.data.odd_rows import OddRows
         from vllm_mtp.data.render import Renderer
+        from vllm_mtp.data.served_sampling import as_served
         from vllm_mtp.data.store import Store
         from vllm_mtp.drafter.target_facts import TargetFacts
         from vllm_mtp.engine import front_end
@@ -144,7 +141,13 @@ class Generate:
             generation_config=self.generation_config,
             tokenizer_mode=self.tokenizer_mode,
         )
-        defaults = chat.sampling_defaults()
+        if self.chat_template and chat.is_harmony:
+            raise DataError(
+                f"--target {self.target}: `vllm serve` writes gpt-oss's conversations "
+                "in the harmony format, not by the chat template; `generate` cannot: "
+                "use --no-chat-template, with prompts that are in that format already"
+            )
+        defaults = as_served(chat.sampling_defaults())
         renderer = Renderer(chat, chat_template=self.chat_template, arguments=arguments)
         sampling = self._sampling(defaults)
         store = Store(Path(self.out).expanduser())
@@ -207,22 +210,26 @@ class Generate:
 
     def _sampling(self, defaults: dict[str, Any]) -> dict[str, Any]:
         """The flags, behind them the target's defaults, behind them ours."""
-        taken = {name: value for name, value in defaults.items() if name in _SAMPLING}
-        if taken.get("top_k") == -1:
-            taken["top_k"] = 0  # both say: all
-        taken["max_tokens"] = min(_MAX_TOKENS, taken.get("max_tokens", _MAX_TOKENS))
-        flags = self._fields(*_SAMPLING)
+        from vllm_mtp.data.served_sampling import NAMES
+
+        longest = min(_MAX_TOKENS, defaults.get("max_tokens", _MAX_TOKENS))
+        flags = self._fields(*NAMES)
         given = {name: value for name, value in flags.items() if value is not None}
-        return taken | given | {"seed": self.seed}
+        return defaults | {"max_tokens": longest} | given | {"seed": self.seed}
 
     def _sampling_in_words(
         self, sampling: dict[str, Any], defaults: dict[str, Any]
     ) -> str:
-        used = {"temperature": "0 (greedy)"} | sampling
-        told = ", ".join(f"{name} {used[name]}" for name in _SAMPLING if name in used)
+        from vllm_mtp.data.served_sampling import in_use
+
+        used = {"temperature": 0} | sampling
+        names = in_use(used["temperature"])
+        if used["temperature"] == 0:
+            used["temperature"] = "0 (greedy)"
+        told = ", ".join(f"{name} {used[name]}" for name in names if name in used)
         own = [
             name
-            for name in _SAMPLING
+            for name in names
             if name in defaults
             and getattr(self, name) is None
             and sampling[name] == defaults[name]
@@ -257,6 +264,8 @@ class Generate:
 
     def _from_flags(self, target: Path, sampling: dict[str, Any]) -> dict[str, Any]:
         engine = self._fields("dtype", "tokenizer_mode", "max_num_seqs")
+        if self.generation_config != "vllm":  # tokens that end are the target's then
+            engine["generation_config"] = self.generation_config
         names = ("chat_template", "max_prompt_tokens", "held_out")
         return self._fields(*names) | {
             "source": self._source(),
@@ -402,5 +411,6 @@ def report(provenance: "Provenance", folder: Path, odd: Sequence[str] = ()) -> s
     table = "\n".join(f"  {name:<21} {value}" for name, value in rows)
     reasons = "".join(f"\n    {line}" for line in odd)
     if reasons:
-        reasons = f"\n\n  rows left out (--strict stops at the first):{reasons}"
+        heading = "rows left out (--strict stops at the first, unless too long)"
+        reasons = f"\n\n  {heading}:{reasons}"
     return f"\n{table}{reasons}\n\nwritten to {folder}"

@@ -9,6 +9,7 @@ from typing import Any
 from vllm_mtp import engine
 from vllm_mtp.data.generation import Answer
 from vllm_mtp.data.render import Request
+from vllm_mtp.data.served_sampling import PENALTIES
 from vllm_mtp.data.settings import EngineSettings, SamplingSettings
 from vllm_mtp.data.split import prompt_seed
 from vllm_mtp.interrupts import stop_if_asked
@@ -30,6 +31,7 @@ def answering(
         cache_gib=4,
         dtype=settings.dtype,
         tokenizer_mode=settings.tokenizer_mode,  # which knows the token that ends
+        generation_config=settings.generation_config,  # which has more of these
         max_model_len=settings.max_model_len,
         max_num_seqs=settings.max_num_seqs,
         disable_log_stats=True,
@@ -79,9 +81,7 @@ def sampling_params(sampling: SamplingSettings, identifier: str) -> Any:
         top_k=0 if greedy else sampling.top_k,
         min_p=0.0 if greedy else sampling.min_p,
         # Greedy decoding takes the likeliest token after the penalties.
-        repetition_penalty=sampling.repetition_penalty,
-        presence_penalty=sampling.presence_penalty,
-        frequency_penalty=sampling.frequency_penalty,
+        **{name: getattr(sampling, name) for name in PENALTIES},
         # A seed costs time, so greedy answers get none.
         seed=None if greedy else prompt_seed(sampling.seed, identifier),
         max_tokens=sampling.max_tokens,

@@ -50,6 +50,11 @@ class EngineSettings(_Model):
 
     dtype: str = "auto"
     tokenizer_mode: str = Field(default="auto", description="As vLLM's flag.")
+    generation_config: str = Field(
+        default="auto",
+        description="Folder whose `generation_config.json` says which tokens end an "
+        "answer; auto: the target's.",
+    )
     max_model_len: int = Field(ge=2, description="Prompt and answer, in tokens.")
     max_num_seqs: int = Field(default=256, ge=1, description="Decoded at once.")
 
@@ -97,6 +102,15 @@ class RunSettings(_Model):
             for key in here | there
             if here.get(key) != there.get(key)
         ]
+
+    def sampling_flags(self, other: "RunSettings") -> str:
+        """The flags of ``generate`` that make ``other``'s sampling this one's."""
+        theirs = other.sampling.model_dump()
+        return " ".join(
+            f"--{name.replace('_', '-')} {value}"
+            for name, value in self.sampling
+            if value != theirs[name]
+        )
 
 
 class RunFile(_Model):

@@ -201,7 +201,7 @@ class Store:
         path = self.folder / RUN_FILE
         if path.is_file():
             found = _read(path, RunFile).settings
-            self._refuse(found.differences(settings))
+            self._refuse(found.differences(settings), found.sampling_flags(settings))
             return found
         if self.folder.exists() and not self._is_blank():
             raise DataError(
@@ -241,11 +241,14 @@ class Store:
                 ]
             )
 
-    def _refuse(self, differences: list[str]) -> None:
+    def _refuse(self, differences: list[str], flags: str = "") -> None:
         if differences:
+            # Settings that are left out are the target's; once they were constants.
+            how = f"\nOf sampling, these flags go on with it: {flags}" if flags else ""
             raise DataError(
                 f"--out {self.folder}: holds a run with other settings:\n  "
                 + "\n  ".join(differences)
+                + how
                 + "\nUse the settings that it has, or name another folder"
             )
 
