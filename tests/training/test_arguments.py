@@ -223,6 +223,14 @@ class TestTheBest:
         ({"train_places": 0}, "train_places: got 0, expected 1 or more"),
         ({"own_optimizer": "muon"}, "no own layer to train; leave it out"),
         (
+            {
+                "own_optimizer": "muon",
+                "layers": "own:3",
+                "optim": "schedule_free_adamw",
+            },
+            "muon' and optim schedule_free_adamw, which do not go together",
+        ),
+        (
             {"kl_weight": 1.0, "draft_vocab_size": 8},
             "teacher_tokens: got 64, but draft_vocab_size .*write 8 or less",
         ),

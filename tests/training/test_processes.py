@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
+from transformers import TrainingArguments
 
 from tests.tiny_answers import MakeArguments
 from vllm_mtp.training.run import train
@@ -89,9 +90,42 @@ def test_each_held_out_text_is_in_one_process(processes: int) -> None:
     for number in range(processes):
         trainer = DrafterTrainer.__new__(DrafterTrainer)
         trainer.eval_dataset = texts  # type: ignore[assignment]
-        trainer.args = SimpleNamespace(  # type: ignore[assignment]
-            process_index=number, world_size=processes, per_device_eval_batch_size=2
-        )
+        trainer.args = evaluated_by(number, processes)
         for batch in trainer.get_eval_dataloader():
             seen += [text["index"] for text in batch["texts"]]
     assert sorted(seen) == [0, 1, 2]
+
+
+def evaluated_by(process: int, processes: int, **given: Any) -> Any:
+    """Of all arguments those that an evaluation's loader asks for."""
+    defaults = TrainingArguments(output_dir="x", use_cpu=True, report_to="none")
+    loader = {
+        name: getattr(defaults, name)
+        for name in vars(defaults)
+        if name.startswith("dataloader_")
+    }
+    ours = {
+        "process_index": process,
+        "world_size": processes,
+        "per_device_eval_batch_size": 2,
+        "dataloader_pin_memory": False,
+    }
+    return SimpleNamespace(**loader | ours | given)
+
+
+def test_evaluations_load_as_the_flags_say() -> None:
+    trainer = DrafterTrainer.__new__(DrafterTrainer)
+    trainer.eval_dataset = [{"index": 0}]  # type: ignore[assignment]
+    given = {
+        "num_workers": 1,
+        "prefetch_factor": 3,
+        "pin_memory": True,
+        "multiprocessing_context": "spawn",
+        "in_order": False,
+    }
+    flags = {f"dataloader_{name}": value for name, value in given.items()}
+    trainer.args = evaluated_by(0, 1, **flags)
+    loader = trainer.get_eval_dataloader()
+    assert loader.multiprocessing_context.get_start_method() == "spawn"
+    del given["multiprocessing_context"]
+    assert {name: getattr(loader, name) for name in given} == given

@@ -346,6 +346,16 @@ def _require_own_layers(args: DrafterTrainingArguments) -> None:
         )
 
 
+def _require_one_mode(args: DrafterTrainingArguments) -> None:
+    optim = getattr(args.optim, "value", args.optim)
+    # These have a mode for training and one for evaluation; Muon has none.
+    if args.own_optimizer == "muon" and "schedule_free" in str(optim):
+        raise MTPError(
+            f"own_optimizer: got 'muon' and optim {optim}, which do not go together; "
+            "write another optim, such as adamw_torch, or leave own_optimizer out"
+        )
+
+
 def _require_few_teacher_tokens(args: DrafterTrainingArguments) -> None:
     if not (args.kl_weight > 0 or args.tv_weight > 0):
         return  # the default may be more than a small vocabulary has
@@ -397,6 +407,7 @@ _REQUIREMENTS = (
     _require_start,
     _require_positions,
     _require_own_layers,
+    _require_one_mode,
     _require_few_teacher_tokens,
     _require_best,
 )

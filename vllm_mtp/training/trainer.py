@@ -160,10 +160,18 @@ class DrafterTrainer(Trainer):
         """
         texts: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         share = range(self.args.process_index, len(texts), self.args.world_size)
+        args = self.args
+        # Of Trainer's settings all but two: no text is dropped, and no worker stays
+        # behind, since each evaluation has a loader of its own.
         return DataLoader(
             torch.utils.data.Subset(texts, share),
-            batch_size=self.args.per_device_eval_batch_size,
+            batch_size=args.per_device_eval_batch_size,
             collate_fn=collate,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            multiprocessing_context=args.dataloader_multiprocessing_context,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            in_order=args.dataloader_in_order,
         )
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
