@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from vllm import SamplingParams
 
 _MISTRAL_FILES = ("tekken.json", "tokenizer.model.v*")
+_HF_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 _IN_PROCESS = "VLLM_ENABLE_V1_MULTIPROCESSING"
 
 
@@ -226,22 +227,26 @@ class FrontEnd:
             ) from None
 
 
-def tokenizer_of(target: str | os.PathLike[str]) -> Any:
+def tokenizer_of(target: str | os.PathLike[str], mode: str = "auto") -> Any:
     """A target's tokenizer, as vLLM takes it.
 
-    Only for Mistral's own files that is another one than transformers', and vLLM is
-    imported, where it is installed.
+    Only for Mistral's own files, or where another one was asked for, is it another one
+    than transformers', and vLLM is imported, where it is installed.
+
+    Args:
+        target: The target's folder.
+        mode: As vLLM's ``--tokenizer-mode``, such as answers were made with.
 
     Raises:
         MTPError: It cannot be loaded.
     """
-    files = [file for name in _MISTRAL_FILES for file in Path(target).glob(name)]
+    by_vllm = mode != "auto" or _has_any(target, _MISTRAL_FILES)
     try:
-        if files and find_spec("vllm") is not None:
+        if by_vllm and find_spec("vllm") is not None:
             _quietly()
             from vllm.tokenizers import get_tokenizer
 
-            return get_tokenizer(str(target))
+            return get_tokenizer(str(target), tokenizer_mode=mode)
         from transformers import AutoTokenizer
 
         return AutoTokenizer.from_pretrained(target)
@@ -250,6 +255,15 @@ def tokenizer_of(target: str | os.PathLike[str]) -> Any:
             f"--target {target}: its tokenizer cannot be loaded "
             f"({type(error).__name__}: {' '.join(str(error).split())[:300]})"
         ) from None
+
+
+def has_tokenizer(target: str | os.PathLike[str]) -> bool:
+    """Whether a folder has a tokenizer's files; targets made in code have none."""
+    return _has_any(target, (*_HF_FILES, *_MISTRAL_FILES))
+
+
+def _has_any(folder: str | os.PathLike[str], patterns: Sequence[str]) -> bool:
+    return any(file for name in patterns for file in Path(folder).glob(name))
 
 
 def _text_only(target: str | os.PathLike[str]) -> dict[str, Any]:

@@ -126,9 +126,11 @@ def test_mistral_files_are_read_by_mistral_common(
     assert renderer.decode(expected) == "<s>[INST]Hello[/INST]"
     assert "refuses it (first: line 7: " in odd.explained()[0]
     assert not [r for r in caplog.records if r.levelno >= logging.ERROR]
-    assert engine.tokenizer_of(whole)("Hello").input_ids == [
-        1, 1072, 1299, 1108, 1111,
-    ]  # fmt: skip
+    hello = [1, 1072, 1299, 1108, 1111]
+    assert engine.tokenizer_of(whole)("Hello").input_ids == hello
+    asked_for = engine.tokenizer_of(mistral_target, "mistral")
+    assert asked_for.IS_MISTRAL_TOKENIZER
+    assert asked_for("Hello").input_ids == hello
 
 
 def test_ids_of_calls_are_cut_as_mistral_asks(mistral_target: Path) -> None:

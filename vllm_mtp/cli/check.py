@@ -184,7 +184,7 @@ class Check:
 
             return read_split(self.data, HELD_OUT)
         if self.text is None:
-            return _built_in_rows(target)
+            return _built_in_rows(target, self._tokenizer_mode())
         path = Path(self.text)
         if not path.is_file():
             raise MTPError(f"--text {path}: no such file")
@@ -192,7 +192,17 @@ class Check:
             lines = path.read_text("utf-8").splitlines()
         except UnicodeDecodeError as error:
             raise MTPError(f"--text {path}: not UTF-8 ({error})") from None
-        return _tokenized(target, [line for line in lines if line.strip()])
+        wanted = [line for line in lines if line.strip()]
+        return _tokenized(target, wanted, self._tokenizer_mode())
+
+    def _tokenizer_mode(self) -> str:
+        """That of the answers that the drafter was trained on, where it says."""
+        from vllm_mtp.sharing.provenance import read_provenance
+
+        found = read_provenance(self.drafter)
+        if found is None or found.data is None:
+            return "auto"
+        return found.data.generation.settings.engine.tokenizer_mode
 
 
 def _bind(folder: str, target: Path, dtype: str) -> "BoundDrafter":
@@ -218,11 +228,13 @@ def _free_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def _tokenized(target: Path, texts: Sequence[str]) -> list[dict[str, Any]]:
+def _tokenized(
+    target: Path, texts: Sequence[str], tokenizer_mode: str
+) -> list[dict[str, Any]]:
     from vllm_mtp.drafter.target_facts import hf_config_of
     from vllm_mtp.engine import tokenizer_of
 
-    tokenizer = tokenizer_of(target)
+    tokenizer = tokenizer_of(target, tokenizer_mode)
     rows = [{"input_ids": list(tokenizer(text)["input_ids"])} for text in texts]
     size = hf_config_of(target).get_text_config().vocab_size
     highest = max((max(row["input_ids"], default=0) for row in rows), default=0)
@@ -235,12 +247,12 @@ def _tokenized(target: Path, texts: Sequence[str]) -> list[dict[str, Any]]:
     return rows
 
 
-def _built_in_rows(target: Path) -> list[dict[str, Any]]:
+def _built_in_rows(target: Path, tokenizer_mode: str) -> list[dict[str, Any]]:
     """The built-in texts, or arbitrary tokens where no tokenizer can say them."""
     from vllm_mtp.drafter.target_facts import hf_config_of
 
     try:
-        return _tokenized(target, _TEXTS.split("\n\n"))
+        return _tokenized(target, _TEXTS.split("\n\n"), tokenizer_mode)
     except MTPError:
         size = hf_config_of(target).get_text_config().vocab_size
     return [

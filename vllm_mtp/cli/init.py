@@ -25,6 +25,10 @@ class Init(DrafterOptions):
     draft_vocab_text: str | None = flag(
         "UTF-8 text file to count the tokens on, one text per line", None
     )
+    tokenizer_mode: str = flag(
+        "as for `vllm serve`: how that text becomes tokens; auto, or such as mistral",
+        "auto",
+    )
 
     def run(self) -> int:
         from vllm_mtp.cli.inspect import describe
@@ -71,7 +75,7 @@ class Init(DrafterOptions):
         texts = Path(self.draft_vocab_text)
         if not texts.is_file():
             raise MTPError(f"--draft-vocab-text {texts}: no such file")
-        tokenizer = tokenizer_of(target)
+        tokenizer = tokenizer_of(target, self.tokenizer_mode)
         rows = hf_config_of(target).get_text_config().vocab_size
         size = len(tokens_of(tokenizer, rows))
         if not 0 < self.draft_vocab_size <= size:

@@ -20,7 +20,7 @@ from vllm_mtp.drafter.cost import draft_cost
 from vllm_mtp.drafter.model import Drafter
 from vllm_mtp.drafter.target_facts import TargetFacts
 from vllm_mtp.drafter.vocabulary import frequent_tokens, tokens_of
-from vllm_mtp.engine import tokenizer_of
+from vllm_mtp.engine import has_tokenizer, tokenizer_of
 from vllm_mtp.errors import MTPError
 from vllm_mtp.files import writing
 from vllm_mtp.interrupts import deferred
@@ -44,9 +44,6 @@ from vllm_mtp.training.trainer import DrafterTrainer, Texts
 logger = logging.getLogger("vllm.mtp_placeholder.training")
 
 
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tekken.json", "vocab.json")
-
-
 class TrainingRun:
     """Everything that all stages of a run share.
 
@@ -59,8 +56,8 @@ class TrainingRun:
         self.target = target
         self.facts = TargetFacts.from_folder(target)
         require_made_by(Path(args.data), self.facts, target=target)
-        sampling = read_provenance(args.data).settings.sampling
-        if said := difference_from_served(sampling, target):
+        self._made_with = read_provenance(args.data).settings
+        if said := difference_from_served(self._made_with.sampling, target):
             logger.warning("%s: %s", args.data, said)
         self.train_rows = read_split(Path(args.data), "train")
         self.held_out_rows = read_split(Path(args.data), "held_out")
@@ -91,9 +88,9 @@ class TrainingRun:
     def _tokens(self) -> tuple[Sequence[int], Sequence[int]]:
         """All tokens that the target can say, and those of them that are special."""
         vocab_size = self.facts.vocab_size
-        if not any((self.target / name).exists() for name in _TOKENIZER_FILES):
+        if not has_tokenizer(self.target):
             return range(vocab_size), ()  # a target made in code
-        tokenizer = tokenizer_of(self.target)
+        tokenizer = tokenizer_of(self.target, self._made_with.engine.tokenizer_mode)
         return tokens_of(tokenizer, vocab_size), tokenizer.all_special_ids
 
     def _draft_tokens(self, args: DrafterTrainingArguments) -> tuple[int, ...] | None:
