@@ -24,6 +24,7 @@ from vllm_mtp.data.render import Request
 from vllm_mtp.data.served_sampling import difference_from_served
 from vllm_mtp.data.settings import EngineSettings, PromptCounts, SamplingSettings
 from vllm_mtp.data.store import SPLITS, read_provenance, read_split
+from vllm_mtp.engine import FrontEnd
 from vllm_mtp.errors import DataError
 
 datasets = pytest.importorskip("datasets")
@@ -506,6 +507,39 @@ def test_a_stopped_run_goes_on_where_it_was(
     assert engine.calls == whole
     assert "3 parts, 2 of them to do" in capsys.readouterr().out
     assert rows(tmp_path / "out") == rows(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("empty", [False, True])
+def test_parts_of_another_rendering_are_not_mixed(
+    run: Run,
+    engine: type[FakeEngine],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    empty: bool,
+) -> None:
+    """The template is the same, and prints the date."""
+    if empty:
+        monkeypatch.setattr(engine, "_answer", lambda *_: Answer([END_ID], "stop"))
+
+    def interrupt() -> None:
+        if len(engine.calls) == 2:
+            raise KeyboardInterrupt
+
+    engine.before_call = interrupt
+    assert run() == 130
+    engine.before_call = lambda: None
+    render = FrontEnd.render
+    monkeypatch.setattr(FrontEnd, "render", lambda *a: f"Tuesday {render(*a)}")
+    parts = tmp_path / "out" / "parts"
+    for part in ("000000.jsonl", "000001.jsonl"):
+        capsys.readouterr()
+        assert run() == 1
+        error = capsys.readouterr().err
+        assert f"{parts / part}: its first prompt was rendered as other" in error
+        assert error.count("\n") == 1
+        (parts / part).unlink()
+    assert run() == 0
 
 
 def test_a_finished_folder_does_nothing(

@@ -341,7 +341,12 @@ def _generate(
     run = RunFile(settings=settings, prompts_sha256=digest)
     store.start(run)
     parts = chunks(requests, settings.chunk_prompts)
-    todo = [len(part) for i, part in enumerate(parts) if not store.has_part(i)]
+    todo = []
+    for number, part in enumerate(parts):
+        if store.has_part(number):
+            store.check_part(number, part[0].token_ids)
+        else:
+            todo.append(len(part))
     print(f"{len(requests):,} prompts in {len(parts)} parts, {len(todo)} of them to do")
     if todo:
         _answer(store, settings, target, parts, todo)

@@ -255,6 +255,33 @@ class Store:
     def has_part(self, number: int) -> bool:
         return self._part(number).is_file()
 
+    def check_part(self, number: int, prompt: Sequence[int]) -> None:
+        """Refuse to go on with a part whose prompts were other tokens.
+
+        Settings are compared, and the chat template; but a template may print today's
+        date, and the tokenizer or vLLM's own rendering may have changed.
+
+        Args:
+            number: Of a part that is there.
+            prompt: The first prompt's token ids as they are now.
+
+        Raises:
+            DataError: Names the part.
+        """
+        path = self._part(number)
+        with path.open(encoding="utf-8") as lines:
+            row: Row = json.loads(next(lines))
+        # Behind the prompt of an empty answer comes at most the token that ended it.
+        spans = row["loss_spans"] or [[len(prompt), 0]]
+        if row["input_ids"][: spans[0][0]] != list(prompt):
+            raise DataError(
+                f"{path}: its first prompt was rendered as other token ids than now "
+                "(does the chat template print the date, or has the tokenizer "
+                "changed?), so the answers would not belong together; render as then "
+                "(--chat-template-kwargs), remove this part to answer it again, or "
+                "name another folder as --out"
+            )
+
     def write_part(self, number: int, rows: Sequence[Row]) -> None:
         """Store one chunk's rows, all of them or, if killed, none."""
         with writing(self._parts):
