@@ -138,7 +138,9 @@ def watch_propose(
     Returns:
         What was found, and the number of requests in each step; both grow.
     """
-    propose = drafter.propose
+    propose, head = drafter.propose, drafter._bound.small_head
+    if head is not None:
+        head._can_look = False  # as on a device
     positions: list[str] = []
     sizes: list[int] = []
 

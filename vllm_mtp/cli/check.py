@@ -248,13 +248,13 @@ def _tokenized(
 
 
 def _built_in_rows(target: Path, tokenizer_mode: str) -> list[dict[str, Any]]:
-    """The built-in texts, or arbitrary tokens where no tokenizer can say them."""
+    """The built-in texts, or arbitrary tokens where there is no tokenizer."""
     from vllm_mtp.drafter.target_facts import hf_config_of
+    from vllm_mtp.engine import has_tokenizer
 
-    try:
+    if has_tokenizer(target):
         return _tokenized(target, _TEXTS.split("\n\n"), tokenizer_mode)
-    except MTPError:
-        size = hf_config_of(target).get_text_config().vocab_size
+    size = hf_config_of(target).get_text_config().vocab_size
     return [
         {"input_ids": [(37 * i * i + 11 * row) % size for i in range(48 + 8 * row)]}
         for row in range(4)
