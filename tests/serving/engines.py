@@ -34,8 +34,10 @@ from vllm_mtp.plugin import METHOD
 ON_V2 = os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1"
 
 
-def cannot_here(settings: Mapping[str, Any]) -> str | None:
-    """Why this machine cannot run an engine of these settings, if so."""
+def cannot_here(settings: Mapping[str, Any], target: str = "") -> str | None:
+    """Why this machine cannot run an engine of these settings on a target, if so."""
+    if "w8a8" in target and torch.cpu._is_amx_tile_supported():
+        return "vLLM's 8-bit kernel for AMX takes no float32"
     if str(settings.get("kv_cache_dtype", "")).startswith("fp8"):
         # `_get_attn_isa` in vllm/v1/attention/backends/cpu_attn.py.
         if torch.cpu._is_avx512_supported() or torch.cpu._is_amx_tile_supported():
