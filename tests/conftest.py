@@ -5,7 +5,9 @@
 that has its part of the cores.
 """
 
+import logging
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -89,3 +91,12 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_qwen3(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny("qwen3", tmp_path_factory.mktemp("targets") / "qwen3")
+
+
+@pytest.fixture(autouse=True)
+def _vllm_logs_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM logs to the stream that it found when it was imported: in some earlier test
+    of the process, whose captured output is closed."""
+    for handler in logging.getLogger("vllm").handlers:
+        if type(handler) is logging.StreamHandler:  # and not pytest's own
+            monkeypatch.setattr(handler, "stream", sys.__stderr__)

@@ -276,10 +276,12 @@ class TestMachine:
         handler = caplog.handler
         logger = logging.getLogger("vllm.mtp_placeholder.training")
         logger.addHandler(handler)  # vLLM's own loggers may not propagate
+        logger.setLevel(logging.WARNING)  # nor say anything
         try:
             args = arguments(per_device_train_batch_size=2)
         finally:
             logger.removeHandler(handler)
+            logger.setLevel(logging.NOTSET)
         assert args.n_gpu == 1
         assert args.train_batch_size == 2
         assert "one of 2 GPUs" in caplog.text
