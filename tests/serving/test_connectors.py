@@ -35,6 +35,18 @@ def spec_for(folder: Path, **more: str) -> dict[str, Any]:
     return {"method": "mtp_placeholder", "model": str(folder), **more}
 
 
+def of_kind(
+    kind: str, drafter: Path, monkeypatch: pytest.MonkeyPatch
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Speculative config and sampling of one of `ENGINES`."""
+    if kind == "scheduled ahead":
+        force_async_scheduling(monkeypatch)
+    if kind == "probabilistic":
+        spec = spec_for(drafter, draft_sample_method=kind)
+        return spec, {"temperature": 1.0, "top_k": 1, "seed": 3}
+    return spec_for(drafter), {}
+
+
 def on_disk(folder: Path) -> dict[str, Any]:
     extra = {"shared_storage_path": str(folder)}
     return {
@@ -78,13 +90,9 @@ def test_layers_call_a_connector_once_per_step(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """And prompts that are found there give the same drafts and answers."""
-    target, sampling = tiny_targets["llama"], {}
-    spec = spec_for(tiny_drafter("llama", "mixed"))
-    if kind == "probabilistic":
-        spec["draft_sample_method"] = kind
-        sampling = {"temperature": 1.0, "top_k": 1, "seed": 3}
-    if kind == "scheduled ahead":
-        force_async_scheduling(monkeypatch)
+    target = tiny_targets["llama"]
+    folder = tiny_drafter("llama", "mixed")
+    spec, sampling = of_kind(kind, folder, monkeypatch)
     with engine(target) as llm:
         alone = generate(llm, PROMPTS, LENGTH, **sampling)
 
@@ -119,13 +127,9 @@ def test_no_scratch_slot_is_stored(
     target alone; what this drafter leaves in its scratch slots is about 1e38."""
     monkeypatch.setenv("PYTHONHASHSEED", "0")  # keys of blocks follow from it
     settings = {"kv_transfer_config": memory_offload.CONNECTOR}
-    target, sampling = tiny_targets["llama"], {}
-    spec = spec_for(tiny_drafter("llama", "overflows"))
-    if kind == "probabilistic":
-        spec["draft_sample_method"] = kind
-        sampling = {"temperature": 1.0, "top_k": 1, "seed": 3}
-    if kind == "scheduled ahead":
-        force_async_scheduling(monkeypatch)
+    target = tiny_targets["llama"]
+    folder = tiny_drafter("llama", "overflows")
+    spec, sampling = of_kind(kind, folder, monkeypatch)
     runs, kept = [], []
     for asked in (None, spec):
         with engine(target, asked, **settings) as llm:

@@ -4,13 +4,14 @@
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from vllm_mtp.data.odd_rows import OddRowError, OddRows
 from vllm_mtp.data.settings import SourceSettings
-from vllm_mtp.data.split import Message
+from vllm_mtp.data.split import Message, prompt_id
 from vllm_mtp.errors import DataError
 
 _HF = "hf:"
@@ -40,6 +41,11 @@ class Prompt:
     category: str
     tools: tuple[Any, ...] = ()
     where: str = field(default="", compare=False)
+
+    @cached_property
+    def identifier(self) -> str:
+        """See `prompt_id`."""
+        return prompt_id(self.messages, self.tools)
 
 
 def read_prompts(

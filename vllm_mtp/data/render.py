@@ -10,7 +10,6 @@ from typing import Any, Protocol
 from vllm_mtp.data.odd_rows import OddRowError, OddRows
 from vllm_mtp.data.prompts import Prompt, text_of
 from vllm_mtp.data.settings import PromptCounts
-from vllm_mtp.data.split import prompt_id
 from vllm_mtp.errors import DataError
 
 _BATCH = 512  # prompts per call of the tokenizer, which then uses all cores
@@ -190,12 +189,11 @@ def prepare(
     for prompt in prompts:
         read += 1
         # Of duplicates the first one stays, in its place.
-        kept.setdefault(prompt_id(prompt.messages, prompt.tools), prompt)
+        kept.setdefault(prompt.identifier, prompt)
     requests = []
     for prompt, ids in renderer.render(kept.values(), odd):
         if len(ids) <= max_prompt_tokens:
-            identifier = prompt_id(prompt.messages, prompt.tools)
-            requests.append(Request(identifier, prompt.category, ids))
+            requests.append(Request(prompt.identifier, prompt.category, ids))
         else:
             detail = f"{len(ids)} tokens, --max-prompt-tokens is {max_prompt_tokens}"
             odd.note(OddRowError(_TOO_LONG, prompt.where, detail))

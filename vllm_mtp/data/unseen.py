@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from vllm_mtp.data.prompts import read_prompts
 from vllm_mtp.data.settings import SourceSettings
-from vllm_mtp.data.split import is_held_out, prompt_id
+from vllm_mtp.data.split import is_held_out
 
 SHAREGPT = "sharegpt"
 
@@ -81,9 +81,9 @@ def unseen_prompts(
     for number, prompt in enumerate(read_prompts(SourceSettings(prompts=SHAREGPT))):
         if len(found) == limit:
             break
-        text, identifier = prompt.messages[-1]["content"], prompt_id(prompt.messages)
+        text = prompt.messages[-1]["content"]
         if len(text) <= max_chars and not any(
-            one.may_hold(number, identifier) for one in known
+            one.may_hold(number, prompt.identifier) for one in known
         ):
             found.append(text)
     return found

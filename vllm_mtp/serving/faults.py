@@ -64,6 +64,10 @@ class DraftGuard:
 
     def __init__(self, alone: bool) -> None:
         self._alone = alone
+        self.start_over()
+
+    def start_over(self) -> None:
+        """Forget the failures of a drafter that another one has replaced."""
         self.failures = 0
         self.is_off = False
 

@@ -37,9 +37,8 @@ def load_bound_drafter(
     """
     # As vLLM made it, some of other settings, after it had built our config.
     require_known_connector(vllm_config.kv_transfer_config)
-    install_for_runner(
-        vllm_config
-    )  # of the target's modules, which were not loaded before
+    # Of the target's modules, which were not loaded before.
+    install_for_runner(vllm_config)
     spec_config = vllm_config.speculative_config
     assert spec_config is not None
     assert spec_config.model is not None

@@ -142,7 +142,7 @@ class MTPPlaceholderProposer(DraftModelProposer):
     def replace_weights(self, model: str, revision: str | None) -> Path:
         """Draft with another drafter's weights from now on; see `loading`."""
         folder = replace_weights(self._bound, self._host, model, revision)
-        self.faults = DraftGuard(alone=self.vllm_config.parallel_config.world_size == 1)
+        self.faults.start_over()
         if self.lengths is not None:  # what it knows is about the weights that went
             self.lengths = DraftLength(self.speculative_config.num_speculative_tokens)
         return folder

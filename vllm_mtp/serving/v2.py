@@ -104,7 +104,7 @@ class MTPPlaceholderSpeculator(DraftModelSpeculator):
         They go where the former were, which is where CUDA graphs look for them.
         """
         folder = replace_weights(self._bound, self._host, model, revision)
-        self.faults = DraftGuard(alone=self.vllm_config.parallel_config.world_size == 1)
+        self.faults.start_over()
         return folder
 
     def set_attn(
