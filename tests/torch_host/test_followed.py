@@ -19,7 +19,7 @@ from vllm_mtp.errors import UnsupportedTargetError
 from vllm_mtp.torch_host.block_attention import (
     Scoring,
     attend_blocks,
-    block_bias,
+    block_slices,
 )
 from vllm_mtp.torch_host.hf_target import (
     HFTarget,
@@ -79,8 +79,8 @@ class TestSinks:
         key, value = torch.randn(2, kv_heads, k, size, generator=generator)
         past = torch.randn(2, kv_heads, prefix_len, size, generator=generator)
         sinks = torch.tensor([-1.0, 0.0, 1.0, 3.0])
-        bias = block_bias(torch.tensor([prefix_len]), k)
-        found = attend_blocks(query, key, value, *past, bias, Scoring(0.5, sinks))
+        slices = block_slices(torch.tensor([prefix_len]), k, heads)
+        found = attend_blocks(query, key, value, *past, slices, Scoring(0.5, sinks))
         keys = torch.cat([past[0], key], 1).repeat_interleave(2, 0)
         values = torch.cat([past[1], value], 1).repeat_interleave(2, 0)
         for head in range(heads):

@@ -5,26 +5,34 @@ Many blocks stand behind one sequence and do not see each other. Scores against
 the prefix and against the own block are computed apart and share one softmax:
 one dense mask over all rows would mostly score pairs that it then hides.
 
+A few blocks attend at a time, and the backward computes their scores anew: scores take
+rows times prefix, and kept for every layer they would be most of a training step's
+memory. It costs no time, since such a slice reads no further than its own longest
+prefix, which saves half of the scores.
+
 Dimensions: H query heads, G KV heads, D head size, T prefix tokens, B blocks,
 k positions, R = B * k rows.
 """
 
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from vllm_mtp.drafter.layout import block_reads_itself, reads_prefix
 
+# Scores of a slice. On a CPU they should stay in its cache; a GPU wants large products.
+_CPU_SCORES, _SCORES = 2**21, 2**26
 
-class BlockBias(NamedTuple):
-    """What each row may read, as numbers added to its scores: 0 or minus infinity."""
 
-    prefix: torch.Tensor  # [R, T]
-    block: torch.Tensor  # [k, k]
+class BlockSlice(NamedTuple):
+    """Blocks that attend together, and what each of their rows may read."""
 
-    @property
-    def num_draft_tokens(self) -> int:
-        return self.block.shape[0]
+    rows: slice
+    tokens: slice  # all of the prefix that some row reads
+    prefix: torch.Tensor  # [rows, tokens] bool
+    block: torch.Tensor  # [k, k] bool
 
 
 class Scoring(NamedTuple):
@@ -35,29 +43,53 @@ class Scoring(NamedTuple):
     soft_cap: float | None = None  # bound of the scores, by tanh
 
 
-def block_bias(
+def block_slices(
     prefix_lens: torch.Tensor,
     num_draft_tokens: int,
+    num_heads: int,
     window: int | None = None,
     prefix_window: int | None = None,
-) -> BlockBias:
-    """The bias for the blocks behind one sequence.
+) -> list[BlockSlice]:
+    """Cut the blocks behind one sequence into slices of bounded memory.
 
     Args:
-        prefix_lens: ``[B]`` int64; n of each block. T is the largest of them.
+        prefix_lens: ``[B]`` int64; n of each block.
         num_draft_tokens: k.
+        num_heads: H.
         window: Tokens that a row reads at most, itself included; None for all.
         prefix_window: As in `layout.skipped_tokens`; None for all.
     """
-    longest = int(prefix_lens.max())
-    prefix = reads_prefix(prefix_lens, longest, num_draft_tokens, window, prefix_window)
+    most = _CPU_SCORES if prefix_lens.device.type == "cpu" else _SCORES
     block = block_reads_itself(num_draft_tokens, prefix_lens.device, window)
-    return BlockBias(_as_bias(prefix.flatten(0, 1)), _as_bias(block))
+    slices = []
+    lens = prefix_lens.tolist()
+    for start, end in _cuts(lens, most // (num_draft_tokens * num_heads)):
+        # Of a window of its own, a layer reads nothing before the window.
+        first = 0 if window is None else max(min(lens[start:end]) - window + 1, 0)
+        tokens = slice(first, max(lens[start:end]))
+        prefix = reads_prefix(
+            prefix_lens[start:end],
+            tokens.stop,
+            num_draft_tokens,
+            window,
+            prefix_window,
+        )
+        rows = slice(start * num_draft_tokens, end * num_draft_tokens)
+        prefix = prefix[..., tokens].flatten(0, 1)
+        slices.append(BlockSlice(rows, tokens, prefix, block))
+    return slices
 
 
-def _as_bias(readable: torch.Tensor) -> torch.Tensor:
-    zeros = torch.zeros(readable.shape, device=readable.device)
-    return zeros.masked_fill_(~readable, float("-inf"))
+def _cuts(prefix_lens: Sequence[int], most: int) -> Iterator[tuple[int, int]]:
+    """Starts and ends of slices of at most so many blocks times their longest prefix,
+    or of one block."""
+    start = longest = 0
+    for index, length in enumerate(prefix_lens):
+        longest = max(longest, length)
+        if index > start and (index - start + 1) * longest > most:
+            yield start, index
+            start, longest = index, length
+    yield start, len(prefix_lens)
 
 
 def attend_blocks(
@@ -66,7 +98,7 @@ def attend_blocks(
     value: torch.Tensor,
     prefix_key: torch.Tensor,
     prefix_value: torch.Tensor,
-    bias: BlockBias,
+    slices: Sequence[BlockSlice],
     scoring: Scoring,
 ) -> torch.Tensor:
     """Attend to the prefix and to the own block.
@@ -77,16 +109,39 @@ def attend_blocks(
         value: ``[G, R, D]``.
         prefix_key: ``[G, T', D]`` with T' >= T, as the target cached it.
         prefix_value: ``[G, T', D]``.
-        bias: From `block_bias`.
+        slices: From `block_slices`.
         scoring: Of the layer.
 
     Returns:
         ``[R, H * D]``.
     """
-    (num_rows, num_read), num_draft_tokens = bias.prefix.shape, bias.num_draft_tokens
+    outs = []
+    for part in slices:
+        own = (x[:, part.rows] for x in (query, key, value))
+        inputs = (*own, prefix_key, prefix_value, part, scoring)
+        if torch.is_grad_enabled():
+            out = checkpoint(
+                _attend, *inputs, use_reentrant=False, preserve_rng_state=False
+            )
+        else:
+            out = _attend(*inputs)
+        outs.append(out)
+    return torch.cat(outs)
+
+
+def _attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    prefix_key: torch.Tensor,
+    prefix_value: torch.Tensor,
+    part: BlockSlice,
+    scoring: Scoring,
+) -> torch.Tensor:
+    (num_rows, num_read), num_draft_tokens = part.prefix.shape, part.block.shape[0]
     query = (query * scoring.scale).unflatten(0, (key.shape[0], -1))  # [G, H/G, R, D]
-    prefix_key = prefix_key[:, :num_read].to(query.dtype)
-    prefix_value = prefix_value[:, :num_read].to(query.dtype)
+    prefix_key = prefix_key[:, part.tokens].to(query.dtype)
+    prefix_value = prefix_value[:, part.tokens].to(query.dtype)
     # The heads of a group share their keys, so their rows go through one product.
     past = (query.flatten(1, 2) @ prefix_key.mT).unflatten(1, (-1, num_rows))
     blocks = (-1, num_draft_tokens)
@@ -96,8 +151,9 @@ def attend_blocks(
     own = own_query @ own_key.mT  # [G, H/G, B, k, k]
     if (cap := scoring.soft_cap) is not None:
         past, own = torch.tanh(past / cap) * cap, torch.tanh(own / cap) * cap
-    own = own + bias.block
-    scores = torch.cat([past + bias.prefix, own.flatten(2, 3)], dim=-1)
+    past = past.masked_fill(~part.prefix, float("-inf"))
+    own = own.masked_fill(~part.block, float("-inf"))
+    scores = torch.cat([past, own.flatten(2, 3)], dim=-1)
     if scoring.sinks is not None:
         sinks = scoring.sinks.to(scores.dtype).unflatten(0, scores.shape[:2])
         column = sinks[..., None, None].expand(*scores.shape[:-1], 1)

@@ -31,10 +31,10 @@ from vllm_mtp.drafter.target_facts import (
 from vllm_mtp.drafter.transformers_layers import Rope, attention_of, run_rows
 from vllm_mtp.errors import MTPError, UnsupportedTargetError
 from vllm_mtp.torch_host.block_attention import (
-    BlockBias,
+    BlockSlice,
     Scoring,
     attend_blocks,
-    block_bias,
+    block_slices,
 )
 from vllm_mtp.torch_host.followed import constants_of, fix_rope, run_target
 
@@ -102,15 +102,34 @@ def class_of(config: Any) -> Any:
     return AutoModelForCausalLM if texts_only else AutoModelForImageTextToText
 
 
-class _Read(NamedTuple):
+@dataclass
+class _Read:
     """What the blocks behind one sequence read."""
 
     states: TargetStates
-    biases: dict[int | None, BlockBias]  # by the layers' windows
+    prefix_lens: torch.Tensor  # [B] int64
+    num_draft_tokens: int
+    prefix_window: int | None
+    _slices: dict[tuple[int | None, int], list[BlockSlice]] = field(
+        default_factory=dict
+    )
 
     @property
     def num_rows(self) -> int:
-        return next(iter(self.biases.values())).prefix.shape[0]
+        return len(self.prefix_lens) * self.num_draft_tokens
+
+    def slices(self, window: int | None, num_heads: int) -> list[BlockSlice]:
+        """For all layers of one window and number of heads."""
+        key = (window, num_heads)
+        if key not in self._slices:
+            self._slices[key] = block_slices(
+                self.prefix_lens,
+                self.num_draft_tokens,
+                num_heads,
+                window,
+                self.prefix_window,
+            )
+        return self._slices[key]
 
 
 class _LayerWays(NamedTuple):
@@ -231,13 +250,7 @@ class HFTarget(OneRank):
             prefix_window: The drafter's; None for all of the prefix.
         """
         self._reads = [
-            _Read(
-                states,
-                {
-                    window: block_bias(lens, num_draft_tokens, window, prefix_window)
-                    for window in set(self._windows)
-                },
-            )
+            _Read(states, lens, num_draft_tokens, prefix_window)
             for states, lens in blocks
         ]
         try:
@@ -319,8 +332,8 @@ class HFTarget(OneRank):
         outputs = []
         for read, q, k, v in zip(self._reads, *parts, strict=True):
             past = read.states.keys[index], read.states.values[index]
-            bias = read.biases[self._windows[index]]
-            outputs.append(attend_blocks(q, k, v, *past, bias, scoring))
+            slices = read.slices(self._windows[index], len(q))
+            outputs.append(attend_blocks(q, k, v, *past, slices, scoring))
         return torch.cat(outputs)
 
     @torch.no_grad()
