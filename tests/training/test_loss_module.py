@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers.models.auto import AutoModelForCausalLM
@@ -23,6 +24,7 @@ from vllm_mtp.training.loss_module import LossModule, LossPlan
 from vllm_mtp.training.loss_vocabulary import LossVocabulary, own_token_counts
 from vllm_mtp.training.objective import Objective
 from vllm_mtp.training.states import StatesSource, TrainingInputError, require_sane
+from vllm_mtp.training.token_loss import TokenLoss
 
 TOKENS = torch.arange(30) * 37 % VOCAB_SIZE
 TEXT: dict[str, Any] = {"index": 0, "input_ids": TOKENS, "loss_spans": [[4, 30]]}
@@ -119,12 +121,14 @@ class TestLearner:
         """LossVocabulary cut the softmax, and change nothing about the scores."""
         loss_module = self.loss_module(host, tiny_llama, layers)
         whole = loss_module([TEXT], step=3)["loss"]
-        loss_module.candidates = LossVocabulary(
-            torch.arange(VOCAB_SIZE).flip(0), VOCAB_SIZE
-        )
-        torch.testing.assert_close(loss_module([TEXT], step=3)["loss"], whole)
-        loss_module.candidates = LossVocabulary(torch.arange(8), VOCAB_SIZE)
-        assert loss_module([TEXT], step=3)["loss"] < whole
+
+        def loss(token_ids: torch.Tensor) -> torch.Tensor:
+            candidates = LossVocabulary(token_ids, VOCAB_SIZE)
+            loss_module.token_loss = TokenLoss(loss_module.bound, candidates)
+            return loss_module([TEXT], step=3)["loss"]
+
+        torch.testing.assert_close(loss(torch.arange(VOCAB_SIZE).flip(0)), whole)
+        assert loss(torch.arange(8)) < whole
 
     def test_texts_in_a_batch_do_not_touch(
         self, host: HFTarget, tiny_llama: Path
@@ -167,24 +171,51 @@ class TestLearner:
             for p in loss_module.parameters()
         )
 
+    @pytest.mark.parametrize("teacher_tokens", [5, 0])
     def test_teacher_is_the_targets_own_distribution(
-        self, host: HFTarget, tiny_llama: Path
+        self, host: HFTarget, tiny_llama: Path, teacher_tokens: int
     ) -> None:
-        objective = Objective(ce=0, kl=1, teacher_tokens=5)
+        objective = Objective(ce=0, kl=1, tv=1, teacher_tokens=teacher_tokens)
         loss_module = self.loss_module(host, tiny_llama, "own:0,3", objective=objective)
         blocks = loss_module.blocks(TEXT, 0)
-        head = host.model.get_output_embeddings()
-        teacher = loss_module._teacher([blocks], head, 3, 0)
         with torch.no_grad():
-            logits = host.model(TOKENS[None]).logits[0]
+            p = host.model(TOKENS[None]).logits[0]
+            hidden = forward_texts(loss_module.bound, [blocks], 3)
+            log_q = loss_module.bound.logits(hidden)
+            labels = blocks.labels(3)
+            log_q += loss_module.token_loss._markov(hidden, labels, 0, None)
+            log_q = log_q.log_softmax(-1)
+        if teacher_tokens:
+            p[p < p.topk(teacher_tokens).values[:, -1:]] = float("-inf")
+        p = p.softmax(-1)
+        kl, tv = [], []
         for block, n in enumerate(blocks.prefix_lens.tolist()):
-            for position in range(3):
-                if n + position < len(TOKENS):
-                    best, columns = logits[n + position].topk(5)
-                    assert teacher.columns[block, position].equal(columns)
-                    torch.testing.assert_close(
-                        teacher.probs[block, position], best.softmax(-1)
-                    )
+            for place in range(3):
+                if labels[block, place] != IGNORE_LABEL:
+                    wanted, got = p[n + place], log_q[block, place]
+                    kl.append(F.kl_div(got, wanted, reduction="sum"))
+                    tv.append((got.exp() - wanted).abs().sum() / 2)
+        parts = loss_module.loss_of([blocks])
+        torch.testing.assert_close(parts["kl"], torch.stack(kl).mean())
+        torch.testing.assert_close(parts["tv"], torch.stack(tv).mean())
+
+    def test_what_a_reduced_vocabulary_cannot_say_is_lost(
+        self, host: HFTarget, tiny_llama: Path
+    ) -> None:
+        """One minus the exact TV is the rate at which drafts are accepted."""
+        options = DrafterOptions(dtype="float32", draft_vocab_size=40)
+        tokens = tuple(range(0, VOCAB_SIZE, VOCAB_SIZE // 40))[:40]
+        drafter = new_drafter(tiny_llama, "own:0,3", 1, options, tokens)
+        fill_weights(drafter, 0.1, salt="lesson ")
+        objective = Objective(ce=0, tv=1, teacher_tokens=0)
+        loss_module = LossModule(drafter, host, LossPlan(objective))
+        text = TEXT | {"input_ids": torch.tensor(tokens[:30])}
+        blocks = loss_module.blocks(text, 0)
+        hidden = forward_texts(loss_module.bound, [blocks], 1)
+        p = host.logits(blocks.states.hidden[blocks.prefix_lens]).softmax(-1)
+        q = loss_module.bound.logits(hidden)[:, 0].softmax(-1)
+        accepted = torch.minimum(p[:, torch.tensor(tokens)], q).sum(-1).mean()
+        torch.testing.assert_close(loss_module.loss_of([blocks])["tv"], 1 - accepted)
 
     def test_a_drafter_that_is_the_target_has_no_kl(
         self, host: HFTarget, tiny_llama: Path

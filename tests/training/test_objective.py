@@ -9,7 +9,13 @@ import torch.nn.functional as F
 
 from vllm_mtp.drafter.layout import IGNORE_LABEL
 from vllm_mtp.errors import MTPError
-from vllm_mtp.training.objective import Objective, Teacher, objective_loss
+from vllm_mtp.training.objective import (
+    Objective,
+    Teacher,
+    label_weights,
+    position_losses,
+    weighted_sum,
+)
 
 B, K, C = 5, 3, 11
 
@@ -35,7 +41,19 @@ def whole_teacher() -> Teacher:
 
 
 def distribution(teacher: Teacher) -> torch.Tensor:
+    assert teacher.columns is not None
     return torch.zeros(B, K, C).scatter_(-1, teacher.columns, teacher.probs)
+
+
+def objective_loss(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    objective: Objective,
+    teacher: Teacher | None = None,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The loss, and each part at each position."""
+    losses = position_losses(logits, labels, objective, teacher)
+    return weighted_sum(losses, label_weights(labels, objective), objective), losses
 
 
 def mean_over_positions(values: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -49,7 +67,8 @@ def test_cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> None:
         logits.flatten(0, 1), labels.flatten(), reduction="none"
     ).view(B, K)
     torch.testing.assert_close(loss, mean_over_positions(each, labels).mean())
-    torch.testing.assert_close(parts["ce"], each[labels != IGNORE_LABEL].mean())
+    valid = labels != IGNORE_LABEL
+    torch.testing.assert_close(parts["ce"][valid], each[valid])
 
 
 def test_kl_over_everything_is_the_kl(

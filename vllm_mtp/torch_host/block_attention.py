@@ -15,7 +15,7 @@ k positions, R = B * k rows.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -117,8 +117,8 @@ def attend_blocks(
     """
     outs = []
     for part in slices:
-        own = (x[:, part.rows] for x in (query, key, value))
-        inputs = (*own, prefix_key, prefix_value, part, scoring)
+        own = [x[:, part.rows] for x in (query, key, value)]
+        inputs: Any = (*own, prefix_key, prefix_value, part, scoring)
         if torch.is_grad_enabled():
             out = checkpoint(
                 _attend, *inputs, use_reentrant=False, preserve_rng_state=False

@@ -1,26 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """The module that Trainer trains: from texts to a loss."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from vllm_mtp.drafter.layout import (
-    block_positions,
-    possible_anchors,
-    span_ends,
-)
+from vllm_mtp.drafter.layout import possible_anchors, span_ends
 from vllm_mtp.drafter.model import BoundDrafter, Drafter
 from vllm_mtp.torch_host.hf_target import HFTarget
 from vllm_mtp.torch_host.texts import TextBlocks, anchors_are_exact, forward_texts
 from vllm_mtp.training.anchors import choose_anchors, generator_for
 from vllm_mtp.training.features import FeatureLoss
 from vllm_mtp.training.loss_vocabulary import LossVocabulary
-from vllm_mtp.training.objective import Objective, Teacher, objective_loss
+from vllm_mtp.training.objective import Objective
 from vllm_mtp.training.states import StatesSource
+from vllm_mtp.training.token_loss import TokenLoss
 
 
 @dataclass(frozen=True)
@@ -77,12 +74,7 @@ class LossModule(nn.Module):
             self.features.streams if self.features else (),
             plan.states_budget,
         )
-        vocab = drafter.draft_vocab
-        self.candidates = (
-            LossVocabulary(vocab.token_ids, drafter.config.target.vocab_size)
-            if vocab is not None
-            else candidates
-        )
+        self.token_loss = TokenLoss(self.bound, candidates)
 
     def forward(
         self, texts: Sequence[Mapping[str, Any]], step: int
@@ -125,7 +117,7 @@ class LossModule(nn.Module):
         labels = torch.cat([text.labels(num_draft_tokens) for text in texts])
         # Where the first position is the target's own, there is nothing to teach.
         first = int(self.first_position_is_exact)
-        loss, parts = self._objective(texts, hidden[:, first:], labels, first)
+        loss, parts = self.token_loss(self.plan.objective, texts, hidden, labels, first)
         if self.features is not None:
             parts["feature"] = self.features.pop(texts, hidden, labels)
             loss = loss + self.plan.feature_weight * parts["feature"]
@@ -141,81 +133,3 @@ class LossModule(nn.Module):
     def first_position_is_exact(self) -> bool:
         exact = anchors_are_exact(self.drafter.config)
         return exact and self.num_draft_tokens > 1
-
-    def _objective(
-        self,
-        texts: Sequence[TextBlocks],
-        hidden: torch.Tensor,
-        labels: torch.Tensor,
-        first: int,
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        wanted = labels[:, first:]
-        candidates = self.candidates
-        if candidates is not None and self.drafter.draft_vocab is None:
-            candidates = candidates.with_labels(wanted)
-        head = self._head(candidates)
-        logits = head(hidden)
-        if self.drafter.markov is not None:
-            logits = logits + self._markov(hidden, labels, first, candidates)
-        columns = candidates.columns(wanted) if candidates else wanted
-        teacher = None
-        if self.plan.objective.needs_teacher:
-            teacher = self._teacher(texts, head, labels.shape[1], first)
-        return objective_loss(logits, columns, self.plan.objective, teacher)
-
-    def _head(
-        self, candidates: LossVocabulary | None
-    ) -> Callable[[torch.Tensor], torch.Tensor]:
-        if candidates is None:
-            return self.host.logits
-        if self.bound.small_head is not None:
-            return self.bound.small_head
-        return self.host.logits_of_tokens(candidates.token_ids)
-
-    def _markov(
-        self,
-        hidden: torch.Tensor,
-        labels: torch.Tensor,
-        first: int,
-        candidates: LossVocabulary | None,
-    ) -> torch.Tensor:
-        """The correction, given the TRUE token before each position.
-
-        A position whose true predecessor is unknown is never a label either.
-        """
-        assert self.drafter.markov is not None
-        # The position at the start of the block has no correction when serving.
-        start = max(first, 1)
-        previous = labels[:, start - 1 : -1].clamp(min=0)
-        whole = candidates is None or self.drafter.draft_vocab is not None
-        bias = self.drafter.markov(
-            previous,
-            hidden[:, start - first :],
-            None if whole else candidates.token_ids,  # type: ignore[union-attr]
-        )
-        return nn.functional.pad(bias, (0, 0, start - first, 0))
-
-    @torch.no_grad()
-    def _teacher(
-        self,
-        texts: Sequence[TextBlocks],
-        head: Callable[[torch.Tensor], torch.Tensor],
-        num_draft_tokens: int,
-        first: int,
-    ) -> Teacher:
-        """The target's likeliest tokens at each position. Each position of a text is
-        scored once, however many blocks cover it."""
-        columns, probs = [], []
-        for text in texts:
-            hidden = text.states.hidden
-            positions = block_positions(text.prefix_lens, num_draft_tokens)[:, first:]
-            positions = positions.clamp(
-                max=hidden.shape[0] - 1
-            )  # beyond: no label there
-            distinct, where = positions.unique(return_inverse=True)
-            scores = head(hidden[distinct])
-            count = min(self.plan.objective.teacher_tokens, scores.shape[-1])
-            scores, best = scores.topk(count)
-            columns.append(best[where])
-            probs.append(scores.float().softmax(-1)[where])
-        return Teacher(torch.cat(columns), torch.cat(probs))

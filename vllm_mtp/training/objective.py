@@ -4,6 +4,7 @@
 Dimensions: B blocks, k positions, C candidate tokens, N teacher tokens.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -20,10 +21,11 @@ class Objective:
     Attributes:
         ce: Cross-entropy on the target's own text.
         kl: KL from the target's distribution, cut to its N likeliest tokens and
-            detached (MTP-D, 2603.23911).
+            detached (MTP-D, 2603.23911), or whole.
         tv: Total variation distance to the same; one minus it is the rate at which
             rejection sampling accepts (LongSpark, 2609.37029, calls it L1).
-        teacher_tokens: N.
+        teacher_tokens: N; 0 for all tokens that are scored, which makes KL and TV
+            exact.
         position_decay: Gamma of the positions' weights ``exp(-(i - 1) / gamma)``; None
             for equal weights.
     """
@@ -62,65 +64,72 @@ class Objective:
 
 
 class Teacher(NamedTuple):
-    """The target's likeliest tokens at each position, detached."""
+    """The target's distribution at each position, detached."""
 
-    columns: torch.Tensor  # [B, k, N] int64, candidates
-    probs: torch.Tensor  # [B, k, N] float32, over these N
+    columns: torch.Tensor | None  # [B, k, N] int64, candidates; None for all C of them
+    probs: torch.Tensor  # [B, k, N] or [B, k, C] float32
 
 
-def objective_loss(
+def position_losses(
     logits: torch.Tensor,
     labels: torch.Tensor,
     objective: Objective,
     teacher: Teacher | None = None,
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """The weighted loss of some blocks.
+) -> dict[str, torch.Tensor]:
+    """Each part of the loss at each position.
 
     Args:
         logits: ``[B, k, C]``.
-        labels: ``[B, k]`` int64, candidates, or ``IGNORE_LABEL``: such a position
-            counts nowhere.
-        objective: The weights.
+        labels: ``[B, k]`` int64, candidates; others mean nothing where negative.
+        objective: Which parts.
         teacher: Needed where ``objective.needs_teacher``.
 
     Returns:
-        The loss, and each part's mean over the positions, detached.
+        ``[B, k]`` float32 by the part's name.
     """
-    valid = labels != IGNORE_LABEL
-    normaliser = logits.float().logsumexp(-1, keepdim=True)
+    logits = logits.float()
+    normaliser = logits.logsumexp(-1, keepdim=True)
     parts: dict[str, torch.Tensor] = {}
     if objective.ce:
         chosen = logits.gather(-1, labels.clamp(min=0)[..., None])
-        parts["ce"] = (normaliser - chosen.float())[..., 0]
+        parts["ce"] = (normaliser - chosen)[..., 0]
     if objective.needs_teacher:
         assert teacher is not None, "the objective asks for a teacher"
-        log_q = logits.gather(-1, teacher.columns).float() - normaliser
-        parts |= _distances(log_q, teacher.probs, objective)
-    weights = objective.position_weights(labels.shape[1]).to(logits.device)
-    loss = torch.zeros((), device=logits.device)
-    for name, values in parts.items():
-        loss = loss + getattr(objective, name) * _mean(values, valid, weights)
-    count = valid.sum().clamp(min=1)
-    means = {name: values[valid].sum() / count for name, values in parts.items()}
-    return loss, {name: value.detach() for name, value in means.items()}
-
-
-def _distances(
-    log_q: torch.Tensor, p: torch.Tensor, objective: Objective
-) -> dict[str, torch.Tensor]:
-    """KL and total variation per position, from ``[B, k, N]`` to ``[B, k]``."""
-    parts = {}
-    if objective.kl:
-        parts["kl"] = (p * (p.clamp(min=1e-9).log() - log_q)).sum(-1)
-    if objective.tv:
-        # Both distributions sum to 1, so this counts the draft's mass elsewhere too.
-        parts["tv"] = 1 - torch.minimum(p, log_q.exp()).sum(-1)
+        if teacher.columns is not None:
+            logits = logits.gather(-1, teacher.columns)
+        log_q, p = logits - normaliser, teacher.probs
+        if objective.kl:
+            parts["kl"] = (p * (p.clamp(min=1e-9).log() - log_q)).sum(-1)
+        if objective.tv:
+            # The draft's mass elsewhere counts too: both distributions sum to 1.
+            parts["tv"] = 1 - torch.minimum(p, log_q.exp()).sum(-1)
     return parts
 
 
-def _mean(
-    values: torch.Tensor, valid: torch.Tensor, weights: torch.Tensor
+def label_weights(labels: torch.Tensor, objective: Objective) -> torch.Tensor:
+    """How much each label counts: a position's weight over the number of its labels.
+
+    A sum with these weights is a mean over the blocks of each position, and then the
+    weighted mean of the positions.
+
+    Args:
+        labels: ``[B, k]`` int64; ``IGNORE_LABEL`` counts nowhere.
+        objective: Has the positions' weights.
+
+    Returns:
+        ``[B, k]`` float32.
+    """
+    valid = labels != IGNORE_LABEL
+    weights = objective.position_weights(labels.shape[1]).to(labels.device)
+    return valid * (weights / valid.sum(0).clamp(min=1))
+
+
+def weighted_sum(
+    losses: Mapping[str, torch.Tensor], weights: torch.Tensor, objective: Objective
 ) -> torch.Tensor:
-    """Mean over the blocks of each position ``[B, k]``, then their weighted sum."""
-    counts = valid.sum(0).clamp(min=1)
-    return (values.masked_fill(~valid, 0.0).sum(0) / counts * weights).sum()
+    """The objective's loss, of `position_losses` and their `label_weights`."""
+    loss = torch.zeros((), device=weights.device)
+    for name, values in losses.items():
+        values = values.masked_fill(weights == 0, 0.0)
+        loss = loss + getattr(objective, name) * (values * weights).sum()
+    return loss

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Peak memory and time of a training step of SmolLM2-135M drafters, as JSON lines.
+
+    python -m tools.step_memory [--tokens 2048 --anchors 256 --places 7 --repeats 3]
+
+Memory is what a step allocates above the weights, their gradients and the optimizer,
+counted by torch's own tracker (`torch.distributed._tools.mem_tracker.MemTracker`): it
+does not depend on the machine. Time is the process's CPU time without the tracker, the
+least of some steps. To compare two commits, run it in both by turns.
+"""
+
+import argparse
+import json
+import time
+from typing import Any
+
+import torch
+from torch.distributed._tools.mem_tracker import MemTracker
+
+from vllm_mtp.data.demo_target import ensure_demo_target
+from vllm_mtp.data.sharegpt import every_sharegpt_prompt
+from vllm_mtp.engine import tokenizer_of
+from vllm_mtp.torch_host.hf_target import HFTarget, load_frozen
+from vllm_mtp.torch_host.new_drafter import DrafterOptions, new_drafter
+from vllm_mtp.training.loss_module import LossModule, LossPlan
+from vllm_mtp.training.objective import Objective
+
+SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+OWN = DrafterOptions(
+    dtype="float32", bridges=True, boundary_hidden="all", markov_rank=64
+)
+SHARED = DrafterOptions(dtype="float32", lora_rank=32, lora_modules=SEVEN)
+DRAFTERS = {
+    "own layers": ("own:10,15,20,25,29", OWN),
+    "gated LoRA": ("shared:all", SHARED),
+}
+OBJECTIVES = {
+    "ce": Objective(),
+    "ce + tv": Objective(ce=0.1, tv=0.9, position_decay=4.0),
+}
+
+
+def main() -> None:
+    """Run from the command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    for name, default in {
+        "tokens": 2048,
+        "anchors": 256,
+        "places": 7,
+        "repeats": 3,
+        "texts": 1,
+    }.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--only", default="", help="drafters whose name starts so")
+    args = parser.parse_args()
+    target = ensure_demo_target()
+    host = HFTarget(load_frozen(target, "float32", "cpu"))
+    texts = [_text(target, args.tokens, number) for number in range(args.texts)]
+    for drafter, (layers, options) in DRAFTERS.items():
+        if not drafter.startswith(args.only):
+            continue
+        for objective, losses in OBJECTIVES.items():
+            torch.manual_seed(0)
+            model = new_drafter(target, layers, args.places, options)
+            with torch.no_grad():  # nothing that is zero, so that all has a gradient
+                for weight in model.parameters():
+                    weight.add_(torch.randn_like(weight), alpha=1e-3)
+            plan = LossPlan(objective=losses, anchors_per_text=args.anchors)
+            module = LossModule(model, host, plan)
+            found = {"drafter": drafter, "objective": objective}
+            found |= _measured(module, texts, args.repeats)
+            print(json.dumps(found), flush=True)
+
+
+def _text(target: Any, size: int, number: int) -> dict[str, Any]:
+    """Real prompts, one behind the other."""
+    tokenizer, ids = tokenizer_of(target), []
+    for prompt in every_sharegpt_prompt():
+        ids += tokenizer.encode(prompt)
+        if len(ids) >= size * (number + 1):
+            break
+    ids = ids[size * number :][:size]
+    spans = [[1, size]]
+    return {"index": number, "input_ids": torch.tensor(ids), "loss_spans": spans}
+
+
+class _Tracker(MemTracker):
+    """Takes frozen weights, which cannot have the hooks that count gradients."""
+
+    def _track_module_params_and_buffers(
+        self, module: Any, install_grad_hooks: bool = True
+    ) -> tuple[int, int]:
+        return super()._track_module_params_and_buffers(module, False)
+
+
+def _measured(module: LossModule, texts: Any, repeats: int) -> dict[str, Any]:
+    for weight in module.parameters():
+        weight.grad = torch.zeros_like(weight)
+    times = []
+    for _ in range(repeats):
+        module.zero_grad(set_to_none=False)
+        start = time.process_time()
+        loss = module(texts, step=0)["loss"]
+        loss.backward()
+        times.append(time.process_time() - start)
+    norm = torch.stack([w.grad.norm() for w in module.parameters()]).norm()
+    del loss
+    tracker = _Tracker()
+    tracker.track_external(module, module.host.model)
+    before = tracker.get_tracker_snapshot()[torch.device("cpu")]["Total"]
+    with tracker:
+        module(texts, step=0)["loss"].backward()
+    peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"] - before
+    return {
+        "peak_mib": round(peak / 2**20),
+        "seconds": round(min(times), 2),
+        "loss": round(float(module(texts, step=0)["loss"]), 6),
+        "gradient": round(norm.item(), 6),
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,248 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From last hidden states to the loss of the tokens, a slice of the blocks at a time.
+
+Logits take rows times vocabulary: for a large target they would be most of a training
+step's memory. So a slice's loss and its gradient are computed together and its logits
+dropped, as in fused losses (Liger Kernel, arXiv 2410.10989). Those know cross-entropy
+alone; ours also has the Markov correction, the teacher and weights per position.
+
+Dimensions: B blocks, k positions, C candidate tokens.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+from vllm_mtp.drafter.layout import IGNORE_LABEL, block_positions
+from vllm_mtp.drafter.model import BoundDrafter
+from vllm_mtp.torch_host.texts import TextBlocks
+from vllm_mtp.training.loss_vocabulary import LossVocabulary
+from vllm_mtp.training.objective import (
+    Objective,
+    Teacher,
+    label_weights,
+    position_losses,
+    weighted_sum,
+)
+
+# Logits of a slice. A GPU wants large products.
+_CPU_LOGITS, _LOGITS = 2**23, 2**26
+
+Head = Callable[[torch.Tensor], torch.Tensor]
+
+
+class _Slice(NamedTuple):
+    """Blocks behind one text."""
+
+    text: TextBlocks
+    of_text: slice  # among its blocks
+    of_all: slice  # among those of all texts
+
+
+class TokenLoss:
+    """The losses of drafted tokens.
+
+    Args:
+        bound: The drafter on its target.
+        candidates: Tokens that are scored, besides those of the labels; None for the
+            whole output vocabulary. A drafter with a reduced vocabulary scores that.
+    """
+
+    def __init__(self, bound: BoundDrafter, candidates: LossVocabulary | None) -> None:
+        self._bound = bound
+        vocab = bound.drafter.draft_vocab
+        if vocab is not None:
+            vocab_size = bound.drafter.config.target.vocab_size
+            candidates = LossVocabulary(vocab.token_ids, vocab_size)
+        self._candidates = candidates
+
+    def __call__(
+        self,
+        objective: Objective,
+        texts: Sequence[TextBlocks],
+        hidden: torch.Tensor,
+        labels: torch.Tensor,
+        first: int = 0,
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The loss of all positions from one on.
+
+        Args:
+            objective: What is learnt.
+            texts: The blocks' texts.
+            hidden: ``[B, k, hidden_size]``, behind the final norm.
+            labels: ``[B, k]`` int64 tokens, or ``IGNORE_LABEL``.
+            first: The first position that is taught.
+
+        Returns:
+            The loss, and each part's mean over the positions, detached.
+        """
+        wanted = labels[:, first:]
+        candidates = self._candidates
+        if candidates is not None and self._bound.small_head is None:
+            candidates = candidates.with_labels(wanted)
+        columns = wanted if candidates is None else candidates.columns(wanted)
+        valid = columns != IGNORE_LABEL
+        weights = label_weights(columns, objective)
+        head = self._head(candidates)
+        sums: dict[str, torch.Tensor] = {}
+
+        def loss_of(rows: torch.Tensor, part: _Slice) -> torch.Tensor:
+            logits = head(rows)
+            if self._bound.drafter.markov is not None:
+                logits = logits + self._markov(
+                    rows, labels[part.of_all], first, candidates
+                )
+            teacher = None
+            if objective.needs_teacher:
+                teacher = self._teacher(part, labels.shape[1], first, head, objective)
+            losses = position_losses(logits, columns[part.of_all], objective, teacher)
+            for name, values in losses.items():
+                values = values.detach().masked_fill(~valid[part.of_all], 0.0)
+                sums[name] = sums.get(name, 0.0) + values.sum()
+            return weighted_sum(losses, weights[part.of_all], objective)
+
+        markov = self._bound.drafter.markov
+        loss = _summed(
+            loss_of,
+            _slices(texts, hidden, self._num_candidates(candidates)),
+            hidden[:, first:],
+            [] if markov is None else list(markov.parameters()),
+        )
+        count = valid.sum().clamp(min=1)
+        return loss, {name: total / count for name, total in sums.items()}
+
+    def _num_candidates(self, candidates: LossVocabulary | None) -> int:
+        if candidates is None:
+            return self._bound.drafter.config.target.vocab_size
+        return len(candidates.token_ids)
+
+    def _head(self, candidates: LossVocabulary | None) -> Head:
+        if self._bound.small_head is not None:
+            return self._bound.small_head
+        if candidates is None:
+            return self._bound.target.logits
+        return self._bound.target.logits_of_tokens(candidates.token_ids)
+
+    def _markov(
+        self,
+        hidden: torch.Tensor,
+        labels: torch.Tensor,
+        first: int,
+        candidates: LossVocabulary | None,
+    ) -> torch.Tensor:
+        """The correction, given the TRUE token before each position.
+
+        A position whose true predecessor is unknown is never a label either.
+        """
+        markov = self._bound.drafter.markov
+        assert markov is not None
+        # The position at the start of the block has no correction when serving.
+        start = max(first, 1)
+        previous = labels[:, start - 1 : -1].clamp(min=0)
+        whole = candidates is None or self._bound.small_head is not None
+        bias = markov(
+            previous,
+            hidden[:, start - first :],
+            None if whole else candidates.token_ids,  # type: ignore[union-attr]
+        )
+        return nn.functional.pad(bias, (0, 0, start - first, 0))
+
+    @torch.no_grad()
+    def _teacher(
+        self,
+        part: _Slice,
+        num_draft_tokens: int,
+        first: int,
+        head: Head,
+        objective: Objective,
+    ) -> Teacher:
+        """The target's distribution at each position. Each position of a text is
+        scored once per slice, however many blocks cover it."""
+        hidden = part.text.states.hidden
+        prefix_lens = part.text.prefix_lens[part.of_text]
+        positions = block_positions(prefix_lens, num_draft_tokens)[:, first:]
+        positions = positions.clamp(max=len(hidden) - 1)  # beyond: no label there
+        distinct, where = positions.unique(return_inverse=True)
+        if objective.teacher_tokens:
+            scores = head(hidden[distinct])
+            scores, best = scores.topk(
+                min(objective.teacher_tokens, scores.shape[-1]), dim=-1
+            )
+            return Teacher(best[where], scores.float().softmax(-1)[where])
+        vocab = self._bound.drafter.draft_vocab
+        if vocab is None:
+            return Teacher(None, head(hidden[distinct]).float().softmax(-1)[where])
+        # What the drafter cannot say is lost, and counts.
+        whole = self._bound.target.logits(hidden[distinct]).float().softmax(-1)
+        return Teacher(None, whole[:, vocab.token_ids][where])
+
+
+def _slices(
+    texts: Sequence[TextBlocks], hidden: torch.Tensor, num_candidates: int
+) -> list[_Slice]:
+    """All blocks, in slices whose logits have a bounded size."""
+    most = _CPU_LOGITS if hidden.device.type == "cpu" else _LOGITS
+    size = max(most // (num_candidates * hidden.shape[1]), 1)
+    slices, before = [], 0
+    for text in texts:
+        num_blocks = len(text.prefix_lens)
+        for start in range(0, num_blocks, size):
+            end = min(start + size, num_blocks)
+            of_all = slice(before + start, before + end)
+            slices.append(_Slice(text, slice(start, end), of_all))
+        before += num_blocks
+    return slices
+
+
+LossOfSlice = Callable[[torch.Tensor, _Slice], torch.Tensor]
+
+
+def _summed(
+    loss_of: LossOfSlice,
+    slices: Sequence[_Slice],
+    rows: torch.Tensor,
+    weights: Sequence[nn.Parameter],
+) -> torch.Tensor:
+    """Sum of a loss over slices of ``rows``, which also depends on ``weights``."""
+    if not torch.is_grad_enabled():
+        return torch.stack([loss_of(rows[s.of_all], s) for s in slices]).sum()
+    return _SummedWithGradient.apply(loss_of, slices, rows, *weights)
+
+
+class _SummedWithGradient(torch.autograd.Function):
+    """Takes the gradient of each slice along with its loss, so that what the slice
+    needed for it is gone before the next one."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        loss_of: LossOfSlice,
+        slices: Sequence[_Slice],
+        rows: torch.Tensor,
+        *weights: nn.Parameter,
+    ) -> torch.Tensor:
+        total = torch.zeros((), device=rows.device)
+        of_rows = torch.zeros_like(rows)
+        trained = [weight for weight in weights if weight.requires_grad]
+        of_weights = {weight: torch.zeros_like(weight) for weight in trained}
+        for part in slices:
+            own = rows[part.of_all].detach().requires_grad_()
+            with torch.enable_grad():
+                loss = loss_of(own, part)
+            found = torch.autograd.grad(loss, [own, *trained], allow_unused=True)
+            total += loss.detach()
+            of_rows[part.of_all] = found[0]
+            for weight, change in zip(trained, found[1:], strict=True):
+                if change is not None:
+                    of_weights[weight] += change
+        ctx.save_for_backward(of_rows, *(of_weights.get(w) for w in weights))
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[Any, ...]:
+        found = (g if g is None else g * upstream for g in ctx.saved_tensors)
+        return None, None, *found
