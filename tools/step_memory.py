@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch.distributed._tools.mem_tracker import MemTracker
+from torch.distributed._tools.mod_tracker import ModTracker
 
 from vllm_mtp.data.demo_target import ensure_demo_target
 from vllm_mtp.data.sharegpt import every_sharegpt_prompt
@@ -52,6 +53,7 @@ def main() -> None:
     }.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--only", default="", help="drafters whose name starts so")
+    parser.add_argument("--gradient-checkpointing", action="store_true")
     args = parser.parse_args()
     target = ensure_demo_target()
     host = HFTarget(load_frozen(target, "float32", "cpu"))
@@ -67,6 +69,8 @@ def main() -> None:
                     weight.add_(torch.randn_like(weight), alpha=1e-3)
             plan = LossPlan(objective=losses, anchors_per_text=args.anchors)
             module = LossModule(model, host, plan)
+            if args.gradient_checkpointing:
+                module.gradient_checkpointing_enable()
             found = {"drafter": drafter, "objective": objective}
             found |= _measured(module, texts, args.repeats)
             print(json.dumps(found), flush=True)
@@ -84,13 +88,24 @@ def _text(target: Any, size: int, number: int) -> dict[str, Any]:
     return {"index": number, "input_ids": torch.tensor(ids), "loss_spans": spans}
 
 
-class _Tracker(MemTracker):
-    """Takes frozen weights, which cannot have the hooks that count gradients."""
+class _NoModules(ModTracker):
+    """Watches no module: its hooks refuse frozen weights and `autograd.grad`."""
 
-    def _track_module_params_and_buffers(
-        self, module: Any, install_grad_hooks: bool = True
-    ) -> tuple[int, int]:
-        return super()._track_module_params_and_buffers(module, False)
+    def __enter__(self) -> "_NoModules":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+def peak_bytes(module: LossModule, texts: Any) -> int:
+    """The most bytes that one step allocates at a time, above what is there before it;
+    give the weights their gradients first."""
+    tracker: Any = MemTracker()
+    tracker._mod_tracker = _NoModules()
+    with tracker:  # counts what begins to exist from here on
+        module(texts, step=0)["loss"].backward()
+    return tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
 
 
 def _measured(module: LossModule, texts: Any, repeats: int) -> dict[str, Any]:
@@ -105,14 +120,8 @@ def _measured(module: LossModule, texts: Any, repeats: int) -> dict[str, Any]:
         times.append(time.process_time() - start)
     norm = torch.stack([w.grad.norm() for w in module.parameters()]).norm()
     del loss
-    tracker = _Tracker()
-    tracker.track_external(module, module.host.model)
-    before = tracker.get_tracker_snapshot()[torch.device("cpu")]["Total"]
-    with tracker:
-        module(texts, step=0)["loss"].backward()
-    peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"] - before
     return {
-        "peak_mib": round(peak / 2**20),
+        "peak_mib": round(peak_bytes(module, texts) / 2**20),
         "seconds": round(min(times), 2),
         "loss": round(float(module(texts, step=0)["loss"]), 6),
         "gradient": round(norm.item(), 6),

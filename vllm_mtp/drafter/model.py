@@ -50,6 +50,10 @@ def scope(name: str) -> AbstractContextManager[object]:
     return record_function(name) if running else nullcontext()
 
 
+def _call(layer: Callable[..., Stream], *inputs: object) -> Stream:
+    return layer(*inputs)
+
+
 class Drafter(nn.Module):
     """Every trained weight of a drafter, and nothing of the target's.
 
@@ -105,6 +109,8 @@ class BoundDrafter:
     Attributes:
         trace: Set it to see what every stage of a forward computes.
         layers_runner: Runs the layers; a host may put a compiled one in its place.
+        layer_call: Calls one layer with its arguments; training may put one in its
+            place that keeps less for the backward.
     """
 
     def __init__(self, drafter: Drafter, target: TargetHost) -> None:
@@ -113,6 +119,7 @@ class BoundDrafter:
         self.drafter = drafter
         self.target = target
         self.layers_runner: RunLayers = self._run_layers
+        self.layer_call: Callable[..., Stream] = _call
         self._shared = {
             index: layer.bind(target)
             for index, layer in enumerate(drafter.layers)
@@ -175,13 +182,13 @@ class BoundDrafter:
         gate: torch.Tensor,
     ) -> torch.Tensor:
         """See `RunLayers`."""
-        stream = Stream(embedded)
+        stream, call = Stream(embedded), self.layer_call
         for index, layer in enumerate(self.drafter.layers):
             if isinstance(layer, OwnLayer):
-                stream = layer(self.target, stream, positions, boundary)
+                stream = call(layer, self.target, stream, positions, boundary)
             else:
                 shared = self._shared[index]
-                stream = layer(self.target, shared, stream, positions, gate)
+                stream = call(layer, self.target, shared, stream, positions, gate)
             if self.trace is not None:
                 self.trace(index, stream.summed())
         hidden = self.target.final_norm(stream)

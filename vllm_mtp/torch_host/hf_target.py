@@ -3,7 +3,7 @@
 
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.models.auto import AutoModelForCausalLM, AutoModelForImageTextToText
@@ -258,6 +259,36 @@ class HFTarget(OneRank):
                 yield
         finally:
             self._reads = []
+
+    def recomputed(self, layer: Callable[..., Stream], *inputs: Any) -> Stream:
+        """A layer's output, which keeps nothing but its inputs for the backward.
+
+        Call it within `reading`; the backward may come behind it.
+
+        Args:
+            layer: Computes the same each time.
+            inputs: Its arguments.
+        """
+        if not torch.is_grad_enabled():
+            return layer(*inputs)
+        reads = self._reads
+
+        @contextmanager
+        def reading_again() -> Iterator[None]:
+            before, self._reads = self._reads, reads
+            try:
+                with _attention_is_ours(self.decoder.config):
+                    yield
+            finally:
+                self._reads = before
+
+        return checkpoint(
+            layer,
+            *inputs,
+            use_reentrant=False,
+            preserve_rng_state=False,
+            context_fn=lambda: (nullcontext(), reading_again()),
+        )
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         embedded = self.model.get_input_embeddings()(token_ids)

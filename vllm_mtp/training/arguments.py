@@ -60,7 +60,9 @@ class DrafterTrainingArguments(DrafterOptions, TrainingArguments):
     kl_weight: float = flag("weight of the KL from the target's likeliest tokens", 0.0)
     tv_weight: float = flag("weight of the total variation to the same", 0.0)
     feature_weight: float = flag("weight of the feature loss of own layers", 0.0)
-    teacher_tokens: int = flag("how many likeliest tokens", 64)
+    teacher_tokens: int = flag(
+        "how many likeliest tokens; 0: all that are scored, which makes both exact", 64
+    )
     position_decay: float | None = flag(
         "gamma of position weights exp(-(i-1)/gamma)", None
     )
@@ -77,7 +79,11 @@ class DrafterTrainingArguments(DrafterOptions, TrainingArguments):
         "score only this many frequent tokens and the batch's labels while training",
         None,
     )
-    states_budget_gb: float = flag("memory for keeping the target's states", 4.0)
+    states_budget_gb: float | None = flag(
+        "memory for keeping the target's states of texts that come again (default: 4 "
+        "on a CPU, none elsewhere)",
+        None,
+    )
 
     own_optimizer: Literal["as_optim", "muon"] = flag(
         "muon: train the matrices of own layers with Muon, and all else with `optim`",
@@ -150,10 +156,17 @@ class DrafterTrainingArguments(DrafterOptions, TrainingArguments):
             ),
             anchors_per_text=self.anchors_per_text,
             feature_weight=self.feature_weight,
-            states_budget=self.states_budget_gb * 2**30,
+            states_budget=self._states_budget(),
             seed=self.seed,
             num_draft_tokens=self.train_places,
         )
+
+    def _states_budget(self) -> float:
+        gigabytes = self.states_budget_gb
+        if gigabytes is None:
+            # A GPU computes them faster than it finds room for them.
+            gigabytes = 4.0 if self.device.type == "cpu" else 0.0
+        return gigabytes * 2**30
 
     def autocast(self) -> Any:
         """What a forward outside of Trainer's own loop has to run in."""
@@ -258,7 +271,7 @@ _RANGES: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
         "a schedule that follows from the step alone, such as cosine",
     ),
     (
-        ("anchors_per_text", "teacher_tokens", "max_text_tokens"),
+        ("anchors_per_text", "max_text_tokens"),
         lambda value: value >= 1,
         "1 or more",
     ),
@@ -273,9 +286,19 @@ _RANGES: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
         "1 or more (leave it out for all)",
     ),
     (
-        ("feature_weight", "states_budget_gb", "bridge_texts"),
+        ("feature_weight", "bridge_texts"),
         lambda value: value >= 0,
         "0 (none) or more",
+    ),
+    (
+        ("states_budget_gb",),
+        lambda value: value is None or value >= 0,
+        "0 (none) or more (leave it out for what fits the device)",
+    ),
+    (
+        ("teacher_tokens",),
+        lambda value: value >= 0,
+        "1 or more, or 0 for all tokens that are scored",
     ),
     (
         ("placeholder_lr_scale", "markov_lr_scale"),

@@ -48,27 +48,54 @@ def fit_bridges(bound: BoundDrafter, texts: Sequence[Mapping[str, Any]]) -> None
         bound: The drafter on an `HFTarget`; changed in place.
         texts: Rows with ``input_ids`` (``[T]`` int64) and ``loss_spans``.
     """
-    layers = bridged_layers(bound.drafter)
-    streams = {layer.target_layer - 1 for layer in layers.values()}
-    blocks = [_all_blocks(bound, text, streams) for text in texts]
-    for index, layer in layers.items():
-        wanted = torch.cat(
-            [b.states.streams[layer.target_layer - 1][b.prefix_lens] for b in blocks]
-        )
-        features = [_inputs_of(bound, index, blocks)]
-        if layer.boundary_proj is not None:
-            features.append(
-                torch.cat([b.states.hidden[b.prefix_lens - 1] for b in blocks])
-            )
-        explained = _solve(layer, features, wanted)
+    for index, layer in bridged_layers(bound.drafter).items():
+        stream = layer.target_layer - 1
+        sums = _Sums()
+        for text in texts:
+            blocks = _all_blocks(bound, text, {stream})
+            features = [_inputs_of(bound, index, blocks)]
+            if layer.boundary_proj is not None:
+                features.append(blocks.states.hidden[blocks.prefix_lens - 1])
+            sums.add(features, blocks.states.streams[stream][blocks.prefix_lens])
         logger.info(
             "bridge of layer %d (reads target layer %d): %.2f of the stream's variance "
             "explained, median over the channels, from %d rows",
             index,
             layer.target_layer,
-            explained,
-            len(wanted),
+            _solve(layer, sums),
+            sums.num_rows,
         )
+
+
+class _Sums:
+    """All that least squares need of rows, which need not be kept.
+
+    Attributes:
+        gram: Of the features and a one, ``[features + 1, features + 1]`` float64.
+        product: Of these with what is wanted, ``[features + 1, hidden_size]`` float64.
+        squares: Of what is wanted, ``[hidden_size]`` float64.
+    """
+
+    gram: torch.Tensor
+    product: torch.Tensor
+    squares: torch.Tensor
+    num_rows = 0
+
+    def add(self, features: Sequence[torch.Tensor], wanted: torch.Tensor) -> None:
+        """Rows of features ``[rows, hidden_size]`` and of what is wanted of them
+        ``[rows, hidden_size]``."""
+        ones = torch.ones_like(wanted[:, :1])
+        rows = torch.cat([*features, ones], dim=1).double()
+        wanted = wanted.double()
+        if not self.num_rows:
+            size = rows.shape[1]
+            self.gram = rows.new_zeros(size, size)
+            self.product = rows.new_zeros(size, wanted.shape[1])
+            self.squares = rows.new_zeros(wanted.shape[1])
+        self.gram.addmm_(rows.T, rows)
+        self.product.addmm_(rows.T, wanted)
+        self.squares += wanted.square().sum(0)
+        self.num_rows += len(rows)
 
 
 def _all_blocks(
@@ -83,41 +110,32 @@ def _all_blocks(
     return TextBlocks(token_ids, states, anchors.to(token_ids.device))
 
 
-def _inputs_of(
-    bound: BoundDrafter, index: int, blocks: Sequence[TextBlocks]
-) -> torch.Tensor:
+def _inputs_of(bound: BoundDrafter, index: int, blocks: TextBlocks) -> torch.Tensor:
     """What one layer gets in the anchors' rows. ``[rows, hidden_size]``."""
     seen: dict[int, torch.Tensor] = {}
     before = bound.trace
     bound.trace = seen.__setitem__
     try:
-        inputs = []
-        for text in blocks:
-            forward_texts(bound, [text], num_draft_tokens=1, whole_blocks=True)
-            inputs.append(seen[index - 1 if index else Traced.INPUT])
+        forward_texts(bound, [blocks], num_draft_tokens=1, whole_blocks=True)
     finally:
         bound.trace = before
-    return torch.cat(inputs)
+    return seen[index - 1 if index else Traced.INPUT]
 
 
-def _solve(
-    layer: OwnLayer, features: Sequence[torch.Tensor], wanted: torch.Tensor
-) -> float:
-    """Write the least-squares maps from features ``[rows, hidden_size]`` to the stream
-    that is wanted ``[rows, hidden_size]``; returns the explained part of its variance,
-    the median over the channels."""
+def _solve(layer: OwnLayer, sums: _Sums) -> float:
+    """Write the least-squares maps from the features to the stream that is wanted;
+    returns the explained part of its variance, the median over the channels."""
     assert layer.bridge is not None
-    ones = torch.ones_like(wanted[:, :1])
-    rows = torch.cat([*features, ones], dim=1).double()
-    gram = rows.T @ rows
-    gram += _RIDGE * gram.diagonal().diag()
-    maps = torch.linalg.solve(gram, rows.T @ wanted.double())
-    weight, *boundary, bias = maps.split([*(f.shape[1] for f in features), 1])
-    layer.bridge.weight.copy_(weight.T)
-    layer.bridge.bias.copy_(bias[0])
+    gram, product = sums.gram, sums.product
+    maps = torch.linalg.solve(gram + _RIDGE * gram.diagonal().diag(), product)
+    size = product.shape[1]
+    layer.bridge.weight.copy_(maps[:size].T)
+    layer.bridge.bias.copy_(maps[-1])
     if layer.boundary_proj is not None:
-        layer.boundary_proj.weight.copy_(boundary[0].T)
+        layer.boundary_proj.weight.copy_(maps[size:-1].T)
     # Autocast keeps the rounded weights that it has seen, until its block ends.
     torch.clear_autocast_cache()
-    left = (wanted - rows @ maps).var(0) / wanted.double().var(0).clamp(min=1e-12)
-    return 1 - left.median().item()
+    # The last feature is the one: its row of the product has the sums.
+    spread = sums.squares - product[-1].square() / sums.num_rows
+    left = sums.squares - (maps * (2 * product - gram @ maps)).sum(0)
+    return 1 - (left / spread.clamp(min=1e-12)).median().item()

@@ -23,7 +23,8 @@ WORKS = frozenset((
     "train_sampling_strategy", "ignore_data_skip",
     "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps",
     "optim", "optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon",
-    "max_grad_norm", "bf16", "tf32", "torch_empty_cache_steps", "logging_strategy",
+    "max_grad_norm", "gradient_checkpointing", "bf16", "tf32",
+    "torch_empty_cache_steps", "logging_strategy",
     "logging_steps", "logging_first_step", "logging_nan_inf_filter",
     "log_on_each_node", "log_level", "log_level_replica", "disable_tqdm", "report_to",
     "run_name", "project", "trackio_space_id", "trackio_bucket_id",
@@ -48,9 +49,7 @@ _FUSED = "it replaces parts of whole language models; leave it out"
 _LENGTHS = "texts are not padded, so they need no sorting; leave it out"
 
 REFUSED: Mapping[str, str] = {
-    "gradient_checkpointing": "a drafter has few layers; lower anchors_per_text or "
-    "per_device_train_batch_size where memory is short",
-    "gradient_checkpointing_kwargs": "there is no gradient checkpointing; leave it out",
+    "gradient_checkpointing_kwargs": "layers are recomputed in one way; leave it out",
     "torch_compile": _COMPILED,
     "torch_compile_backend": _COMPILED,
     "torch_compile_mode": _COMPILED,

@@ -124,6 +124,11 @@ class LossModule(nn.Module):
         parts = {name: value.detach() for name, value in parts.items()}
         return {"loss": loss, **parts}
 
+    def gradient_checkpointing_enable(self, **_: Any) -> None:
+        """Keep the layers' inputs alone, and compute the rest anew in the backward, as
+        transformers' models do under the same name."""
+        self.bound.layer_call = self.host.recomputed
+
     @property
     def num_draft_tokens(self) -> int:
         """Places that are taught."""

@@ -21,6 +21,11 @@ class TrainingInputError(MTPError):
 class StatesSource:
     """Gives a text's target states, computed once if they fit.
 
+    What was kept first stays. Each epoch has an order of its own, so the text that was
+    read last is the one that comes again last: to keep it in place of another would
+    find fewer texts again, not more (with room for half of them, one in eight where the
+    oldest makes room, and one in two so).
+
     Args:
         host: The target.
         cached_layers: Layers whose keys and values the drafter reads.

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a training step keeps does not grow with rows times prefix or vocabulary."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from checkpoints_spec.goldens import fill_weights
+from tests.tiny_targets import VOCAB_SIZE
+from tools.step_memory import peak_bytes
+from vllm_mtp.drafter.model import Drafter
+from vllm_mtp.torch_host import block_attention
+from vllm_mtp.torch_host.hf_target import HFTarget, load_frozen
+from vllm_mtp.torch_host.new_drafter import DrafterOptions, new_drafter
+from vllm_mtp.training import token_loss
+from vllm_mtp.training.loss_module import LossModule, LossPlan
+from vllm_mtp.training.objective import Objective
+
+K, SIZE = 6, 200
+TEXTS: list[dict[str, Any]] = [
+    {
+        "index": i,
+        "input_ids": torch.arange(SIZE - i) * (7 + i) % VOCAB_SIZE,
+        "loss_spans": [[3, 90], [101, SIZE - i]],
+    }
+    for i in range(2)
+]
+MIX = Objective(ce=0.3, kl=0.2, tv=0.5, position_decay=3.0)
+
+
+@pytest.fixture(scope="module")
+def host(tiny_llama: Path) -> HFTarget:
+    return HFTarget(load_frozen(tiny_llama, "float32", "cpu"))
+
+
+def lesson(
+    host: HFTarget, target: Path, layers: str, *, plan: LossPlan, **options: Any
+) -> LossModule:
+    chosen = DrafterOptions(dtype="float32", **options)
+    tokens = range(0, VOCAB_SIZE, VOCAB_SIZE // 100)[:100]
+    vocab = tuple(tokens) if chosen.draft_vocab_size else None
+    drafter: Drafter = new_drafter(target, layers, K, chosen, vocab)
+    fill_weights(drafter, 0.1, salt="memory ")
+    return LossModule(drafter, host, plan)
+
+
+def step(module: LossModule) -> dict[str, torch.Tensor]:
+    """The losses and all gradients of a step."""
+    module.zero_grad()
+    found = module(TEXTS, step=5)
+    found["loss"].backward()
+    gradients = {n: w.grad.clone() for n, w in module.named_parameters()}
+    return {name: value.detach() for name, value in found.items()} | gradients
+
+
+KINDS = [
+    ("shared:all", {"lora_rank": 2, "markov_rank": 3}),
+    ("shared:0,own:1,3", {"bridges": True, "boundary_hidden": "all"}),
+    ("own:0,3", {"draft_vocab_size": 100, "markov_rank": 3}),
+]
+
+
+@pytest.mark.parametrize(("layers", "options"), KINDS, ids=[k[0] for k in KINDS])
+@pytest.mark.parametrize("teacher_tokens", [9, 0])
+def test_a_step_in_slices_is_the_whole_step(
+    host: HFTarget,
+    tiny_llama: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    layers: str,
+    options: dict[str, Any],
+    teacher_tokens: int,
+) -> None:
+    objective = Objective(**vars(MIX) | {"teacher_tokens": teacher_tokens})
+    plan = LossPlan(objective, anchors_per_text=20)
+    module = lesson(host, tiny_llama, layers, plan=plan, **options)
+    whole = step(module)
+    monkeypatch.setattr(block_attention, "_CPU_SCORES", 5000)
+    monkeypatch.setattr(token_loss, "_CPU_LOGITS", 3 * K * VOCAB_SIZE)
+    module.gradient_checkpointing_enable()
+    torch.testing.assert_close(step(module), whole)
+
+
+def test_what_is_kept(
+    host: HFTarget, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = LossPlan(MIX, anchors_per_text=150)
+    module = lesson(host, tiny_llama, "own:0,1,2,3", plan=plan)
+    rows = 150 * K * len(TEXTS)
+    heads = module.drafter.config.target.num_attention_heads
+    # One copy of each, where a whole step keeps several.
+    scores, logits = 4 * rows * SIZE * heads * 4, 4 * rows * VOCAB_SIZE
+    monkeypatch.setattr(block_attention, "_CPU_SCORES", 40_000)
+    monkeypatch.setattr(token_loss, "_CPU_LOGITS", 40_000)
+    layers = peak_bytes(module, TEXTS)
+    module.gradient_checkpointing_enable()
+    peak = peak_bytes(module, TEXTS)
+    assert peak < (scores + logits) / 2
+    assert peak < layers / 2
+
+
+def test_evaluations_keep_nothing(host: HFTarget, tiny_llama: Path) -> None:
+    module = lesson(host, tiny_llama, "own:0,3", plan=LossPlan(MIX))
+    expected = module(TEXTS, step=5)["loss"]
+    with torch.no_grad():
+        found = module(TEXTS, step=5)["loss"]
+    torch.testing.assert_close(found, expected.detach())
+    assert not found.requires_grad
