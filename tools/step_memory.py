@@ -12,6 +12,7 @@ least of some steps. To compare two commits, run it in both by turns.
 import argparse
 import json
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -98,13 +99,12 @@ class _NoModules(ModTracker):
         pass
 
 
-def peak_bytes(module: LossModule, texts: Any) -> int:
-    """The most bytes that one step allocates at a time, above what is there before it;
-    give the weights their gradients first."""
+def peak_bytes(step: Callable[[], object]) -> int:
+    """The most bytes that a step holds at a time, above what is there before it."""
     tracker: Any = MemTracker()
     tracker._mod_tracker = _NoModules()
     with tracker:  # counts what begins to exist from here on
-        module(texts, step=0)["loss"].backward()
+        step()
     return tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
 
 
@@ -120,8 +120,9 @@ def _measured(module: LossModule, texts: Any, repeats: int) -> dict[str, Any]:
         times.append(time.process_time() - start)
     norm = torch.stack([w.grad.norm() for w in module.parameters()]).norm()
     del loss
+    peak = peak_bytes(lambda: module(texts, step=0)["loss"].backward())
     return {
-        "peak_mib": round(peak_bytes(module, texts) / 2**20),
+        "peak_mib": round(peak / 2**20),
         "seconds": round(min(times), 2),
         "loss": round(float(module(texts, step=0)["loss"]), 6),
         "gradient": round(norm.item(), 6),

@@ -98,7 +98,6 @@ class TestNothing:
         [
             ("save_total_limit: null", "2"),
             ("lora_modules: []", "'q_proj', 'v_proj', 'o_proj'"),
-            ("states_budget_gb: null", "4.0"),
         ],
     )
     def test_elsewhere_it_is_refused(
@@ -190,7 +189,7 @@ class TestTheBest:
         ({"anchors_per_text": 0}, "anchors_per_text: got 0, expected 1 or more"),
         ({"eval_anchors": 0}, "eval_anchors: got 0"),
         ({"eval_texts": -1}, "eval_texts: got -1"),
-        ({"teacher_tokens": 0}, "teacher_tokens: got 0"),
+        ({"teacher_tokens": -1}, "teacher_tokens: got -1"),
         ({"max_text_tokens": 0}, "max_text_tokens: got 0"),
         ({"train_texts": 0}, "train_texts: got 0, .*leave it out for all"),
         ({"loss_vocab_size": 0}, "loss_vocab_size: got 0"),

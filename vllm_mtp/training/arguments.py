@@ -104,6 +104,9 @@ class DrafterTrainingArguments(DrafterOptions, TrainingArguments):
     seed: int = flag("seed of start values, and of what is drawn while training", 42)
     remove_unused_columns: bool = flag("as in transformers", False)
     save_total_limit: int | None = flag("checkpoints to keep", 2)
+    gradient_checkpointing: bool = flag(
+        "keep only the layers' inputs for the backward, and compute the rest anew", True
+    )
 
     def __post_init__(self) -> None:
         self.require_valid(self.num_speculative_tokens)

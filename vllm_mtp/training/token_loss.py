@@ -29,7 +29,7 @@ from vllm_mtp.training.objective import (
 )
 
 # Logits of a slice. A GPU wants large products.
-_CPU_LOGITS, _LOGITS = 2**23, 2**26
+_CPU_LOGITS, _LOGITS = 2**22, 2**26
 
 Head = Callable[[torch.Tensor], torch.Tensor]
 
