@@ -74,6 +74,7 @@ def front_end(
     *,
     generation_config: str = "auto",
     tokenizer_mode: str = "auto",
+    **settings: Any,
 ) -> "FrontEnd":
     """What ``vllm serve`` does with a target's requests.
 
@@ -83,6 +84,8 @@ def front_end(
             (the target's folder), ``vllm`` (none), or a folder.
         tokenizer_mode: As vLLM's flag; ``auto`` takes mistral-common only where the
             weights are in Mistral's own files too.
+        settings: More of the engine that will answer, to be checked now: what
+            ``vllm.EngineArgs`` takes.
 
     Raises:
         MTPError: vLLM does not take the target, or its tokenizer cannot be loaded.
@@ -91,18 +94,26 @@ def front_end(
     # What the import sets stays: it happens once.
     from vllm.engine.arg_utils import EngineArgs
 
+    flags = "".join(
+        f" --{name.replace('_', '-')} {value}"
+        for name, value in settings.items()
+        if value is not None
+    )
+    what = "vLLM does not take it" + (flags and f" with{flags}")
     try:
         with _same_environment():
             arguments = EngineArgs(
                 str(target),
                 generation_config=generation_config,
                 tokenizer_mode=tokenizer_mode,
-                **_text_only(target),
+                **_text_only(target) | settings,
             )
-            return FrontEnd(arguments.create_engine_config())
+            config = arguments.create_engine_config()
+            what = "its tokenizer cannot be loaded by vLLM"
+            return FrontEnd(config)
     except Exception as error:  # of configs, pydantic, tokenizers, the hub ...
         raise MTPError(
-            f"--target {target}: its tokenizer cannot be loaded by vLLM "
+            f"--target {target}: {what} "
             f"({type(error).__name__}: {' '.join(str(error).split())[:300]})"
         ) from None
 

@@ -22,7 +22,12 @@ from vllm_mtp.data.generation import Answer
 from vllm_mtp.data.progress import Progress, time_text
 from vllm_mtp.data.render import Request
 from vllm_mtp.data.served_sampling import difference_from_served
-from vllm_mtp.data.settings import EngineSettings, PromptCounts, SamplingSettings
+from vllm_mtp.data.settings import (
+    EngineSettings,
+    MachineSettings,
+    PromptCounts,
+    SamplingSettings,
+)
 from vllm_mtp.data.store import SPLITS, read_provenance, read_split
 from vllm_mtp.engine import FrontEnd
 from vllm_mtp.errors import DataError
@@ -39,7 +44,11 @@ class FakeEngine:
     before_call: Callable[[], None]
 
     def __init__(
-        self, target: Path, settings: EngineSettings, sampling: SamplingSettings
+        self,
+        target: Path,
+        settings: EngineSettings,
+        sampling: SamplingSettings,
+        machine: MachineSettings,
     ) -> None:
         self._longest = sampling.max_tokens
 
@@ -367,7 +376,7 @@ class TestSampling:
             yield
 
         monkeypatch.setattr("vllm_mtp.engine.start", start)
-        with answering(target, settings.engine, settings.sampling):
+        with answering(target, settings.engine, settings.sampling, MachineSettings()):
             assert started["generation_config"] == str(other)
         assert run(generation_config="vllm", out=tmp_path / "none") == 0
         engine = read_provenance(tmp_path / "none").settings.engine

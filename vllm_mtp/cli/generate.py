@@ -16,7 +16,12 @@ from vllm_mtp.interrupts import advise, deferred
 if TYPE_CHECKING:
     from vllm_mtp.data.odd_rows import OddRows
     from vllm_mtp.data.render import Renderer, Request
-    from vllm_mtp.data.settings import PromptCounts, Provenance, RunSettings
+    from vllm_mtp.data.settings import (
+        MachineSettings,
+        PromptCounts,
+        Provenance,
+        RunSettings,
+    )
     from vllm_mtp.data.store import Store
 
 _MAX_TOKENS = 512  # the longest answer, unless the user or the target says
@@ -122,6 +127,20 @@ class Generate:
         "type that the engine computes in; auto is the target's own", "auto"
     )
 
+    quantization: str | None = flag(
+        "as for `vllm serve`, which then has to be given the same; left out, as the "
+        "target's weights are",
+        None,
+    )
+    tensor_parallel_size: int = flag("GPUs (or CPU sockets) that share one target", 1)
+    data_parallel_size: int = flag(
+        "1; run one process with --shard per replica for more", 1
+    )
+    gpu_memory_utilization: float | None = flag(
+        "part of each GPU's memory that the engine takes; left out, vLLM's default",
+        None,
+    )
+
     def run(self) -> int:
         from vllm_mtp.data.odd_rows import OddRows
         from vllm_mtp.data.render import Renderer
@@ -131,6 +150,8 @@ class Generate:
         from vllm_mtp.engine import front_end
 
         _require_datasets()
+        self._require_one_replica()
+        machine = self._machine()
         # It writes the finished dataset in seconds; its many bars say nothing.
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
         target = target_folder(self.target)
@@ -140,6 +161,9 @@ class Generate:
             target,
             generation_config=self.generation_config,
             tokenizer_mode=self.tokenizer_mode,
+            # Refused now, and not once all prompts are read.
+            quantization=self.quantization,
+            tensor_parallel_size=self.tensor_parallel_size,
         )
         if self.chat_template and chat.is_harmony:
             raise DataError(
@@ -168,7 +192,7 @@ class Generate:
         print(_first_prompt(requests[0], renderer))
         print(self._sampling_in_words(sampling, defaults))
         advise(f"the same command goes on with what is in {store.folder}")
-        provenance = _generate(store, settings, target, requests, counts)
+        provenance = _generate(store, settings, machine, target, requests, counts)
         print(report(provenance, store.folder, odd.explained()))
         return 0
 
@@ -193,6 +217,26 @@ class Generate:
                 f"read; {reasons}. Name a source with prompts that the target takes"
             )
         return requests, counts
+
+    def _require_one_replica(self) -> None:
+        if self.data_parallel_size != 1:
+            raise DataError(
+                f"--data-parallel-size: got {self.data_parallel_size}, expected 1: "
+                "vLLM's offline engine has no replicas in one process. Run one process "
+                f"per replica, with --shard 1/{max(self.data_parallel_size, 2)} and so "
+                "on, each with an --out of its own, and give `train` all of them"
+            )
+
+    def _machine(self) -> "MachineSettings":
+        from pydantic import ValidationError
+
+        from vllm_mtp.data.settings import MachineSettings
+
+        names = ("tensor_parallel_size", "gpu_memory_utilization")
+        try:
+            return MachineSettings.model_validate(self._fields(*names))
+        except ValidationError as error:
+            raise DataError(_flag_errors(error)) from None
 
     def _template_arguments(self) -> dict[str, Any]:
         import json
@@ -263,7 +307,7 @@ class Generate:
             raise DataError(_flag_errors(error)) from None
 
     def _from_flags(self, target: Path, sampling: dict[str, Any]) -> dict[str, Any]:
-        engine = self._fields("dtype", "tokenizer_mode", "max_num_seqs")
+        engine = self._fields("dtype", "tokenizer_mode", "max_num_seqs", "quantization")
         if self.generation_config != "vllm":  # tokens that end are the target's then
             engine["generation_config"] = self.generation_config
         names = ("chat_template", "max_prompt_tokens", "held_out")
@@ -328,6 +372,7 @@ def _flag_errors(error: Any) -> str:
 def _generate(
     store: "Store",
     settings: "RunSettings",
+    machine: "MachineSettings",
     target: Path,
     requests: "Sequence[Request]",
     counts: "PromptCounts",
@@ -349,13 +394,14 @@ def _generate(
             todo.append(len(part))
     print(f"{len(requests):,} prompts in {len(parts)} parts, {len(todo)} of them to do")
     if todo:
-        _answer(store, settings, target, parts, todo)
+        _answer(store, settings, machine, target, parts, todo)
     return store.finish(len(parts), run, counts, _versions(settings))
 
 
 def _answer(
     store: "Store",
     settings: "RunSettings",
+    machine: "MachineSettings",
     target: Path,
     parts: "Sequence[Sequence[Request]]",
     todo: Sequence[int],
@@ -367,7 +413,7 @@ def _answer(
 
     prompts = [len(request.token_ids) for part in parts for request in part]
     with (
-        answering(target, settings.engine, settings.sampling) as answerer,
+        answering(target, settings.engine, settings.sampling, machine) as answerer,
         Progress(len(prompts), todo, sum(prompts)) as progress,
         # An exception inside vLLM's step would be another one when it comes out.
         deferred(),

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The target alone, no drafter, answers requests for ``vllm-mtp generate``."""
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +10,22 @@ from vllm_mtp import engine
 from vllm_mtp.data.generation import Answer
 from vllm_mtp.data.render import Request
 from vllm_mtp.data.served_sampling import PENALTIES
-from vllm_mtp.data.settings import EngineSettings, SamplingSettings
+from vllm_mtp.data.settings import (
+    EngineSettings,
+    MachineSettings,
+    SamplingSettings,
+)
 from vllm_mtp.data.split import prompt_seed
+from vllm_mtp.errors import MTPError
 from vllm_mtp.interrupts import stop_if_asked
 
 
-@contextmanager
+@contextlib.contextmanager
 def answering(
-    target: Path, settings: EngineSettings, sampling: SamplingSettings
+    target: Path,
+    settings: EngineSettings,
+    sampling: SamplingSettings,
+    machine: MachineSettings,
 ) -> "Iterator[VLLMAnswerer]":
     """An engine of this process, gone when the ``with`` block ends.
 
@@ -25,18 +33,49 @@ def answering(
         target: The target's folder.
         settings: Of the engine.
         sampling: How it answers.
+        machine: What the engine runs on.
+
+    Raises:
+        MTPError: vLLM does not start it.
     """
-    with engine.start(
-        target,
-        cache_gib=4,
-        dtype=settings.dtype,
-        tokenizer_mode=settings.tokenizer_mode,  # which knows the token that ends
-        generation_config=settings.generation_config,  # which has more of these
-        max_model_len=settings.max_model_len,
-        max_num_seqs=settings.max_num_seqs,
-        disable_log_stats=True,
-    ) as llm:
+    # Those that are left out are vLLM's, which differ from platform to platform.
+    given = {name: value for name, value in machine if value is not None}
+    with contextlib.ExitStack() as stack:
+        try:
+            llm = stack.enter_context(
+                engine.start(
+                    target,
+                    cache_gib=4,
+                    dtype=settings.dtype,
+                    tokenizer_mode=settings.tokenizer_mode,  # knows the end's token
+                    generation_config=settings.generation_config,  # has more of them
+                    max_model_len=settings.max_model_len,
+                    max_num_seqs=settings.max_num_seqs,
+                    quantization=settings.quantization,
+                    disable_log_stats=True,
+                    **given,
+                )
+            )
+        except Exception as error:  # of any kind: memory, devices, kernels, weights
+            raise MTPError(_not_started(target, settings, machine, error)) from error
         yield VLLMAnswerer(llm, sampling)
+
+
+def _not_started(
+    target: Path, settings: EngineSettings, machine: MachineSettings, error: Exception
+) -> str:
+    flags = {"dtype": settings.dtype, "quantization": settings.quantization}
+    flags |= {"max_num_seqs": settings.max_num_seqs} | dict(machine)
+    told = " ".join(
+        f"--{name.replace('_', '-')} {value}"
+        for name, value in flags.items()
+        if value is not None
+    )
+    said = " ".join(str(error).split())[:400] or "see above"
+    return (
+        f"--target {target}: vLLM starts no engine of it with {told} "
+        f"({type(error).__name__}: {said})"
+    )
 
 
 class VLLMAnswerer:

@@ -57,6 +57,19 @@ class EngineSettings(_Model):
     )
     max_model_len: int = Field(ge=2, description="Prompt and answer, in tokens.")
     max_num_seqs: int = Field(default=256, ge=1, description="Decoded at once.")
+    quantization: str | None = Field(
+        default=None, description="As vLLM's flag; null: as the weights are."
+    )
+
+
+class MachineSettings(_Model):
+    """What one machine gives an engine. A stopped run may go on with another's: this
+    rounds as another device does, and is no other target."""
+
+    tensor_parallel_size: int = Field(default=1, ge=1, description="As vLLM's flag.")
+    gpu_memory_utilization: float | None = Field(
+        default=None, gt=0, le=1, description="As vLLM's flag; null: vLLM's default."
+    )
 
 
 class RunSettings(_Model):
