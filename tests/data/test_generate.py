@@ -211,6 +211,38 @@ def test_what_is_dropped_is_counted(
         assert f"  {name:<21} {number}" in out
 
 
+def test_shards_answer_all_prompts_once_and_go_on_by_themselves(
+    run: Run,
+    engine: type[FakeEngine],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def interrupt() -> None:
+        if len(engine.calls) == 1:
+            raise KeyboardInterrupt
+
+    assert run(out=tmp_path / "whole") == 0
+    whole = rows(tmp_path / "whole")
+    found = []
+    for shard in ("1/2", "2/2"):
+        out = tmp_path / shard.replace("/", "-")
+        engine.calls.clear()
+        engine.before_call = interrupt
+        assert run(out=out, shard=shard) == 130
+        engine.before_call = lambda: None
+        capsys.readouterr()
+        assert run(out=out, shard="1/3") == 1
+        assert f"source.shard: the folder has '{shard}'" in capsys.readouterr().err
+        assert run(out=out, shard=shard) == 0
+        assert f"  {'in other shards':<21} 5\n" in capsys.readouterr().out
+        found += rows(out)
+    assert sorted(found, key=str) == sorted(whole, key=str)
+    assert run(shard="11/12", out=tmp_path / "more") == 1
+    assert "fewer prompts than shards" in capsys.readouterr().err
+    assert run(shard="3-8", out=tmp_path / "more") == 1
+    assert "--shard: got '3-8'; value error, expected" in capsys.readouterr().err
+
+
 IMAGE = {"type": "image_url", "image_url": {"url": "x"}}
 LAST = {"role": "user", "content": "e"}
 ODD_ROWS = [

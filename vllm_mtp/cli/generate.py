@@ -52,6 +52,11 @@ class Generate:
     )
     skip: int = flag("rows to pass over first", 0)
     limit: int | None = flag("most rows to read; left out, all", None)
+    shard: str | None = flag(
+        "such as 3/8: answer the third of eight parts of the prompts alone, so that "
+        "eight processes, each with an --out of its own, answer all of them",
+        None,
+    )
     strict: bool = flag(
         "stop at the first row that cannot be used, but not at prompts that are only "
         "too long; left out, such rows are skipped, counted and explained at the end",
@@ -201,16 +206,19 @@ class Generate:
     ) -> "tuple[list[Request], PromptCounts]":
         from vllm_mtp.data.prompts import read_prompts
         from vllm_mtp.data.render import prepare
+        from vllm_mtp.data.shard import Shard
 
         requests, counts = prepare(
             read_prompts(settings.source, odd),
             renderer,
             settings.max_prompt_tokens,
             odd,
+            Shard.parse(settings.source.shard),
         )
         if not requests:
             reasons = "; ".join(odd.explained()) or (
-                "the source is empty, or --skip passes over all of it"
+                "the source is empty, --skip passes over all of it, or there are "
+                "fewer prompts than shards"
             )
             raise DataError(
                 f"--prompts {self.prompts}: nothing to answer: {counts.read} rows "
@@ -322,7 +330,7 @@ class Generate:
         return {name: getattr(self, name) for name in names}
 
     def _source(self) -> dict[str, Any]:
-        found = self._fields("prompts", "skip", "limit")
+        found = self._fields("prompts", "skip", "limit", "shard")
         if self.prompts.startswith("hf:"):
             found |= {
                 "split": self.prompts_split,
@@ -448,6 +456,7 @@ def report(provenance: "Provenance", folder: Path, odd: Sequence[str] = ()) -> s
         ("duplicates dropped", f"{prompts.duplicates_dropped:,}"),
         ("too long, dropped", f"{prompts.too_long_dropped:,}"),
         ("odd, skipped", f"{sum(prompts.odd_skipped.values()):,}"),
+        ("in other shards", f"{prompts.in_other_shards:,}"),
         ("empty answers dropped", f"{provenance.empty_answers_dropped:,}"),
     ] + [
         (
@@ -459,6 +468,8 @@ def report(provenance: "Provenance", folder: Path, odd: Sequence[str] = ()) -> s
         )
         for name, split in provenance.splits.items()
     ]
+    if provenance.settings.source.shard is None:
+        rows = [row for row in rows if row[0] != "in other shards"]
     table = "\n".join(f"  {name:<21} {value}" for name, value in rows)
     reasons = "".join(f"\n    {line}" for line in odd)
     if reasons:

@@ -10,10 +10,12 @@ from typing import Any, Protocol
 from vllm_mtp.data.odd_rows import OddRowError, OddRows
 from vllm_mtp.data.prompts import Prompt, text_of
 from vllm_mtp.data.settings import PromptCounts
+from vllm_mtp.data.shard import Shard
 from vllm_mtp.errors import DataError
 
 _BATCH = 512  # prompts per call of the tokenizer, which then uses all cores
 _TOO_LONG = "too long"
+ALL = Shard()
 
 
 class Chat(Protocol):
@@ -172,6 +174,7 @@ def prepare(
     renderer: Renderer,
     max_prompt_tokens: int,
     odd: OddRows,
+    shard: Shard = ALL,
 ) -> tuple[list[Request], PromptCounts]:
     """Render prompts, and drop duplicates and those that cannot be used.
 
@@ -180,18 +183,23 @@ def prepare(
         renderer: Of the target.
         max_prompt_tokens: Longer ones are dropped.
         odd: Counts what is dropped, but for duplicates.
+        shard: The part to take; only its prompts are rendered.
 
     Returns:
         The requests in the source's order, and what was dropped.
     """
     read = 0
-    kept: dict[str, Prompt] = {}
+    seen: set[str] = set()
+    kept = []
     for prompt in prompts:
         read += 1
-        # Of duplicates the first one stays, in its place.
-        kept.setdefault(prompt.identifier, prompt)
+        if prompt.identifier in seen:
+            continue  # of duplicates the first one stays, in its place
+        if shard.holds(len(seen)):
+            kept.append(prompt)
+        seen.add(prompt.identifier)
     requests = []
-    for prompt, ids in renderer.render(kept.values(), odd):
+    for prompt, ids in renderer.render(kept, odd):
         if len(ids) <= max_prompt_tokens:
             requests.append(Request(prompt.identifier, prompt.category, ids))
         else:
@@ -199,9 +207,11 @@ def prepare(
             odd.note(OddRowError(_TOO_LONG, prompt.where, detail))
     skipped = odd.counts
     too_long = skipped.pop(_TOO_LONG, 0)
-    duplicates = read - len(kept)
+    duplicates, others = read - len(seen), len(seen) - len(kept)
+    left_out = duplicates + others + too_long + sum(skipped.values())
     return requests, PromptCounts(
-        read=len(requests) + duplicates + too_long + sum(skipped.values()),
+        read=len(requests) + left_out,
+        in_other_shards=others,
         duplicates_dropped=duplicates,
         too_long_dropped=too_long,
         odd_skipped=skipped,

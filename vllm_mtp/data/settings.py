@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a run of ``vllm-mtp generate`` was asked for, and what it gave, as JSON."""
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator
 
+from vllm_mtp.data.shard import Shard
 from vllm_mtp.drafter.target_facts import TargetFacts
 
 # A copy of the target in another folder is the same target, and the size of parts is
@@ -29,6 +30,15 @@ class SourceSettings(_Model):
     category_column: str | None = Field(default=None, description="Likewise.")
     skip: int = Field(default=0, ge=0, description="Rows to pass over first.")
     limit: int | None = Field(default=None, ge=0, description="Most rows to read.")
+    shard: str | None = Field(
+        default=None, description="Such as 3/8: the third of eight parts; null: all."
+    )
+
+    @field_validator("shard")
+    @classmethod
+    def _is_a_shard(cls, value: str | None) -> str | None:
+        Shard.parse(value)
+        return value
 
 
 class SamplingSettings(_Model):
@@ -143,10 +153,12 @@ class PromptCounts(_Model):
     odd_skipped: dict[str, int] = Field(
         default={}, description="Rows that could not be used, by reason."
     )
+    in_other_shards: int = Field(default=0, description="Left to them.")
 
     @property
     def kept(self) -> int:
         dropped = self.duplicates_dropped + self.too_long_dropped
+        dropped += self.in_other_shards
         return self.read - dropped - sum(self.odd_skipped.values())
 
 
