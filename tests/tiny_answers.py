@@ -66,9 +66,9 @@ def _write(folder: Path, target: Path, rows: list[Row], held_out: float = 0.25) 
     run = RunFile(settings=settings, prompts_sha256="")
     store = Store(folder)
     store.start(run)
-    store.write_part(0, rows)
+    store.write_part(rows)
     store.finish(
-        1,
+        [row["prompt_id"] for row in rows],
         run,
         PromptCounts(read=len(rows), duplicates_dropped=0, too_long_dropped=0),
         {},

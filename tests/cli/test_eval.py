@@ -68,9 +68,9 @@ def make_data(
     )
     store, run = Store(folder), RunFile(settings=settings, prompts_sha256="0" * 64)
     store.start(run)
-    store.write_part(0, rows)  # type: ignore[arg-type]
+    store.write_part(rows)  # type: ignore[arg-type]
     counts = PromptCounts(read=5, duplicates_dropped=0, too_long_dropped=0)
-    store.finish(1, run, counts, {})
+    store.finish([str(row["prompt_id"]) for row in rows], run, counts, {})
     return folder
 
 

@@ -6,9 +6,11 @@ The real one is in `test_resume`.
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -28,7 +30,7 @@ from vllm_mtp.data.settings import (
     PromptCounts,
     SamplingSettings,
 )
-from vllm_mtp.data.store import SPLITS, read_provenance, read_split
+from vllm_mtp.data.store import SPLITS, Store, read_provenance, read_split
 from vllm_mtp.engine import FrontEnd
 from vllm_mtp.errors import DataError
 
@@ -38,7 +40,7 @@ END_ID = 300  # of the fake engine's answers
 
 
 class FakeEngine:
-    """Repeats each prompt and stops; raises what it is told to."""
+    """Repeats each prompt and stops, some at once; raises what it is told to."""
 
     calls: list[list[str]]
     before_call: Callable[[], None]
@@ -51,6 +53,7 @@ class FakeEngine:
         machine: MachineSettings,
     ) -> None:
         self._longest = sampling.max_tokens
+        self._at_once = settings.max_num_seqs
 
     def __enter__(self) -> "FakeEngine":
         return self
@@ -58,15 +61,13 @@ class FakeEngine:
     def __exit__(self, *_: object) -> None:
         pass
 
-    def answer(
-        self, requests: Sequence[Request], on_answer: Callable[[int], None]
-    ) -> list[Answer]:
-        type(self).before_call()
-        self.calls.append([request.prompt_id for request in requests])
-        answers = [self._answer(request.token_ids) for request in requests]
-        for answer in answers:
-            on_answer(len(answer.token_ids))
-        return answers
+    def answers(self, requests: Iterable[Request]) -> Iterator[tuple[Request, Answer]]:
+        waiting = iter(requests)
+        while batch := list(islice(waiting, self._at_once)):
+            type(self).before_call()
+            self.calls.append([request.prompt_id for request in batch])
+            for request in reversed(batch):  # the last one ends first
+                yield request, self._answer(request.token_ids)
 
     def _answer(self, prompt: list[int]) -> Answer:
         if len(prompt) >= self._longest:
@@ -146,7 +147,7 @@ def test_the_files_and_the_report(
     assert provenance.settings.weights_sample_sha256 is not None
     assert provenance.versions["vllm"] == "1.2"
     out = capsys.readouterr().out
-    assert "10 prompts in 3 parts, 3 of them to do" in out
+    assert "10 prompts, 10 of them to answer" in out
     assert f"written to {tmp_path / 'out'}" in out
 
 
@@ -403,9 +404,9 @@ class TestSampling:
         started: dict[str, Any] = {}
 
         @contextmanager
-        def start(_: Path, **given: Any) -> Iterator[None]:
+        def start(_: Path, **given: Any) -> Iterator[SimpleNamespace]:
             started.update(given)
-            yield
+            yield SimpleNamespace(llm_engine=None)
 
         monkeypatch.setattr("vllm_mtp.engine.start", start)
         with answering(target, settings.engine, settings.sampling, MachineSettings()):
@@ -546,7 +547,7 @@ def test_a_stopped_run_goes_on_where_it_was(
     engine.before_call = lambda: None
     assert run() == 0
     assert engine.calls == whole
-    assert "3 parts, 2 of them to do" in capsys.readouterr().out
+    assert "10 prompts, 6 of them to answer" in capsys.readouterr().out
     assert rows(tmp_path / "out") == rows(tmp_path / "whole")
 
 
@@ -577,7 +578,7 @@ def test_parts_of_another_rendering_are_not_mixed(
         capsys.readouterr()
         assert run() == 1
         error = capsys.readouterr().err
-        assert f"{parts / part}: its first prompt was rendered as other" in error
+        assert f"{parts / part}: a prompt of it was rendered as other" in error
         assert error.count("\n") == 1
         (parts / part).unlink()
     assert run() == 0
@@ -654,7 +655,10 @@ def test_changed_prompts_are_refused(
 
 
 def test_a_folder_of_the_first_version_keeps_its_part_size(
-    run: Run, engine: type[FakeEngine], tmp_path: Path
+    run: Run,
+    engine: type[FakeEngine],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     assert run(out=tmp_path / "new") == 0
     settings = json.loads((tmp_path / "new" / "run.json").read_text())
@@ -663,8 +667,13 @@ def test_a_folder_of_the_first_version_keeps_its_part_size(
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "run.json").write_text(json.dumps(settings))
     engine.calls.clear()
+    sizes: list[int] = []
+    write = Store.write_part
+    monkeypatch.setattr(
+        Store, "write_part", lambda s, rows: (sizes.append(len(rows)), write(s, rows))
+    )
     assert run() == 0
-    assert [len(call) for call in engine.calls] == [10]  # of 16
+    assert sizes == [10]  # of 16
     assert read_provenance(tmp_path / "out").settings.part_prompts is None
     assert rows(tmp_path / "out") == rows(tmp_path / "new")
 
@@ -683,7 +692,7 @@ def test_an_estimate_before_the_bulk(
     assert "estimate:" not in printed[2] + capsys.readouterr().out
 
 
-def test_no_estimate_where_there_is_one_part(
+def test_no_estimate_where_all_are_answered_at_once(
     run: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(max_num_seqs=16) == 0
@@ -692,16 +701,24 @@ def test_no_estimate_where_there_is_one_part(
     assert "estimate:" not in out
 
 
-def test_the_estimate_follows_from_the_first_part(
-    capsys: pytest.CaptureFixture[str],
+def test_the_estimate_waits_for_the_longest_of_the_first_answers(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with Progress(1000, [100, 100, 300], prompt_tokens=50_000) as progress:
-        for _ in range(100):
-            progress.answered(250)
-        progress.part_done(100, seconds=50.0)
-    assert capsys.readouterr().out.splitlines()[1] == (
-        "estimate: 100 answers took 50 s (500 tokens/s, 250 tokens per answer); the "
-        "other 400 will take about 3 min, and all about 3 MB of disk"
+    seconds = 0.0
+    monkeypatch.setattr("vllm_mtp.data.progress.time.perf_counter", lambda: seconds)
+    requests = [Request(f"{n}", "", [0] * 50) for n in range(1000)]
+    missing = requests[500:]
+    with Progress(requests, missing, 100) as progress:
+        seconds = 10.0
+        for request in missing[1:200]:
+            progress.answered(request, 100)
+        assert len(capsys.readouterr().out.splitlines()) == 1
+        seconds = 50.0
+        progress.answered(missing[0], 5100)
+    # 25,000 tokens in all, of the first hundred answers 15,000.
+    assert capsys.readouterr().out == (
+        "estimate: 100 answers took 50 s (500 tokens/s, 150 tokens per answer); the "
+        "other 300 will take about 90 s, and all about 2 MB of disk\n"
     )
 
 

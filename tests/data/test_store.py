@@ -91,19 +91,25 @@ def answered(folder: Path, rows: Sequence[Row] = ROWS, **changes: Any) -> Store:
     store = Store(folder)
     store.start(run_file(rows, **changes))
     for number in range(0, len(rows), 2):
-        store.write_part(number // 2, rows[number : number + 2])
+        store.write_part(rows[number : number + 2])
     return store
 
 
 def finish(store: Store, rows: Sequence[Row] = ROWS, **changes: Any) -> Provenance:
     counts = PromptCounts(read=len(rows), duplicates_dropped=0, too_long_dropped=0)
     run = run_file(rows, **changes)
-    return store.finish((len(rows) + 1) // 2, run, counts, {"vllm": "1.2"})
+    return store.finish(
+        [row["prompt_id"] for row in rows], run, counts, {"vllm": "1.2"}
+    )
 
 
 def finished(folder: Path, rows: Sequence[Row] = ROWS, **changes: Any) -> Path:
     finish(answered(folder, rows, **changes), rows, **changes)
     return folder
+
+
+def parts(store: Store) -> list[Path]:
+    return sorted(store.folder.glob("parts/*.jsonl"))
 
 
 def contents(folder: Path) -> dict[str, list[Any]]:
@@ -127,6 +133,43 @@ def test_rows_come_back_in_order_without_empty_answers(tmp_path: Path) -> None:
         assert counts.tokens == sum(len(row["input_ids"]) for row in rows)
         spans = [span for row in rows for span in row["loss_spans"]]
         assert counts.answer_tokens == sum(end - start for start, end in spans)
+
+
+@settings(max_examples=5)
+@given(st.permutations(ROWS), st.integers(1, 12))
+def test_the_order_in_which_answers_end_changes_no_byte(
+    tmp_path_factory: pytest.TempPathFactory, ended: list[Row], size: int
+) -> None:
+    folder = tmp_path_factory.mktemp("order")
+    store = Store(folder / "a")
+    store.start(run_file())
+    for begin in range(0, len(ended), size):
+        store.write_part(ended[begin : begin + size])
+    finish(store)
+    finished(folder / "b")
+    a, b = (
+        {
+            str(path.relative_to(folder / name)): path.read_bytes()
+            for path in (folder / name).rglob("*")
+            if path.is_file()
+        }
+        for name in "ab"
+    )
+    assert a == b
+    assert len(a) >= 5
+    shutil.rmtree(folder)
+
+
+def test_a_part_that_was_removed_is_answered_again(tmp_path: Path) -> None:
+    store = answered(tmp_path / "a")
+    prompts = {row["prompt_id"]: row["input_ids"][:2] for row in ROWS}
+    parts(store)[1].unlink()
+    left = store.answered(prompts)
+    assert left == {row["prompt_id"] for row in ROWS[:2] + ROWS[4:]}
+    store.write_part(ROWS[2:4])
+    assert parts(store)[-1].name == "000006.jsonl"
+    finish(store)
+    assert contents(store.folder) == contents(finished(tmp_path / "b"))
 
 
 def test_nothing_but_the_result_stays(tmp_path: Path) -> None:
@@ -226,7 +269,7 @@ def test_a_kill_while_the_dataset_is_written(
             finish(store)
     # The parts are removed only once the folder is finished.
     assert store.is_finished == moment.endswith("rmtree")
-    assert store.has_part(5)
+    assert len(parts(store)) == 6
     if not store.is_finished:
         finish(store)
     assert contents(store.folder) == expected
@@ -245,11 +288,13 @@ def test_a_part_is_whole_or_not_there(
     with monkeypatch.context() as patch:
         patch.setattr("vllm_mtp.data.store.os.fsync", kill)
         with pytest.raises(Killed):
-            store.write_part(0, ROWS[:2])
-    assert not store.has_part(0)
-    store.write_part(0, ROWS[:2])
-    assert store.has_part(0)
-    assert list(store.rows(1)) == ROWS[:2]
+            store.write_part(ROWS[:2])
+    prompts = {row["prompt_id"]: row["input_ids"][:2] for row in ROWS}
+    assert not parts(store)
+    assert not store.answered(prompts)
+    store.write_part(ROWS[:2])
+    assert [path.name for path in parts(store)] == ["000000.jsonl"]
+    assert store.answered(prompts) == {row["prompt_id"] for row in ROWS[:2]}
 
 
 def test_a_kill_at_the_very_start(
@@ -323,8 +368,8 @@ def test_a_folder_of_the_first_version_goes_on_with_its_own_parts(
     del old["settings"]["part_prompts"], old["settings"]["weights_sample_sha256"]
     path.write_text(json.dumps(old))
     found = store.check(SETTINGS)
-    assert found.chunk_prompts == 8  # four times max_num_seqs
-    assert SETTINGS.chunk_prompts == 2
+    assert found.part_rows == 8  # four times max_num_seqs
+    assert SETTINGS.part_rows == 2
     assert found.weights_sample_sha256 is None
     store.start(run_file(**dict(found)))
 

@@ -123,7 +123,9 @@ class Generate:
         0.02,
     )
     max_num_seqs: int = flag(
-        "prompts answered at once, and then written; a stop loses at most these", 256
+        "prompts answered at once, and answers written at once; a kill loses at most "
+        "two times as many",
+        256,
     )
     max_model_len: int | None = flag(
         "the engine's context in tokens; left out, max_prompt_tokens + max_tokens", None
@@ -386,24 +388,18 @@ def _generate(
     counts: "PromptCounts",
 ) -> "Provenance":
     """Answer what is missing, and make the dataset."""
-    from vllm_mtp.data.generation import chunks
     from vllm_mtp.data.settings import RunFile
     from vllm_mtp.data.split import digest_of
 
-    digest = digest_of([request.prompt_id for request in requests])
-    run = RunFile(settings=settings, prompts_sha256=digest)
+    order = [request.prompt_id for request in requests]
+    run = RunFile(settings=settings, prompts_sha256=digest_of(order))
     store.start(run)
-    parts = chunks(requests, settings.chunk_prompts)
-    todo = []
-    for number, part in enumerate(parts):
-        if store.has_part(number):
-            store.check_part(number, part[0].token_ids)
-        else:
-            todo.append(len(part))
-    print(f"{len(requests):,} prompts in {len(parts)} parts, {len(todo)} of them to do")
-    if todo:
-        _answer(store, settings, machine, target, parts, todo)
-    return store.finish(len(parts), run, counts, _versions(settings))
+    done = store.answered({each.prompt_id: each.token_ids for each in requests})
+    missing = [each for each in requests if each.prompt_id not in done]
+    print(f"{len(requests):,} prompts, {len(missing):,} of them to answer")
+    if missing:
+        _answer(store, settings, machine, target, requests, missing)
+    return store.finish(order, run, counts, _versions(settings))
 
 
 def _answer(
@@ -411,22 +407,22 @@ def _answer(
     settings: "RunSettings",
     machine: "MachineSettings",
     target: Path,
-    parts: "Sequence[Sequence[Request]]",
-    todo: Sequence[int],
+    requests: "Sequence[Request]",
+    missing: "Sequence[Request]",
 ) -> None:
-    """Answer the parts that are missing, of which `todo` has the sizes."""
+    """Answer those of a run's requests that are missing."""
     from vllm_mtp.data.answerer import answering
     from vllm_mtp.data.generation import answer_missing
     from vllm_mtp.data.progress import Progress
 
-    prompts = [len(request.token_ids) for part in parts for request in part]
+    rows = settings.part_rows
     with (
         answering(target, settings.engine, settings.sampling, machine) as answerer,
-        Progress(len(prompts), todo, sum(prompts)) as progress,
+        Progress(requests, missing, settings.engine.max_num_seqs) as progress,
         # An exception inside vLLM's step would be another one when it comes out.
         deferred(),
     ):
-        answer_missing(store, parts, answerer, progress.answered, progress.part_done)
+        answer_missing(store, missing, answerer, rows, progress.answered)
 
 
 def _versions(settings: "RunSettings") -> dict[str, str]:

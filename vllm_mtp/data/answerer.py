@@ -2,7 +2,8 @@
 """The target alone, no drafter, answers requests for ``vllm-mtp generate``."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ def answering(
             )
         except Exception as error:  # of any kind: memory, devices, kernels, weights
             raise MTPError(_not_started(target, settings, machine, error)) from error
-        yield VLLMAnswerer(llm, sampling)
+        yield VLLMAnswerer(llm, sampling, settings.max_num_seqs)
 
 
 def _not_started(
@@ -79,35 +80,40 @@ def _not_started(
 
 
 class VLLMAnswerer:
-    """Answers with vLLM; see `data.generation.Answerer`."""
+    """Answers with vLLM; see `data.generation.Answerer`.
 
-    def __init__(self, llm: Any, sampling: SamplingSettings) -> None:
+    Args:
+        llm: Of this process.
+        sampling: How it answers.
+        at_once: Requests that the engine decodes at once.
+    """
+
+    def __init__(self, llm: Any, sampling: SamplingSettings, at_once: int) -> None:
         # vLLM's types are wider than what token ids in and out can be.
-        self._llm, self._sampling = llm, sampling
+        self._engine, self._sampling = llm.llm_engine, sampling
+        self._at_once = at_once
 
-    def answer(
-        self, requests: Sequence[Request], on_answer: Callable[[int], None]
-    ) -> list[Answer]:
+    def answers(self, requests: Iterable[Request]) -> Iterator[tuple[Request, Answer]]:
         """See `data.generation.Answerer`."""
-        # What an earlier chunk left there would change how prompts are batched, and
-        # after a kill it is not there.
-        self._llm.reset_prefix_cache()
-        answers: dict[str, Answer] = {}
-        for index, request in enumerate(requests):
+        numbered = enumerate(requests)
+        running: dict[str, Request] = {}
+        while True:
+            # More would only wait inside the engine.
+            for number, request in islice(numbered, self._at_once - len(running)):
+                stop_if_asked()
+                running[str(number)] = request
+                self._engine.add_request(
+                    str(number),
+                    {"prompt_token_ids": request.token_ids},
+                    sampling_params(self._sampling, request.prompt_id),
+                )
+            if not running:
+                return
             stop_if_asked()
-            self._llm.llm_engine.add_request(
-                str(index),
-                {"prompt_token_ids": request.token_ids},
-                sampling_params(self._sampling, request.prompt_id),
-            )
-        while self._llm.llm_engine.has_unfinished_requests():
-            stop_if_asked()
-            for output in self._llm.llm_engine.step():
+            for output in self._engine.step():
                 found = output.outputs[0]
-                ids = list(found.token_ids)
-                answers[output.request_id] = Answer(ids, found.finish_reason)
-                on_answer(len(ids))
-        return [answers[str(index)] for index in range(len(requests))]
+                answer = Answer(list(found.token_ids), found.finish_reason)
+                yield running.pop(output.request_id), answer
 
 
 def sampling_params(sampling: SamplingSettings, identifier: str) -> Any:

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run of ``vllm-mtp generate``: chunk by chunk, so that a killed run can go on.
+"""A run of ``vllm-mtp generate``: a queue of prompts, and their answers as they end.
 
-The chunks' borders follow from the list of prompts alone, and a chunk is answered as a
-whole or not at all. Which prompts are decoded together can decide a float tie, so only
-because of this does a run that went on after a kill give an unbroken one's answers.
+Answers are stored in the order in which they end, and put into the prompts' order once
+all are there, so neither that order nor a kill changes the data set, up to float ties:
+one may fall otherwise with other prompts beside it, and which these are hangs on what
+was answered before a kill. Both tokens of a tie are the target's.
 """
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -36,47 +36,48 @@ class Answer:
 class Answerer(Protocol):
     """Answers requests; `data.answerer.VLLMAnswerer` is the one that uses vLLM."""
 
-    def answer(
-        self, requests: Sequence[Request], on_answer: Callable[[int], None]
-    ) -> list[Answer]:
-        """Answer all requests, in their order.
+    def answers(self, requests: Iterable[Request]) -> Iterator[tuple[Request, Answer]]:
+        """Answer all requests, as many at once as the engine decodes.
 
         Args:
-            requests: One chunk.
-            on_answer: Called with each answer's length as soon as it is there.
+            requests: Begun in their order.
+
+        Yields:
+            Each request with its answer, as soon as that has ended.
         """
         ...
 
 
-def chunks(requests: Sequence[Request], size: int) -> list[Sequence[Request]]:
-    """Cut a list of requests into chunks of ``size``; the last may be shorter."""
-    return [requests[i : i + size] for i in range(0, len(requests), size)]
-
-
 def answer_missing(
     store: Store,
-    parts: Sequence[Sequence[Request]],
+    requests: Sequence[Request],
     answerer: Answerer,
-    on_answer: Callable[[int], None],
-    on_part: Callable[[int, float], None],
+    part_rows: int,
+    on_answer: Callable[[Request, int], None],
 ) -> None:
-    """Answer every chunk that the store does not have yet.
+    """Answer requests, and store what has ended in parts.
+
+    A kill loses at most what the engine is at, and one part that is not written; any
+    other end, such as Ctrl-C, only the first.
 
     Args:
         store: Where the answers go.
-        parts: All chunks.
+        requests: Those that it does not have yet.
         answerer: Answers them.
-        on_answer: Called with each answer's length in tokens.
-        on_part: Called after each chunk with its prompts and seconds.
+        part_rows: Rows of a part; the last one may have fewer.
+        on_answer: Called with each request and its answer's length in tokens.
     """
-    for number, requests in enumerate(parts):
-        if store.has_part(number):
-            continue
-        start = time.perf_counter()
-        answers = answerer.answer(requests, on_answer)
-        pairs = zip(requests, answers, strict=True)
-        store.write_part(number, [row_of(*pair) for pair in pairs])
-        on_part(len(requests), time.perf_counter() - start)
+    rows: list[Row] = []
+    try:
+        for request, answer in answerer.answers(requests):
+            rows.append(row_of(request, answer))
+            on_answer(request, len(answer.token_ids))
+            if len(rows) == part_rows:
+                whole, rows = rows, []
+                store.write_part(whole)
+    finally:
+        if rows:
+            store.write_part(rows)
 
 
 def row_of(request: Request, answer: Answer) -> Row:

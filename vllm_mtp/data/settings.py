@@ -100,16 +100,16 @@ class RunSettings(_Model):
     part_prompts: int | None = Field(
         default=None,
         ge=1,
-        description="Prompts answered together and written as one part; null in "
-        "folders of the first version: four times `max_num_seqs`.",
+        description="Answers written as one part; null in folders of the first "
+        "version: four times `max_num_seqs`.",
     )
     weights_sample_sha256: str | None = Field(
         default=None, description="See `target.weights_sample_sha256`; null: unknown."
     )
 
     @property
-    def chunk_prompts(self) -> int:
-        """Prompts answered together and written as one part."""
+    def part_rows(self) -> int:
+        """Answers written as one part."""
         return self.part_prompts or 4 * self.engine.max_num_seqs
 
     def differences(self, other: "RunSettings") -> list[str]:

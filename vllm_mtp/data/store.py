@@ -4,7 +4,7 @@
 While a run goes on::
 
     run.json            what was asked for (`settings.RunFile`)
-    parts/000000.jsonl  one chunk of prompts with their answers, in order
+    parts/000000.jsonl  some prompts with their answers, in the order they ended
 
 Finished::
 
@@ -27,7 +27,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 
@@ -252,59 +252,78 @@ class Store:
                 + "\nUse the settings that it has, or name another folder"
             )
 
-    def has_part(self, number: int) -> bool:
-        return self._part(number).is_file()
-
-    def check_part(self, number: int, prompt: Sequence[int]) -> None:
-        """Refuse to go on with a part whose prompts were other tokens.
+    def answered(self, prompts: Mapping[str, Sequence[int]]) -> set[str]:
+        """The prompts that have an answer here.
 
         Settings are compared, and the chat template; but a template may print today's
         date, and the tokenizer or vLLM's own rendering may have changed.
 
         Args:
-            number: Of a part that is there.
-            prompt: The first prompt's token ids as they are now.
+            prompts: All of the run as they are now: identifiers and token ids.
 
         Raises:
-            DataError: Names the part.
+            DataError: A prompt was other tokens; names the part.
         """
-        path = self._part(number)
-        with path.open(encoding="utf-8") as lines:
-            row: Row = json.loads(next(lines))
+        found: set[str] = set()
+        for path in self._part_files():
+            with path.open(encoding="utf-8") as lines:
+                for row in map(json.loads, lines):
+                    self._require_same_prompt(path, row, prompts[row["prompt_id"]])
+                    found.add(row["prompt_id"])
+        return found
+
+    def _require_same_prompt(self, path: Path, row: Row, now: Sequence[int]) -> None:
         # Behind the prompt of an empty answer comes at most the token that ended it.
-        spans = row["loss_spans"] or [[len(prompt), 0]]
-        if row["input_ids"][: spans[0][0]] != list(prompt):
+        spans = row["loss_spans"] or [[len(now), 0]]
+        if row["input_ids"][: spans[0][0]] != list(now):
             raise DataError(
-                f"{path}: its first prompt was rendered as other token ids than now "
+                f"{path}: a prompt of it was rendered as other token ids than now "
                 "(does the chat template print the date, or has the tokenizer "
                 "changed?), so the answers would not belong together; render as then "
                 "(--chat-template-kwargs), remove this part to answer it again, or "
                 "name another folder as --out"
             )
 
-    def write_part(self, number: int, rows: Sequence[Row]) -> None:
-        """Store one chunk's rows, all of them or, if killed, none."""
+    def write_part(self, rows: Sequence[Row]) -> None:
+        """Store some rows, all of them or, if killed, none."""
         with writing(self._parts):
             self._parts.mkdir(exist_ok=True)
+        last = [int(path.stem) for path in self._part_files()[-1:]]
+        path = self._parts / f"{sum(last) + len(last):06d}.jsonl"
         lines = (json.dumps(row, separators=(",", ":")) for row in rows)
-        write_whole(self._part(number), "".join(f"{line}\n" for line in lines))
+        write_whole(path, "".join(f"{line}\n" for line in lines))
 
-    def rows(self, num_parts: int) -> Iterator[Row]:
-        """Yield the rows of all parts in order, empty answers included."""
-        for number in range(num_parts):
-            with self._part(number).open(encoding="utf-8") as lines:
-                yield from map(json.loads, lines)
+    def _part_files(self) -> list[Path]:
+        return sorted(self._parts.glob("*.jsonl"))
+
+    def _places(self) -> dict[str, tuple[Path, int]]:
+        """Where each prompt's row begins: they may be more than memory holds."""
+        places: dict[str, tuple[Path, int]] = {}
+        for path in self._part_files():
+            begin = 0
+            with path.open("rb") as lines:
+                for line in lines:
+                    places[json.loads(line)["prompt_id"]] = (path, begin)
+                    begin += len(line)
+        return places
 
     def finish(
         self,
-        num_parts: int,
+        order: Sequence[str],
         run: RunFile,
         prompts: PromptCounts,
         versions: dict[str, str],
     ) -> Provenance:
-        """Make the dataset of all parts, and remove them."""
+        """Make the dataset of all parts, and remove them.
+
+        Args:
+            order: The identifiers of all prompts, in the order of the rows.
+            run: What was asked for.
+            prompts: What became of them.
+            versions: Of what answered.
+        """
         with writing(self.folder):
-            counts = self._write_dataset(num_parts, run.settings.held_out)
+            counts = self._write_dataset(order, run.settings.held_out)
         provenance = Provenance(
             settings=run.settings,
             prompts_sha256=run.prompts_sha256,
@@ -318,7 +337,9 @@ class Store:
         shutil.rmtree(self._parts)
         return provenance
 
-    def _write_dataset(self, num_parts: int, held_out: float) -> dict[str, SplitCounts]:
+    def _write_dataset(
+        self, order: Sequence[str], held_out: float
+    ) -> dict[str, SplitCounts]:
         from datasets import DatasetDict
 
         for pattern in (*SPLITS, f"{_CACHE}*"):  # of a run that was killed here
@@ -326,36 +347,42 @@ class Store:
                 shutil.rmtree(folder)
         # Not the user's cache: that one is looked up by the generator's arguments and
         # would give an older run's rows.
+        sides: dict[str, list[str]] = {split: [] for split in SPLITS}
+        for identifier in order:
+            side = HELD_OUT if is_held_out(identifier, held_out) else TRAIN
+            sides[side].append(identifier)
+        places = self._places()
         with tempfile.TemporaryDirectory(dir=self.folder, prefix=_CACHE) as cache:
             splits = {
-                split: self._dataset(num_parts, held_out, split, cache)
-                for split in SPLITS
+                split: _dataset([places[name] for name in side], split, cache)
+                for split, side in sides.items()
             }
             # Without a number, an empty split gets no file and cannot be loaded.
             shards = {name: None if rows else 1 for name, rows in splits.items()}
             DatasetDict(splits).save_to_disk(str(self.folder), num_shards=shards)
             return {split: _count(rows) for split, rows in splits.items()}
 
-    def _dataset(
-        self, num_parts: int, held_out: float, split: str, cache: str
-    ) -> "Dataset":
-        from datasets import Dataset
 
-        def rows() -> Iterator[Row]:
-            for row in self.rows(num_parts):
-                side = HELD_OUT if is_held_out(row["prompt_id"], held_out) else TRAIN
-                if row["loss_spans"] and side == split:
-                    yield row
+def _row_at(path: Path, begin: int) -> Row:
+    with path.open("rb") as file:
+        file.seek(begin)
+        row: Row = json.loads(file.readline())
+    return row
 
-        if next(rows(), None) is None:  # which `from_generator` refuses
-            columns: dict[str, list[Any]] = {name: [] for name in _features()}
-            return Dataset.from_dict(columns, features=_features())
-        return Dataset.from_generator(
-            rows, features=_features(), cache_dir=cache, fingerprint=split
-        )
 
-    def _part(self, number: int) -> Path:
-        return self._parts / f"{number:06d}.jsonl"
+def _dataset(places: Sequence[tuple[Path, int]], split: str, cache: str) -> "Dataset":
+    from datasets import Dataset
+
+    def rows() -> Iterator[Row]:
+        found = (_row_at(*place) for place in places)
+        return (row for row in found if row["loss_spans"])
+
+    if next(rows(), None) is None:  # which `from_generator` refuses
+        columns: dict[str, list[Any]] = {name: [] for name in _features()}
+        return Dataset.from_dict(columns, features=_features())
+    return Dataset.from_generator(
+        rows, features=_features(), cache_dir=cache, fingerprint=split
+    )
 
 
 def _features() -> Any:
