@@ -3,6 +3,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -29,7 +30,7 @@ MakeArguments = Callable[..., DrafterTrainingArguments]
 def tiny_answers(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of 24 greedy answers, a quarter of them held out."""
     folder = tmp_path_factory.mktemp("answers") / "data"
-    return _write(folder, tiny_llama, _answer(tiny_llama))
+    return keep_answers(folder, tiny_llama, _answer(tiny_llama))
 
 
 def write_answers(
@@ -49,21 +50,43 @@ def write_answers(
         )
         for number, (text, length) in enumerate(zip(texts, prompt_lengths, strict=True))
     ]
-    return _write(folder, target, rows, held_out=0.34)
+    return keep_answers(folder, target, rows, 0.34)
 
 
-def _write(folder: Path, target: Path, rows: list[Row], held_out: float = 0.25) -> Path:
-    settings = RunSettings(
-        target=TargetFacts.from_folder(target),
-        source=SourceSettings(prompts="made.jsonl"),
-        sampling=SamplingSettings(max_tokens=ANSWER_TOKENS),
-        engine=EngineSettings(max_model_len=64),
-        chat_template=False,
-        max_prompt_tokens=32,
-        held_out=held_out,
-        vllm="none",
-    )
-    run = RunFile(settings=settings, prompts_sha256="")
+def keep_answers(
+    folder: Path,
+    target: Path,
+    rows: Sequence[Row],
+    held_out: float = 0.25,
+    *,
+    prompts: str = "made.jsonl",
+    skip: int = 0,
+    limit: int | None = None,
+    **settings: Any,
+) -> Path:
+    """Keep rows as ``vllm-mtp generate`` does.
+
+    Args:
+        folder: Where to.
+        target: Whose answers they are.
+        rows: Of both splits.
+        held_out: The part of them that is held out, by their hashes.
+        prompts: The source.
+        skip: Likewise.
+        limit: Likewise.
+        settings: Other values of `RunSettings`.
+    """
+    made: dict[str, Any] = {
+        "target": TargetFacts.from_folder(target),
+        "source": SourceSettings(prompts=prompts, skip=skip, limit=limit),
+        "sampling": SamplingSettings(max_tokens=ANSWER_TOKENS),
+        "engine": EngineSettings(max_model_len=64),
+        "chat_template": False,
+        "max_prompt_tokens": 32,
+        "held_out": held_out,
+        "vllm": "none",
+    }
+    run = RunFile(settings=RunSettings(**made | settings), prompts_sha256="")
     store = Store(folder)
     store.start(run)
     store.write_part(rows)

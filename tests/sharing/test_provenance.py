@@ -104,6 +104,7 @@ def test_a_file_of_an_earlier_version_is_read(
 ) -> None:
     values = json.loads(provenance.to_json())
     assert "labels_seen" not in values["training"]
+    assert values.pop("more_data") == []
     for count in (None, 1234567):
         values["training"]["labels_seen"] = count
         (tmp_path / "provenance.json").write_text(json.dumps(values))

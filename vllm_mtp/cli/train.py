@@ -43,7 +43,7 @@ class Train(DrafterTrainingArguments):
             f"drafter written to {self.output_dir}\n"
             f"check it:  vllm-mtp check {self.output_dir} --target {self.target}\n"
             f"measure its acceptance length:  vllm-mtp eval {self.output_dir} "
-            f"--target {self.target} --data {self.data} --in-vllm\n"
+            f"--target {self.target} --data {self.data[0]} --in-vllm\n"
             f"serve it:  vllm serve {self.target} --speculative-config "
             f'\'{{"method":"{METHOD}","model":"{self.output_dir}"}}\''
         )

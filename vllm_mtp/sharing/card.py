@@ -17,6 +17,7 @@ from vllm_mtp.markdown import plain, table
 from vllm_mtp.plugin import METHOD
 from vllm_mtp.sharing.names import is_repo_id, public_text
 from vllm_mtp.sharing.provenance import (
+    DataRecord,
     DrafterProvenance,
     TrainingRecord,
     utc,
@@ -346,18 +347,21 @@ def _training(provenance: DrafterProvenance | None) -> str:
 
 
 def _data_rows(provenance: DrafterProvenance) -> list[tuple[str, str]]:
-    if provenance.data is None:
-        return []
-    generation = provenance.data.generation
-    source, sampling = generation.settings.source, generation.settings.sampling
+    return [row for data in provenance.every_data for row in _rows_of_data(data)]
+
+
+def _rows_of_data(data: DataRecord) -> list[tuple[str, str]]:
+    settings = data.generation.settings
+    source, sampling = settings.source, settings.sampling
+    part = f", part {source.shard} of them" if source.shard else ""
     counts = "; ".join(
         f"{split}: {count.rows:,} answers, {count.answer_tokens:,} tokens of answers"
-        for split, count in generation.splits.items()
+        for split, count in data.generation.splits.items()
     )
     return [
         (
             "Data",
-            f"`{provenance.data.name}`: the target's own answers to `{source.prompts}`",
+            f"`{data.name}`: the target's own answers to `{source.prompts}`{part}",
         ),
         ("Sizes", counts),
         ("Sampling", f"temperature {sampling.temperature}, top_p {sampling.top_p}"),

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import sys
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -20,6 +21,7 @@ from pydantic import (
 )
 
 from vllm_mtp.data.settings import Provenance as Generation
+from vllm_mtp.data.settings import SourceSettings
 from vllm_mtp.data.store import read_provenance as read_generation
 from vllm_mtp.data.unseen import SHAREGPT, TrainingPrompts
 from vllm_mtp.drafter.config import DrafterConfig
@@ -110,6 +112,9 @@ class DrafterProvenance(Record):
     format: Literal[1] = 1
     target: TargetRecord
     data: DataRecord | None = Field(default=None, description="null: untrained.")
+    more_data: tuple[DataRecord, ...] = Field(
+        default=(), description="Of the other folders, where there were several."
+    )
     training: TrainingRecord | None = Field(
         default=None, description="null: untrained."
     )
@@ -118,6 +123,11 @@ class DrafterProvenance(Record):
     git: GitState | None = Field(
         default=None, description="Of the checkout; null: an installed package."
     )
+
+    @property
+    def every_data(self) -> tuple[DataRecord, ...]:
+        """Of all folders; none where it is untrained."""
+        return (self.data, *self.more_data) if self.data else ()
 
     def to_json(self) -> str:
         return self.model_dump_json(indent=2) + "\n"
@@ -218,16 +228,25 @@ def training_prompts(folder: Path | str) -> TrainingPrompts:
         return TrainingPrompts(name, held_out=None)
     parent = provenance.parent
     before = 1.0 if parent is None else parent.held_out
-    if provenance.data is None:
+    settings = [data.generation.settings for data in provenance.every_data]
+    if not settings:
         return TrainingPrompts(name, before)  # as untrained as what it came from
-    settings = provenance.data.generation.settings
-    source, read = settings.source, None
-    if source.prompts == SHAREGPT and parent is None:
-        stop = sys.maxsize if source.limit is None else source.skip + source.limit
-        read = range(source.skip, stop)
+    read = None if parent else _numbers([each.source for each in settings])
+    held_out = min(each.held_out for each in settings)
     if before is None:
-        return TrainingPrompts(name, settings.held_out, read, assumed=True)
-    return TrainingPrompts(name, min(settings.held_out, before), read)
+        return TrainingPrompts(name, held_out, read, assumed=True)
+    return TrainingPrompts(name, min(held_out, before), read)
+
+
+def _numbers(sources: Sequence[SourceSettings]) -> range | None:
+    """From the first to the last ShareGPT prompt; None if another source was read."""
+    if any(source.prompts != SHAREGPT for source in sources):
+        return None
+    stops = [
+        sys.maxsize if source.limit is None else source.skip + source.limit
+        for source in sources
+    ]
+    return range(min(source.skip for source in sources), max(stops))
 
 
 def without_paths(record: _M) -> _M:

@@ -33,7 +33,9 @@ class DrafterTrainingArguments(DrafterOptions, TrainingArguments):
     """transformers' training arguments, and what a drafter adds to them."""
 
     target: str = flag("the target's folder or hub name", "")
-    data: str = flag("folder written by `vllm-mtp generate`", "")
+    data: list[str] = flag(
+        "folder written by `vllm-mtp generate`; or several of one target's", []
+    )
     layers: str = flag(f"such as {EXAMPLES}", "shared:all")
     num_speculative_tokens: int = flag(
         help_of(DrafterConfig, "num_speculative_tokens"), 4
@@ -109,6 +111,8 @@ class DrafterTrainingArguments(DrafterOptions, TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        if isinstance(self.data, str):  # in Python, or in JSON
+            self.data = [self.data]
         self.require_valid(self.num_speculative_tokens)
         refuse_inherited(self)
         for require in _REQUIREMENTS:
@@ -319,7 +323,7 @@ def _require_ranges(args: DrafterTrainingArguments) -> None:
 
 
 def _require_names(args: DrafterTrainingArguments) -> None:
-    if not args.target or not args.data:
+    if not args.target or not args.data or not all(args.data):
         raise MTPError(
             f"target: got {args.target!r}, data: got {args.data!r}; both are "
             "needed (the target's folder, and the folder of its own answers)"

@@ -88,7 +88,8 @@ def publish_run(
     config, parent = read_config(folder), run.args.warm_start
     provenance = DrafterProvenance(
         target=target_record(config.target, run.target, run.args.target),
-        data=data_record(run.args.data),
+        data=data_record(run.args.data[0]),
+        more_data=tuple(map(data_record, run.args.data[1:])),
         training=_training_record(run),
         parent=parent_record(Path(parent), parent) if parent else None,
         versions=versions(),

@@ -14,7 +14,7 @@ import torch
 from datasets import Dataset
 
 from vllm_mtp.data.served_sampling import difference_from_served
-from vllm_mtp.data.store import read_provenance, read_split, require_made_by
+from vllm_mtp.data.several import Answers, differences, read_answers
 from vllm_mtp.drafter.checkpoint import CONFIG_FILE, load_drafter, read_config
 from vllm_mtp.drafter.cost import draft_cost
 from vllm_mtp.drafter.model import Drafter
@@ -55,12 +55,10 @@ class TrainingRun:
     def __init__(self, args: DrafterTrainingArguments, target: Path) -> None:
         self.target = target
         self.facts = TargetFacts.from_folder(target)
-        require_made_by(Path(args.data), self.facts, target=target)
-        self._made_with = read_provenance(args.data).settings
-        if said := difference_from_served(self._made_with.sampling, target):
-            logger.warning("%s: %s", args.data, said)
-        self.train_rows = read_split(Path(args.data), "train")
-        self.held_out_rows = read_split(Path(args.data), "held_out")
+        answers = read_answers(args.data, self.facts, target)
+        self.train_rows, self.held_out_rows = answers.train, answers.held_out
+        self._made_with = answers.settings[0]
+        _warn_of(args.data, answers, target)
         dtype = "bfloat16" if args.bf16 else "float32"
         self.host = HFTarget(load_frozen(target, dtype, args.device))
 
@@ -149,6 +147,20 @@ class TrainingRun:
                 "the settings that it was trained with, or another output_dir"
             )
         return True
+
+
+def _warn_of(folders: Sequence[str], answers: Answers, target: Path) -> None:
+    for folder, settings in zip(folders, answers.settings, strict=True):
+        if said := difference_from_served(settings.sampling, target):
+            logger.warning("%s: %s", folder, said)
+    for line in differences(folders, answers.settings):
+        logger.warning("%s", line)
+    if answers.dropped:
+        logger.warning(
+            "data: %d texts are not trained on: another folder holds their prompts "
+            "out (a larger --held-out)",
+            answers.dropped,
+        )
 
 
 def _first(rows: Dataset, count: int) -> Dataset:

@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The answers of several folders as one data set to train on."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vllm_mtp.data.served_sampling import in_use
+from vllm_mtp.data.settings import RunSettings
+from vllm_mtp.data.store import (
+    HELD_OUT,
+    SPLITS,
+    TRAIN,
+    read_provenance,
+    read_split,
+    require_made_by,
+)
+from vllm_mtp.drafter.target_facts import TargetFacts
+from vllm_mtp.errors import DataError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What was read.
+
+    Attributes:
+        train: Rows with the columns of `data.store`. Of several folders the rows are in
+            the order of the prompts' hashes, so that the first so many are of all.
+        held_out: Likewise.
+        settings: How each folder was made.
+        dropped: Rows of ``train`` that were left out, since another folder holds the
+            prompt out.
+    """
+
+    train: "Dataset"
+    held_out: "Dataset"
+    settings: tuple[RunSettings, ...]
+    dropped: int = 0
+
+
+def read_answers(
+    folders: Sequence[str | os.PathLike[str]], facts: TargetFacts, target: Path
+) -> Answers:
+    """Read folders of one target's answers.
+
+    A prompt's side follows from its hash and the share that is held out, so equal
+    prompts can only be on two sides where the shares differ.
+
+    Args:
+        folders: What ``vllm-mtp generate --out`` wrote; at least one.
+        facts: The target's.
+        target: Its folder.
+
+    Raises:
+        DataError: A folder is not ours, not finished, another target's or named twice,
+            or a split has no rows in any of them.
+    """
+    _require_different(folders)
+    for folder in folders:
+        require_made_by(folder, facts, target=target)
+    settings = tuple(read_provenance(folder).settings for folder in folders)
+    if len(folders) == 1:
+        train, held_out = (read_split(folders[0], split) for split in SPLITS)
+        return Answers(train, held_out, settings)
+    train, held_out = (_together(folders, split) for split in (TRAIN, HELD_OUT))
+    unseen = set(held_out["prompt_id"])
+    kept = [n for n, name in enumerate(train["prompt_id"]) if name not in unseen]
+    if not kept:
+        raise DataError(
+            f"data: every prompt to train on is held out in another one of "
+            f"{', '.join(map(str, folders))}; generate them with the same --held-out"
+        )
+    dropped = len(train) - len(kept)
+    return Answers(train.select(kept), held_out, settings, dropped)
+
+
+def _require_different(folders: Sequence[str | os.PathLike[str]]) -> None:
+    seen: set[str] = set()
+    for folder in folders:
+        if (real := os.path.realpath(Path(folder).expanduser())) in seen:
+            raise DataError(f"data: {folder} is named twice; name it once")
+        seen.add(real)
+
+
+def _together(folders: Sequence[str | os.PathLike[str]], split: str) -> "Dataset":
+    """The rows of one split that any of the folders has."""
+    from datasets import concatenate_datasets
+
+    parts = [
+        read_split(folder, split)
+        for folder in folders
+        # A small shard may hold nothing out.
+        if read_provenance(folder).splits[split].rows
+    ]
+    if not parts:
+        raise DataError(
+            f"data: none of {', '.join(map(str, folders))} has rows in the split "
+            f"{split!r}; generate with more prompts, or with another --held-out"
+        )
+    rows = concatenate_datasets(parts)
+    names = list(rows["prompt_id"])
+    return rows.select(sorted(range(len(rows)), key=names.__getitem__))
+
+
+def differences(
+    folders: Sequence[str | os.PathLike[str]], settings: Sequence[RunSettings]
+) -> list[str]:
+    """Say which folders hold other text than the first one, and why.
+
+    Args:
+        folders: As the user named them.
+        settings: How each was made.
+    """
+    first, lines = _of_text(settings[0]), []
+    for folder, other in zip(folders[1:], map(_of_text, settings[1:]), strict=True):
+        found = [
+            f"{key} {other.get(key)!r} (there {first.get(key)!r})"
+            for key in dict.fromkeys([*first, *other])
+            if first.get(key) != other.get(key)
+        ]
+        if found:
+            lines.append(
+                f"{folder}: made with other settings than {folders[0]}: "
+                f"{', '.join(found)}; the drafter learns both kinds of text"
+            )
+    return lines
+
+
+def _of_text(settings: RunSettings) -> dict[str, Any]:
+    """The settings that show in the text: sampling, but for its seed, and template."""
+    sampling = {
+        name: getattr(settings.sampling, name)
+        for name in in_use(settings.sampling.temperature)
+    }
+    names = ("chat_template", "chat_template_sha256", "chat_template_kwargs")
+    return (
+        sampling
+        | {name: getattr(settings, name) for name in names}
+        | {"tokenizer_mode": settings.engine.tokenizer_mode}
+        | {"quantization": settings.engine.quantization}
+    )
