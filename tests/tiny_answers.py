@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A tiny target's own answers as a data set, and short runs on them."""
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +121,19 @@ def _answer(target: Path) -> list[Row]:
         )
         for number, text in enumerate(texts.tolist())
     ]
+
+
+@contextmanager
+def training_log(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """Keep what a run says, also where vLLM has quietened the log of this process."""
+    logger = logging.getLogger("vllm.mtp_placeholder.training")
+    logger.addHandler(caplog.handler)
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.removeHandler(caplog.handler)
+        logger.setLevel(logging.NOTSET)
 
 
 @pytest.fixture

@@ -163,6 +163,14 @@ class FrontEnd:
         return self._model.get_vocab_size()
 
     @property
+    def end_token_ids(self) -> frozenset[int]:
+        """The tokens that end an answer."""
+        named = self._model.try_get_generation_config().get("eos_token_id")
+        ids = [named] if isinstance(named, int) else list(named or ())
+        own = self.tokenizer.eos_token_id
+        return frozenset(ids if own is None else [*ids, own])
+
+    @property
     def is_harmony(self) -> bool:
         """Whether the chat endpoint writes OpenAI's harmony format, as for gpt-oss, and
         leaves the chat template aside; `render` does not."""
@@ -182,6 +190,8 @@ class FrontEnd:
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Any] = (),
         arguments: Mapping[str, Any] | None = None,
+        *,
+        answered: bool = False,
     ) -> str | list[int]:
         """A conversation as the chat endpoint renders it.
 
@@ -189,6 +199,7 @@ class FrontEnd:
             messages: In OpenAI's form.
             tools: Likewise.
             arguments: Of the chat template.
+            answered: The last turn is the answer, so nothing shall follow it.
 
         Returns:
             A text, to be tokenized without special tokens, or token ids.
@@ -197,7 +208,7 @@ class FrontEnd:
             Exception: Of any kind, where the template refuses the conversation.
         """
         settings = dict(arguments or {}) | {
-            "add_generation_prompt": True,
+            "add_generation_prompt": not answered,
             "continue_final_message": False,
             # Checked, with keys in order and every default, as the endpoint has them.
             "tools": [self._tool(**tool).model_dump() for tool in tools] or None,

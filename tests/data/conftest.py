@@ -2,6 +2,7 @@
 """A tiny target that can chat, and prompts for it."""
 
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,17 @@ TEMPLATE = (
     "{% if turn.role == 'system' %}{{ raise_exception('no system turns') }}{% endif %}"
     "<|{{ turn.role }}|>{{ turn.content }}" + END + "{% endfor %}"
     "{% if add_generation_prompt %}" + ASSISTANT + "{% endif %}"
+)
+
+# As Qwen3's: a turn that is not the last one is without its thinking, and a prompt ends
+# in an empty thinking where none is wanted.
+THINKING_TEMPLATE = (
+    BEGIN + "{% for turn in messages %}<|{{ turn.role }}|>"
+    "{% if turn.role == 'assistant' and loop.last %}"
+    "<think>{{ turn.reasoning or '' }}</think>{% endif %}"
+    "{{ turn.content }}" + END + "\n{% endfor %}"
+    "{% if add_generation_prompt %}" + ASSISTANT + "{% if enable_thinking is defined "
+    "and not enable_thinking %}<think></think>{% endif %}{% endif %}"
 )
 
 WriteJsonl = Callable[[Sequence[dict[str, Any]]], Path]
@@ -60,6 +72,17 @@ def chat_target(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ends = [made.eos_token_id, *range(400, 430)]
     make_tiny_llama(folder, eos_token_id=ends)
     made.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def thinking_target(
+    chat_target: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The same with a template that has an argument `enable_thinking`."""
+    folder = tmp_path_factory.mktemp("targets") / "thinking"
+    shutil.copytree(chat_target, folder)
+    (folder / "chat_template.jinja").write_text(THINKING_TEMPLATE)
     return folder
 
 

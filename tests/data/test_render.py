@@ -29,12 +29,14 @@ class FakeChat:
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Any] = (),
         arguments: Mapping[str, Any] | None = None,
+        *,
+        answered: bool = False,
     ) -> str:
         return self.tokenizer.apply_chat_template(
             list(messages),
             tools=list(tools),
             tokenize=False,
-            add_generation_prompt=True,
+            add_generation_prompt=not answered,
             **arguments or {},
         )
 

@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training on the answers of several folders."""
 
-import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.tiny_answers import MakeArguments, keep_answers
+from tests.tiny_answers import MakeArguments, keep_answers, training_log
 from vllm_mtp.cli.main import _load
 from vllm_mtp.data.several import read_answers
 from vllm_mtp.data.store import Row
@@ -109,7 +108,7 @@ def test_a_run_on_two_folders_says_so_everywhere(
     a = make("a", range(16), prompts="sharegpt", skip=0, limit=20)
     b = make("b", range(16), 0.5, prompts="sharegpt", skip=50, limit=9, **kwargs)
     args = arguments(data=[str(a), str(b)], **DESIGN)
-    with caplog.at_level(logging.WARNING):
+    with training_log(caplog):
         train(args, tiny_llama)
     said = caplog.text
     assert f"{b}: made with other settings than {a}: chat_template_kwargs" in said

@@ -63,6 +63,7 @@ class Eval:
             raise MTPError("--baseline: is measured in vLLM; add --in-vllm")
 
         from vllm_mtp.data.served_sampling import difference_from_served
+        from vllm_mtp.data.settings import OFF_POLICY
         from vllm_mtp.data.store import read_provenance
         from vllm_mtp.evaluation.report import (
             markdown,
@@ -74,7 +75,7 @@ class Eval:
         if self.out is not None:
             require_matplotlib()  # before the work, not after it
         result = replace(self._evaluate(), settings=self._settings())
-        sampling = read_provenance(self.data).settings.sampling
+        made_with = read_provenance(self.data).settings
         print(markdown(result))
         if temperature := result.settings["answers_temperature"]:
             print(
@@ -82,7 +83,12 @@ class Eval:
                 "simulated decoding a draft counts as accepted only where it is the "
                 "sampled token."
             )
-        if said := difference_from_served(sampling, target_folder(self.target)):
+        target = target_folder(self.target)
+        if made_with.is_off_policy:
+            said: str | None = f"{OFF_POLICY}; measure that with --in-vllm"
+        else:
+            said = difference_from_served(made_with.sampling, target)
+        if said:
             print(f"\n{said[0].upper()}{said[1:]}.")
         if self.out is not None:
             files = write_report(result, self.out)
@@ -198,6 +204,7 @@ class Eval:
             "device": str(self._device()),
             "answers_temperature": generated.sampling.temperature,
             "answers_max_tokens": generated.sampling.max_tokens,
+            **({"answers_policy": "off-policy"} if generated.is_off_policy else {}),
             **{f"answers_{k}": v for k, v in penalties_of(generated.sampling).items()},
             "versions": {
                 name: version(name) for name in ("vllm-mtp", "transformers", "torch")

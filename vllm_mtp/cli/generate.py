@@ -2,6 +2,7 @@
 """``vllm-mtp generate``."""
 
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -22,17 +23,25 @@ if TYPE_CHECKING:
         Provenance,
         RunSettings,
     )
-    from vllm_mtp.data.store import Store
+    from vllm_mtp.data.store import Row, Store
 
 _MAX_TOKENS = 512  # the longest answer, unless the user or the target says
 _SHOWN = 1000  # characters of the first prompt
+# Flags that say how an engine answers.
+_OF_ENGINE = (
+    "temperature", "top_p", "top_k", "min_p", "seed",
+    "repetition_penalty", "presence_penalty", "frequency_penalty",
+    "dtype", "quantization", "tensor_parallel_size", "gpu_memory_utilization",
+)  # fmt: skip
+_PART_ROWS = 1000  # of answers that are given
 
 
 @dataclass
 class Generate:
     """Let a target answer prompts with vLLM's offline engine, without a drafter, and
     write prompts and answers as a `datasets` dataset of token ids, to train drafters
-    on. A run that was stopped goes on with the same command."""
+    on. A run that was stopped goes on with the same command. `--answers given` takes
+    answers that are there already."""
 
     target: str = flag("the target's Hugging Face folder or hub name")
     prompts: str = flag(
@@ -41,6 +50,11 @@ class Generate:
         "or hf:NAME_OR_PATH, a Hugging Face dataset"
     )
     out: str = flag("folder to write; one that holds a stopped run is continued")
+    answers: Literal["target", "given"] = flag(
+        "given: take the answers that the prompts' conversations end with; no engine "
+        "is started, and the target did not write them (off-policy)",
+        "target",
+    )
     prompts_split: str = flag("hf: only; the dataset's split", "train")
     prompts_column: str = flag(
         "hf: only; the column with texts or lists of turns", "prompt"
@@ -158,6 +172,8 @@ class Generate:
 
         _require_datasets()
         self._require_one_replica()
+        if self.answers == "given":
+            self._require_no_engine()
         machine = self._machine()
         # It writes the finished dataset in seconds; its many bars say nothing.
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
@@ -195,6 +211,10 @@ class Generate:
             print(f"{store.folder} is finished already; nothing to do")
             return 0
         odd = OddRows(strict=self.strict)
+        if settings.is_off_policy:
+            taken = _take(store, settings, renderer, chat.end_token_ids, odd)
+            print(report(taken, store.folder, odd.explained()))
+            return 0
         requests, counts = self._requests(settings, renderer, odd)
         print(_first_prompt(requests[0], renderer))
         print(self._sampling_in_words(sampling, defaults))
@@ -237,6 +257,27 @@ class Generate:
                 "on, each with an --out of its own, and give `train` all of them"
             )
 
+    def _require_no_engine(self) -> None:
+        from dataclasses import fields
+
+        for field in fields(self):
+            if field.name in _OF_ENGINE and getattr(self, field.name) != field.default:
+                raise DataError(
+                    f"--{field.name.replace('_', '-')}: got "
+                    f"{getattr(self, field.name)}, but with --answers given no engine "
+                    "answers; leave it out"
+                )
+        if not self.chat_template:
+            raise DataError(
+                "--no-chat-template: --answers given takes conversations, which the "
+                "chat template writes; leave one of the two out"
+            )
+        if self.prompts == "sharegpt":
+            raise DataError(
+                "--prompts sharegpt: gives first turns only, and --answers given needs "
+                "conversations with their answers; name a JSONL file or hf:NAME_OR_PATH"
+            )
+
     def _machine(self) -> "MachineSettings":
         from pydantic import ValidationError
 
@@ -266,6 +307,8 @@ class Generate:
         """The flags, behind them the target's defaults, behind them ours."""
         from vllm_mtp.data.served_sampling import NAMES
 
+        if self.answers == "given":
+            return {"max_tokens": self.max_tokens or _MAX_TOKENS}
         longest = min(_MAX_TOKENS, defaults.get("max_tokens", _MAX_TOKENS))
         flags = self._fields(*NAMES)
         given = {name: value for name, value in flags.items() if value is not None}
@@ -307,6 +350,7 @@ class Generate:
 
         found |= self._from_flags(folder, sampling) | {
             "vllm": vllm_version(),
+            "policy": "off-policy" if self.answers == "given" else "on-policy",
             # Small, so that a kill loses little.
             "part_prompts": self.max_num_seqs,
             "weights_sample_sha256": weights_sample_sha256(folder),
@@ -425,6 +469,58 @@ def _answer(
         answer_missing(store, missing, answerer, rows, progress.answered)
 
 
+def _take(
+    store: "Store",
+    settings: "RunSettings",
+    renderer: "Renderer",
+    ends: frozenset[int],
+    odd: "OddRows",
+) -> "Provenance":
+    """Make the dataset of answers that the source has. It takes minutes, so that a
+    stopped run begins anew."""
+    from itertools import islice
+
+    from tqdm import tqdm
+
+    from vllm_mtp.data.given import GivenAnswers
+    from vllm_mtp.data.prompts import read_prompts
+    from vllm_mtp.data.settings import RunFile
+
+    given = GivenAnswers(renderer, ends, settings, odd)
+    rows = given.rows(read_prompts(settings.source, odd, answered=True))
+    first = next(rows, None)
+    if first is None:
+        reasons = "; ".join(odd.explained()) or "the source is empty"
+        raise DataError(
+            f"--prompts {settings.source.prompts}: no answer to take: "
+            f"{given.counts.read} rows read; {reasons}. Name a source whose "
+            "conversations end with the assistant's turn"
+        )
+    print(_first_text(first, renderer))
+    run = RunFile(settings=settings, prompts_sha256="")
+    store.start(run)
+    store.discard_parts()
+    every = 1.0 if sys.stderr.isatty() else 30.0
+    with tqdm(unit="row", mininterval=every) as bar:
+        part = [first, *islice(rows, _PART_ROWS - 1)]
+        while part:
+            store.write_part(part)
+            bar.update(len(part))
+            part = list(islice(rows, _PART_ROWS))
+    return store.finish(None, run, given.counts, _versions(settings))
+
+
+def _first_text(row: "Row", renderer: "Renderer") -> str:
+    """The first text as it will be trained on, for the user to look at."""
+    ids, spans = row["input_ids"], row["loss_spans"]
+    start = spans[0][0] if spans else len(ids)
+    prompt, answer = renderer.decode(ids[:start]), renderer.decode(ids[start:])
+    return (
+        f"the first prompt, {start:,} tokens:\n{prompt[-_SHOWN:]}\n\n"
+        f"its answer, {len(ids) - start:,} tokens:\n{answer[:_SHOWN]}\n"
+    )
+
+
 def _versions(settings: "RunSettings") -> dict[str, str]:
     from importlib.metadata import version
 
@@ -447,6 +543,7 @@ def _first_prompt(request: "Request", renderer: "Renderer") -> str:
 def report(provenance: "Provenance", folder: Path, odd: Sequence[str] = ()) -> str:
     """The table that the command ends with, and why rows were left out."""
     prompts = provenance.prompts
+    whose = "answers" if provenance.settings.is_off_policy else "the target's"
     rows = [
         ("rows read", f"{prompts.read:,}"),
         ("duplicates dropped", f"{prompts.duplicates_dropped:,}"),
@@ -459,7 +556,7 @@ def report(provenance: "Provenance", folder: Path, odd: Sequence[str] = ()) -> s
             name,
             (
                 f"{split.rows:,} rows, {split.tokens:,} tokens, "
-                f"{split.answer_tokens:,} of them the target's"
+                f"{split.answer_tokens:,} of them {whose}"
             ),
         )
         for name, split in provenance.splits.items()

@@ -35,12 +35,14 @@ class Prompt:
         category: Kind of prompt.
         tools: What the target may call, as the chat endpoint takes them.
         where: The row that it was read from, for messages.
+        answer: The assistant's turn that the source has behind it, where it was read.
     """
 
     messages: tuple[Message, ...]
     category: str
     tools: tuple[Any, ...] = ()
     where: str = field(default="", compare=False)
+    answer: Message | None = None
 
     @cached_property
     def identifier(self) -> str:
@@ -49,13 +51,14 @@ class Prompt:
 
 
 def read_prompts(
-    source: SourceSettings, odd: OddRows | None = None
+    source: SourceSettings, odd: OddRows | None = None, *, answered: bool = False
 ) -> Iterator[Prompt]:
     """Yield a source's prompts in its order, from row ``skip`` on, of ``limit`` rows.
 
     Args:
         source: Where they come from.
         odd: Counts the rows that cannot be used; None: the first one raises.
+        answered: Every conversation ends with its answer.
 
     Raises:
         DataError: The source cannot be read; the message names the file and line,
@@ -72,7 +75,7 @@ def read_prompts(
     odd = odd or OddRows(strict=True)
     for row in rows:
         try:
-            prompt = row.prompt()
+            prompt = row.prompt(answered)
         except OddRowError as error:
             odd.skip(error)
         else:
@@ -88,7 +91,7 @@ class _Row:
     line: bytes | None = None  # of a JSONL file
     fields: Any = None
 
-    def prompt(self) -> Prompt:
+    def prompt(self, answered: bool) -> Prompt:
         """Raises OddRowError where it is none."""
         fields = self.fields if self.line is None else _parsed(self.line, self.where)
         if not isinstance(fields, Mapping):
@@ -107,11 +110,15 @@ class _Row:
                 'expected an object with either "prompt" (a text) or "messages" (a '
                 f"list of turns), got {_short(fields)}",
             )
+        turns, answer = fields[given[0]], None
+        if answered:
+            turns, answer = _without_answer(turns, self.where)
         return Prompt(
-            messages_of(fields[given[0]], self.where),
+            messages_of(turns, self.where),
             _category_of(fields.get("category"), self.category, self.where),
             _tools_of(fields.get("tools"), self.where),
             self.where,
+            answer,
         )
 
 
@@ -225,6 +232,23 @@ def messages_of(value: Any, where: str) -> tuple[Message, ...]:
     if not text_of(last["content"]).strip():
         raise OddRowError("the last turn is empty", where, "expected some text")
     return turns
+
+
+def _without_answer(value: Any, where: str) -> tuple[Any, Message]:
+    """Take the last turn, the assistant's, from a conversation."""
+    last = value[-1] if isinstance(value, list) and value else None
+    if not isinstance(last, Mapping) or last.get("role") != "assistant":
+        raise OddRowError(
+            "the last turn is not the assistant's",
+            where,
+            f"got {_short(value if last is None else last)}; with --answers given a "
+            "row is a list of turns and ends with the answer",
+        )
+    answer = _turn_of(last, where)
+    says = text_of(answer["content"]).strip() or set(answer) - {"role", "content"}
+    if not says:
+        raise OddRowError("the answer is empty", where, "expected some text")
+    return value[:-1], answer
 
 
 def text_of(content: Any) -> str:

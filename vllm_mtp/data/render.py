@@ -13,8 +13,8 @@ from vllm_mtp.data.settings import PromptCounts
 from vllm_mtp.data.shard import Shard
 from vllm_mtp.errors import DataError
 
-_BATCH = 512  # prompts per call of the tokenizer, which then uses all cores
-_TOO_LONG = "too long"
+BATCH = 512  # prompts per call of the tokenizer, which then uses all cores
+TOO_LONG = "too long"
 ALL = Shard()
 
 
@@ -34,6 +34,8 @@ class Chat(Protocol):
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Any] = (),
         arguments: Mapping[str, Any] | None = None,
+        *,
+        answered: bool = False,
     ) -> str | list[int]:
         """A text to tokenize without special tokens, or token ids."""
         ...
@@ -115,7 +117,7 @@ class Renderer:
         source = iter(prompts)
         # Templates write the special tokens themselves.
         special = not self._chat_template
-        while batch := list(islice(source, _BATCH)):
+        while batch := list(islice(source, BATCH)):
             rendered: list[tuple[Prompt, str | list[int]]] = []
             for prompt in batch:
                 try:
@@ -132,6 +134,88 @@ class Renderer:
                 ids = next(tokenized) if isinstance(found, str) else found
                 if self._are_usable(ids, prompt, odd):
                     yield prompt, ids
+
+    def render_answered(
+        self, prompts: Iterable[Prompt], odd: OddRows
+    ) -> Iterator[tuple[Prompt, list[int], list[int]]]:
+        """Yield each answered prompt that can be rendered with the token ids of the
+        prompt, as the chat endpoint makes them, and of what the template writes behind.
+
+        Args:
+            prompts: In their order, all at once.
+            odd: Counts the others.
+        """
+        rendered: list[tuple[Prompt, str, str]] = []
+        for prompt in prompts:
+            try:
+                rendered.append((prompt, *self._rendered_answer(prompt)))
+            except OddRowError as error:
+                odd.skip(error)
+        starts, wholes = (
+            self._tokenized([start + answer * whole for _, start, answer in rendered])
+            for whole in (False, True)
+        )
+        for (prompt, _, text), ids, whole in zip(rendered, starts, wholes, strict=True):
+            try:
+                answer = self._answer_ids(ids, whole, text, prompt.where)
+            except OddRowError as error:
+                odd.skip(error)
+                continue
+            if self._are_usable([*ids, *answer], prompt, odd):
+                yield prompt, ids, answer
+
+    def _tokenized(self, texts: Sequence[str]) -> list[list[int]]:
+        if not texts:
+            return []
+        ids = self._chat.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+        return list(map(list, ids))
+
+    def _answer_ids(
+        self, start: list[int], whole: list[int], text: str, where: str
+    ) -> list[int]:
+        """The tokens behind a prompt's, which stay what they are without an answer."""
+        if whole[: len(start)] == start:
+            return whole[len(start) :]
+        # The last token of the prompt and the first of the answer would be one.
+        (alone,) = self._tokenized([text])
+        if self._chat.tokenizer.decode(alone) != text:
+            raise OddRowError(
+                "no tokens for the answer",
+                where,
+                f"{text[:80]!r} alone is tokenized as something else",
+            )
+        return alone
+
+    def _rendered_answer(self, prompt: Prompt) -> tuple[str, str]:
+        """The prompt, and what comes behind it."""
+        start = self._rendered(prompt)
+        turns = [*prompt.messages, *([prompt.answer] if prompt.answer else [])]
+        try:
+            whole = self._chat.render(
+                turns, prompt.tools, self._arguments, answered=True
+            )
+        except Exception as error:  # as above
+            raise OddRowError(
+                "the target's chat template refuses the answer",
+                prompt.where,
+                f"{_short(error)}; it is {str(prompt.answer)[:100]!r}",
+            ) from None
+        if isinstance(start, str) and isinstance(whole, str):
+            if whole.startswith(start):
+                return start, whole[len(start) :]
+            raise OddRowError(
+                "the chat template does not write the answer behind its prompt",
+                prompt.where,
+                f"the prompt ends in {start[-60:]!r}, the conversation in "
+                f"{whole[-60:]!r}; served, the target never says that there (does the "
+                "template leave thinking out that the prompt begins, or do other "
+                "--chat-template-kwargs fit?)",
+            )
+        raise DataError(
+            "--answers given: this tokenizer (mistral-common) renders no conversation "
+            "that has ended; use --tokenizer-mode hf, if the target's folder has files "
+            "for it"
+        )
 
     def _rendered(self, prompt: Prompt) -> str | list[int]:
         messages = list(prompt.messages)
@@ -204,9 +288,9 @@ def prepare(
             requests.append(Request(prompt.identifier, prompt.category, ids))
         else:
             detail = f"{len(ids)} tokens, --max-prompt-tokens is {max_prompt_tokens}"
-            odd.note(OddRowError(_TOO_LONG, prompt.where, detail))
+            odd.note(OddRowError(TOO_LONG, prompt.where, detail))
     skipped = odd.counts
-    too_long = skipped.pop(_TOO_LONG, 0)
+    too_long = skipped.pop(TOO_LONG, 0)
     duplicates, others = read - len(seen), len(seen) - len(kept)
     left_out = duplicates + others + too_long + sum(skipped.values())
     return requests, PromptCounts(

@@ -1,11 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a run of ``vllm-mtp generate`` was asked for, and what it gave, as JSON."""
 
+from typing import Literal
+
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator
 
 from vllm_mtp.data.shard import Shard
 from vllm_mtp.drafter.target_facts import TargetFacts
 
+OFF_POLICY = (
+    "the target did not write these answers (off-policy), and what it says when it is "
+    "served is other text"
+)
 # A copy of the target in another folder is the same target, and the size of parts is
 # no flag: a folder keeps its own.
 _NOT_COMPARED = ("target.name", "part_prompts")
@@ -97,6 +103,11 @@ class RunSettings(_Model):
     max_prompt_tokens: int = Field(ge=1, description="Longer prompts are dropped.")
     held_out: float = Field(ge=0, lt=1, description="Part of prompts in `held_out`.")
     vllm: str = Field(description="Version of vLLM.")
+    policy: Literal["on-policy", "off-policy"] = Field(
+        default="on-policy",
+        description="Whether the target wrote the answers; off-policy: they were in "
+        "the source, and `sampling` has only a limit for them.",
+    )
     part_prompts: int | None = Field(
         default=None,
         ge=1,
@@ -111,6 +122,11 @@ class RunSettings(_Model):
     def part_rows(self) -> int:
         """Answers written as one part."""
         return self.part_prompts or 4 * self.engine.max_num_seqs
+
+    @property
+    def is_off_policy(self) -> bool:
+        """Whether somebody else than the target wrote the answers."""
+        return self.policy == "off-policy"
 
     def differences(self, other: "RunSettings") -> list[str]:
         """Name the keys in which ``other`` is not the same, with both values."""
@@ -141,7 +157,9 @@ class RunFile(_Model):
 
     format: int = 1
     settings: RunSettings
-    prompts_sha256: str = Field(description="Of the list of prompts, in order.")
+    prompts_sha256: str = Field(
+        description="Of the list of prompts, in order; empty where nothing is answered."
+    )
 
 
 class PromptCounts(_Model):

@@ -133,10 +133,11 @@ def differences(
 
 def _of_text(settings: RunSettings) -> dict[str, Any]:
     """The settings that show in the text: sampling, but for its seed, and template."""
-    sampling = {
-        name: getattr(settings.sampling, name)
-        for name in in_use(settings.sampling.temperature)
-    }
+    names = in_use(settings.sampling.temperature)
+    sampling = {name: getattr(settings.sampling, name) for name in names}
+    if settings.is_off_policy:  # nothing was sampled
+        sampling = {}
+    sampling["policy"] = settings.policy
     names = ("chat_template", "chat_template_sha256", "chat_template_kwargs")
     return (
         sampling

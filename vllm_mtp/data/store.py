@@ -19,7 +19,7 @@ not there. The columns of a row:
     category       kind of prompt
     input_ids      the prompt's tokens, then the answer's, with the token that ended it
     loss_spans     list of [start, end): the tokens of ``input_ids`` that are the
-                   target's own
+                   target's own, or of an answer that was given
     finish_reason  "stop", or "length" where ``max_tokens`` cut the answer off
 """
 
@@ -296,20 +296,22 @@ class Store:
     def _part_files(self) -> list[Path]:
         return sorted(self._parts.glob("*.jsonl"))
 
-    def _places(self) -> dict[str, tuple[Path, int]]:
-        """Where each prompt's row begins: they may be more than memory holds."""
-        places: dict[str, tuple[Path, int]] = {}
+    def _places(self) -> Iterator[tuple[str, tuple[Path, int]]]:
+        """Each row's prompt, and where it begins: rows are more than memory holds."""
         for path in self._part_files():
             begin = 0
             with path.open("rb") as lines:
                 for line in lines:
-                    places[json.loads(line)["prompt_id"]] = (path, begin)
+                    yield json.loads(line)["prompt_id"], (path, begin)
                     begin += len(line)
-        return places
+
+    def discard_parts(self) -> None:
+        """Begin anew."""
+        shutil.rmtree(self._parts, ignore_errors=True)
 
     def finish(
         self,
-        order: Sequence[str],
+        order: Sequence[str] | None,
         run: RunFile,
         prompts: PromptCounts,
         versions: dict[str, str],
@@ -317,7 +319,8 @@ class Store:
         """Make the dataset of all parts, and remove them.
 
         Args:
-            order: The identifiers of all prompts, in the order of the rows.
+            order: The identifiers of all prompts, in the order of the rows; None: as
+                they were written, and then a prompt may have several.
             run: What was asked for.
             prompts: What became of them.
             versions: Of what answered.
@@ -338,7 +341,7 @@ class Store:
         return provenance
 
     def _write_dataset(
-        self, order: Sequence[str], held_out: float
+        self, order: Sequence[str] | None, held_out: float
     ) -> dict[str, SplitCounts]:
         from datasets import DatasetDict
 
@@ -347,15 +350,17 @@ class Store:
                 shutil.rmtree(folder)
         # Not the user's cache: that one is looked up by the generator's arguments and
         # would give an older run's rows.
-        sides: dict[str, list[str]] = {split: [] for split in SPLITS}
-        for identifier in order:
+        found = list(self._places())
+        if order is not None:
+            place_of = dict(found)
+            found = [(identifier, place_of[identifier]) for identifier in order]
+        sides: dict[str, list[tuple[Path, int]]] = {split: [] for split in SPLITS}
+        for identifier, place in found:
             side = HELD_OUT if is_held_out(identifier, held_out) else TRAIN
-            sides[side].append(identifier)
-        places = self._places()
+            sides[side].append(place)
         with tempfile.TemporaryDirectory(dir=self.folder, prefix=_CACHE) as cache:
             splits = {
-                split: _dataset([places[name] for name in side], split, cache)
-                for split, side in sides.items()
+                split: _dataset(side, split, cache) for split, side in sides.items()
             }
             # Without a number, an empty split gets no file and cannot be loaded.
             shards = {name: None if rows else 1 for name, rows in splits.items()}

@@ -39,7 +39,7 @@ _TERMS = {
     "feature_weight": "feature loss of own layers",
 }
 _MEASURES = """\
-Offline, on the target's own answers (`evaluation.json`). In simulated decoding there is
+Offline, on {answers} (`evaluation.json`). In simulated decoding there is
 one draft per decoding step, as in serving, and its acceptance length (AL) is what vLLM
 counts. Teacher-forced, there is a draft behind every token; the teacher-forced length
 (TFL) is another number, mostly a higher one. A draft is accepted up to the first token
@@ -93,7 +93,7 @@ def make_card(
         f"# {title}",
         _introduction(config, target, provenance),
         _use(config, target, model),
-        _acceptance(evaluation),
+        _acceptance(evaluation, provenance),
         _speed(speed),
         _design(config, target, provenance, speed),
         _training(provenance),
@@ -167,13 +167,24 @@ def _introduction(
     elif provenance.training is None:
         made = "**It is untrained**, a starting point."
     else:
-        made = "It was trained on the target's own answers."
+        made = f"It was trained on {_texts(provenance)}."
     return (
         f"A drafter for speculative decoding of `{target}` in vLLM, with the method "
         f"`{METHOD}` of the plugin vllm-mtp. It reads the target's own KV cache and "
         f"keeps none of its own. One forward drafts up to "
         f"{config.num_speculative_tokens} tokens. {made}"
     )
+
+
+_OWN = "the target's own answers"
+_GIVEN = "text that the target did not write (off-policy)"
+
+
+def _texts(provenance: DrafterProvenance | None) -> str:
+    """What a drafter was trained on."""
+    every = provenance.every_data if provenance else ()
+    kinds = {data.generation.settings.is_off_policy for data in every} or {False}
+    return " and on ".join((_OWN, _GIVEN)[kind] for kind in sorted(kinds))
 
 
 def _use(config: DrafterConfig, target: str, model: str) -> str:
@@ -194,7 +205,9 @@ def _use(config: DrafterConfig, target: str, model: str) -> str:
     )
 
 
-def _acceptance(evaluation: OfflineResult | None) -> str:
+def _acceptance(
+    evaluation: OfflineResult | None, provenance: DrafterProvenance | None
+) -> str:
     if evaluation is None:
         return "## Acceptance\n\nNot measured: there is no `evaluation.json`."
     total = evaluation.total
@@ -206,7 +219,11 @@ def _acceptance(evaluation: OfflineResult | None) -> str:
         f"{total.simulated.acceptance_length:.3f} in simulated greedy decoding; "
         f"teacher-forced length {total.teacher_forced_length:.3f}."
     )
-    parts = ["## Acceptance", headline, _MEASURES]
+    answers = _texts(provenance)
+    if evaluation.settings:  # of `eval`, which says whose answers it took
+        off = evaluation.settings.get("answers_policy") == "off-policy"
+        answers = _GIVEN if off else _OWN
+    parts = ["## Acceptance", headline, _MEASURES.format(answers=answers)]
     if temperature := evaluation.settings.get("answers_temperature"):
         parts.append(
             f"The answers were sampled at temperature {temperature}: a draft counts as "
@@ -354,6 +371,10 @@ def _rows_of_data(data: DataRecord) -> list[tuple[str, str]]:
     settings = data.generation.settings
     source, sampling = settings.source, settings.sampling
     part = f", part {source.shard} of them" if source.shard else ""
+    whose = "the target's own answers to"
+    sampled = f"temperature {sampling.temperature}, top_p {sampling.top_p}"
+    if settings.is_off_policy:
+        whose, sampled = "off-policy: answers that the target did not write, from", ""
     counts = "; ".join(
         f"{split}: {count.rows:,} answers, {count.answer_tokens:,} tokens of answers"
         for split, count in data.generation.splits.items()
@@ -361,10 +382,10 @@ def _rows_of_data(data: DataRecord) -> list[tuple[str, str]]:
     return [
         (
             "Data",
-            f"`{data.name}`: the target's own answers to `{source.prompts}`{part}",
+            f"`{data.name}`: {whose} `{source.prompts}`{part}",
         ),
         ("Sizes", counts),
-        ("Sampling", f"temperature {sampling.temperature}, top_p {sampling.top_p}"),
+        ("Sampling", sampled),
         ("Longest answer", f"{sampling.max_tokens:,} tokens"),
     ]
 

@@ -14,6 +14,7 @@ import torch
 from datasets import Dataset
 
 from vllm_mtp.data.served_sampling import difference_from_served
+from vllm_mtp.data.settings import OFF_POLICY
 from vllm_mtp.data.several import Answers, differences, read_answers
 from vllm_mtp.drafter.checkpoint import CONFIG_FILE, load_drafter, read_config
 from vllm_mtp.drafter.cost import draft_cost
@@ -151,7 +152,9 @@ class TrainingRun:
 
 def _warn_of(folders: Sequence[str], answers: Answers, target: Path) -> None:
     for folder, settings in zip(folders, answers.settings, strict=True):
-        if said := difference_from_served(settings.sampling, target):
+        if settings.is_off_policy:
+            logger.warning("%s: %s", folder, OFF_POLICY)
+        elif said := difference_from_served(settings.sampling, target):
             logger.warning("%s: %s", folder, said)
     for line in differences(folders, answers.settings):
         logger.warning("%s", line)
