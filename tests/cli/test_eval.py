@@ -3,6 +3,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -42,6 +43,7 @@ def make_data(
     answer_tokens: int = ANSWER_TOKENS,
     held_out: float = 0.5,
     temperature: float = 0.0,
+    policy: Literal["on-policy", "off-policy"] = "on-policy",
 ) -> Path:
     """A folder as ``vllm-mtp generate`` writes it: 4 answers held out, 1 to train."""
     rows = []
@@ -65,6 +67,7 @@ def make_data(
         max_prompt_tokens=8,
         held_out=held_out,
         vllm="none",
+        policy=policy,
     )
     store, run = Store(folder), RunFile(settings=settings, prompts_sha256="0" * 64)
     store.start(run)
@@ -215,6 +218,23 @@ def test_sampled_answers_are_said(
     assert "sampled" not in capsys.readouterr().out
     assert run(data=make_data(tiny_llama, tmp_path / "data", temperature=0.7)) == 0
     assert "sampled at temperature 0.7" in capsys.readouterr().out
+
+
+def test_answers_that_the_target_did_not_write_are_said(
+    run: Callable[..., int],
+    tiny_llama: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run() == 0
+    assert "off-policy" not in capsys.readouterr().out
+    data = make_data(tiny_llama, tmp_path / "data", policy="off-policy")
+    assert run("--out", str(tmp_path / "out"), data=data) == 0
+    said = "The target did not write these answers (off-policy)"
+    assert said in capsys.readouterr().out
+    assert '"answers_policy": "off-policy"' in (
+        tmp_path / "out" / "evaluation.json"
+    ).read_text("utf-8")
 
 
 def test_missing_matplotlib_is_said_before_the_work(
