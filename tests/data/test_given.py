@@ -200,7 +200,7 @@ def test_a_run_that_was_stopped_begins_anew(
 ) -> None:
     turns = [[asked(f"{n}"), said("b")] for n in range(9)]
     assert run(turns, out=tmp_path / "whole") == 0
-    monkeypatch.setattr("vllm_mtp.cli.generate._PART_ROWS", 4)
+    monkeypatch.setattr("vllm_mtp.data.given.PART_ROWS", 4)
     with monkeypatch.context() as patch:
         patch.setattr("vllm_mtp.data.store.Store.finish", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):

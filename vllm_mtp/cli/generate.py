@@ -2,7 +2,6 @@
 """``vllm-mtp generate``."""
 
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -33,7 +32,6 @@ _OF_ENGINE = (
     "repetition_penalty", "presence_penalty", "frequency_penalty",
     "dtype", "quantization", "tensor_parallel_size", "gpu_memory_utilization",
 )  # fmt: skip
-_PART_ROWS = 1000  # of answers that are given
 
 
 @dataclass
@@ -476,15 +474,11 @@ def _take(
     ends: frozenset[int],
     odd: "OddRows",
 ) -> "Provenance":
-    """Make the dataset of answers that the source has. It takes minutes, so that a
-    stopped run begins anew."""
-    from itertools import islice
+    """Make the dataset of answers that the source has."""
+    from itertools import chain
 
-    from tqdm import tqdm
-
-    from vllm_mtp.data.given import GivenAnswers
+    from vllm_mtp.data.given import GivenAnswers, keep
     from vllm_mtp.data.prompts import read_prompts
-    from vllm_mtp.data.settings import RunFile
 
     given = GivenAnswers(renderer, ends, settings, odd)
     rows = given.rows(read_prompts(settings.source, odd, answered=True))
@@ -497,16 +491,7 @@ def _take(
             "conversations end with the assistant's turn"
         )
     print(_first_text(first, renderer))
-    run = RunFile(settings=settings, prompts_sha256="")
-    store.start(run)
-    store.discard_parts()
-    every = 1.0 if sys.stderr.isatty() else 30.0
-    with tqdm(unit="row", mininterval=every) as bar:
-        part = [first, *islice(rows, _PART_ROWS - 1)]
-        while part:
-            store.write_part(part)
-            bar.update(len(part))
-            part = list(islice(rows, _PART_ROWS))
+    run = keep(chain([first], rows), store, settings)
     return store.finish(None, run, given.counts, _versions(settings))
 
 

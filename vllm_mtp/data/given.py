@@ -7,16 +7,21 @@ what the target would have to continue. Whoever wants an earlier turn too gives 
 conversation up to there as a row of its own.
 """
 
+import sys
 from collections.abc import Collection, Iterable, Iterator
 from itertools import islice
+
+from tqdm import tqdm
 
 from vllm_mtp.data.odd_rows import OddRowError, OddRows
 from vllm_mtp.data.prompts import Prompt
 from vllm_mtp.data.render import BATCH, TOO_LONG, Renderer
-from vllm_mtp.data.settings import PromptCounts, RunSettings
+from vllm_mtp.data.settings import PromptCounts, RunFile, RunSettings
 from vllm_mtp.data.shard import Shard
 from vllm_mtp.data.split import prompt_id
-from vllm_mtp.data.store import Row
+from vllm_mtp.data.store import Row, Store
+
+PART_ROWS = 1000
 
 
 class GivenAnswers:
@@ -105,3 +110,26 @@ class GivenAnswers:
             "loss_spans": [[start, stop]] if len(kept) > stopped else [],
             "finish_reason": "stop" if stopped else "length",
         }
+
+
+def keep(rows: Iterator[Row], store: Store, settings: RunSettings) -> RunFile:
+    """Store rows in parts. It takes minutes, so a stopped run begins anew.
+
+    Args:
+        rows: All of the run.
+        store: Where they go.
+        settings: Of the run.
+
+    Returns:
+        What was asked for, for `Store.finish`.
+    """
+    run = RunFile(settings=settings, prompts_sha256="")
+    store.start(run)
+    store.discard_parts()
+    # A log file shall not get a line per second.
+    every = 1.0 if sys.stderr.isatty() else 30.0
+    with tqdm(unit="row", mininterval=every) as bar:
+        while part := list(islice(rows, PART_ROWS)):
+            store.write_part(part)
+            bar.update(len(part))
+    return run
