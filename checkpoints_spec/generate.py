@@ -185,6 +185,7 @@ _OBJECTS = {
     "LoRAConfig": "`layers[].lora`",
     "OwnLayerConfig": '`layers[]` with `"kind": "own"`',
     "MarkovConfig": "`markov`",
+    "NoiseConfig": "`noise`",
     "TargetFacts": "`target`",
     "LayerHeads": "`target.layer_heads[]`",
 }

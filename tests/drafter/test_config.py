@@ -47,6 +47,7 @@ VALID: dict[str, Any] = {
         {"kind": "shared", "target_layer": 1, "lora": None},
     ],
     "markov": {"rank": 4},
+    "noise": {"low": 1, "high": 32, "token_ids": [31, 7, 7]},
     "draft_vocab_size": 16,
     "prefix_window": 256,
     "dtype": "bfloat16",
@@ -84,6 +85,7 @@ OPTIONAL = {
     ("layers", 1, "bridge"): False,
     ("layers", 2, "lora"): None,
     ("markov",): None,
+    ("noise",): None,
     ("draft_vocab_size",): None,
     ("prefix_window",): None,
     ("target", "name"): None,
@@ -239,6 +241,7 @@ def test_other_types_are_not_converted(
         (("layers", 1, "intermediate_size"), 0, "greater than or equal to 1"),
         (("layers", 1, "rms_norm_eps"), 0.0, "greater than 0"),
         (("markov", "rank"), 0, "greater than or equal to 1"),
+        (("noise", "low"), -1, "greater than or equal to 0"),
         (("draft_vocab_size",), 0, "greater than or equal to 1"),
         (("prefix_window",), 0, "greater than or equal to 1"),
         (("prefix_window",), 64.0, "valid integer"),
@@ -258,7 +261,8 @@ def test_values_out_of_range_are_named(
 
 def test_the_ends_of_the_ranges_are_allowed(tmp_path: Path) -> None:
     for positions in (1, 64):
-        config = _read(tmp_path, changed(("num_speculative_tokens",), positions))
+        config = changed(("num_speculative_tokens",), positions)
+        config = _read(tmp_path, config | {"noise": None})
         assert config.num_speculative_tokens == positions
     assert _read(tmp_path, changed(("draft_vocab_size",), 32)).draft_vocab_size == 32
 
@@ -271,6 +275,23 @@ def test_layers_must_be_in_the_target(tmp_path: Path) -> None:
 def test_draft_vocabulary_is_no_larger_than_the_targets(tmp_path: Path) -> None:
     message = _message(tmp_path, changed(("draft_vocab_size",), 33))
     assert "draft_vocab_size: got 33, the target's vocabulary has 32" in message
+
+
+@pytest.mark.parametrize(
+    ("path", "wrong", "expected"),
+    [
+        (("noise", "low"), 32, "noise.low: got 32, expected less than high (32)"),
+        (("noise", "token_ids", 1), 0, "noise.token_ids: got 0, expected 1 to 31"),
+        (("noise", "token_ids", 1), 32, "noise.token_ids: got 32, expected 1 to 31"),
+        (("noise", "token_ids"), [3], "noise.token_ids: got 1 ids, expected 3"),
+        (("noise", "high"), 33, "noise.high: got 33, the target's vocabulary has 32"),
+    ],
+    ids=path_id,
+)
+def test_noise_tokens_are_the_targets_and_one_for_each_placeholder(
+    tmp_path: Path, path: KeyPath, wrong: Any, expected: str
+) -> None:
+    assert expected in _message(tmp_path, changed(path, wrong))
 
 
 def test_lora_modules_are_named_once(tmp_path: Path) -> None:

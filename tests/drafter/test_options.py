@@ -17,7 +17,7 @@ from vllm_mtp.torch_host.new_drafter import new_drafter
 # What is no plain value of the whole drafter, or is asked for by name.
 NO_KNOBS = {
     *("model_type", "format_version", "target"),
-    *("layers", "num_speculative_tokens", "markov"),
+    *("layers", "num_speculative_tokens", "markov", "noise"),
 }
 KNOBS = {
     name
@@ -76,6 +76,18 @@ def test_a_flag_of_0_is_null(tiny_llama: Path) -> None:
             "lora_modules: named twice",
         ),
         ({"markov_rank": 2**25}, 4, "markov_rank: got 33554432, expected"),
+        ({"mask_token_id": 9}, 4, "mask_token_id: got 9, but placeholder_kind is"),
+        (
+            {"placeholder_kind": "noise", "mask_token_id": -1},
+            4,
+            "mask_token_id: got -1, expected 1 to",
+        ),
+        ({"noise_low": -1}, 4, "noise_low: got -1, expected 0 to"),
+        (
+            {"placeholder_kind": "noise", "noise_low": 9, "mask_token_id": 9},
+            4,
+            "noise_low: got 9, expected 0 to 8",
+        ),
     ],
 )
 def test_a_value_out_of_its_limits_is_refused_in_one_line(

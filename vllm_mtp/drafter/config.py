@@ -181,6 +181,39 @@ class MarkovConfig(Strict):
     rank: int = Field(ge=1, le=MAX_SIZE, description="Rank of the bias.")
 
 
+class NoiseConfig(Strict):
+    """Placeholders that are the target's own embeddings of random tokens, and no
+    trained vectors (Uno, arXiv 2609.04010)."""
+
+    low: int = Field(
+        ge=0, le=MAX_SIZE, description="Least token id that they are drawn from."
+    )
+    high: int = Field(
+        ge=1,
+        le=MAX_SIZE,
+        description="Ids are below this one; Uno calls it the mask token's id.",
+    )
+    token_ids: tuple[int, ...] = Field(
+        min_length=1,
+        max_length=MAX_SPECULATIVE_TOKENS - 1,
+        description="The token of each placeholder, in order. The tensor holds their "
+        "embeddings as they enter the target's first layer.",
+    )
+
+    @model_validator(mode="after")
+    def _in_range(self) -> "NoiseConfig":
+        if self.low >= self.high:
+            raise ValueError(
+                f"noise.low: got {self.low}, expected less than high ({self.high})"
+            )
+        if wrong := [i for i in self.token_ids if not self.low <= i < self.high]:
+            raise ValueError(
+                f"noise.token_ids: got {wrong[0]}, expected {self.low} to "
+                f"{self.high - 1}"
+            )
+        return self
+
+
 class DrafterConfig(Strict):
     """Everything that is to know of a drafter but its weights."""
 
@@ -201,6 +234,11 @@ class DrafterConfig(Strict):
     )
     markov: MarkovConfig | None = Field(
         default=None, description="Markov correction, or null for none."
+    )
+    noise: NoiseConfig | None = Field(
+        default=None,
+        description="Tokens whose embeddings the placeholders are, or null for trained "
+        "placeholders.",
     )
     draft_vocab_size: Annotated[int | None, Knob()] = Field(
         default=None,
@@ -237,6 +275,8 @@ class DrafterConfig(Strict):
                 f"draft_vocab_size: got {size}, the target's vocabulary has "
                 f"{vocab} tokens; use a smaller size or null"
             )
+        if self.noise is not None:
+            _check_noise(self.noise, self.num_speculative_tokens - 1, vocab)
         return self
 
     @property
@@ -286,6 +326,19 @@ def require_window(
             f"prefix_window: got {config.prefix_window}, but a target layer that the "
             f"drafter reads attends to the last {least} tokens; set it to {least} or "
             "more in the drafter's config.json, or to null"
+        )
+
+
+def _check_noise(noise: NoiseConfig, num_placeholders: int, vocab_size: int) -> None:
+    if len(noise.token_ids) != num_placeholders:
+        raise ValueError(
+            f"noise.token_ids: got {len(noise.token_ids)} ids, expected "
+            f"{num_placeholders}, one for each placeholder (num_speculative_tokens - 1)"
+        )
+    if noise.high > vocab_size:
+        raise ValueError(
+            f"noise.high: got {noise.high}, the target's vocabulary has {vocab_size} "
+            "tokens; use that or less"
         )
 
 

@@ -66,7 +66,11 @@ class Drafter(nn.Module):
         facts = config.target
         num_placeholders = config.num_speculative_tokens - 1
         self.placeholders = (
-            nn.Parameter(torch.empty(num_placeholders, facts.hidden_size))
+            nn.Parameter(
+                torch.empty(num_placeholders, facts.hidden_size),
+                # The target's own embeddings are not trained.
+                requires_grad=config.noise is None,
+            )
             if num_placeholders
             else None
         )
@@ -138,6 +142,7 @@ class BoundDrafter:
         anchor_ids: torch.Tensor | None,
         positions: torch.Tensor,
         boundary: torch.Tensor | None = None,
+        placeholder_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """One parallel forward of all blocks.
 
@@ -148,6 +153,9 @@ class BoundDrafter:
             boundary: ``[B, hidden_size]``; the target's last hidden state (after
                 its final norm) at the last prefix position. Needed only when
                 ``config.uses_boundary_hidden``.
+            placeholder_ids: ``[B, placeholders]`` int64; tokens whose embeddings stand
+                in place of the drafter's own placeholders. Training draws them anew
+                for each block.
 
         Returns:
             Last hidden states ``[B, k, hidden_size]``, after the final norm.
@@ -155,7 +163,7 @@ class BoundDrafter:
         with scope(LAYERS):
             num_draft_tokens = positions.shape[1]
             rows = positions.reshape(-1)
-            embedded = self._embed(anchor_ids, *positions.shape)
+            embedded = self._embed(anchor_ids, placeholder_ids, *positions.shape)
             # LoRA acts on placeholders.
             if anchor_ids is None:
                 gate = torch.ones_like(embedded[:, :1])
@@ -197,16 +205,24 @@ class BoundDrafter:
         return hidden
 
     def _embed(
-        self, anchor_ids: torch.Tensor | None, num_blocks: int, num_draft_tokens: int
+        self,
+        anchor_ids: torch.Tensor | None,
+        placeholder_ids: torch.Tensor | None,
+        num_blocks: int,
+        num_draft_tokens: int,
     ) -> torch.Tensor:
         anchors = None if anchor_ids is None else self.target.embed(anchor_ids)
         num_placeholders = num_draft_tokens - (anchors is not None)
         if num_placeholders == 0:
             assert anchors is not None, "a block has at least one row"
             return anchors
-        assert self.drafter.placeholders is not None, "k is at most the trained one"
-        block = self.drafter.placeholders[:num_placeholders]
-        block = block.expand(num_blocks, -1, -1)
+        if placeholder_ids is not None:
+            ids = placeholder_ids[:, :num_placeholders]
+            block = self.target.embed(ids.flatten()).unflatten(0, ids.shape)
+        else:
+            assert self.drafter.placeholders is not None, "k is at most the trained one"
+            block = self.drafter.placeholders[:num_placeholders]
+            block = block.expand(num_blocks, -1, -1)
         if anchors is not None:
             # In the target's type, also where the trained weights are wider.
             block = torch.cat([anchors[:, None], block.to(anchors.dtype)], dim=1)

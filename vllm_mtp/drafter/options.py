@@ -23,9 +23,12 @@ from vllm_mtp.drafter.config import (
     Knob,
     LoRAConfig,
     MarkovConfig,
+    NoiseConfig,
     OwnLayerConfig,
     Strict,
 )
+from vllm_mtp.drafter.noise import draw_noise_config
+from vllm_mtp.drafter.target_facts import MAX_SIZE
 from vllm_mtp.errors import MTPError, refusal_of
 from vllm_mtp.flags import flag
 
@@ -105,6 +108,15 @@ class DrafterOptions(_Knobs):
         "drafted before it (0: none)",
         None,
     )
+    placeholder_kind: Literal["trained", "noise"] = flag(
+        "trained vectors, or noise: the target's embeddings of random tokens (Uno), "
+        "which training draws anew for every block",
+        "trained",
+    )
+    noise_low: int = flag("least id of these tokens", 1)
+    mask_token_id: int | None = flag(
+        "their ids are below this one (default: the target's vocabulary size)", None
+    )
     seed: int = flag("seed of the random start values", 0)
 
     def knobs(self) -> dict[str, Any]:
@@ -134,6 +146,18 @@ class DrafterOptions(_Knobs):
         rank = self.markov_rank
         return _valid(MarkovConfig, "markov_", rank=rank) if rank else None
 
+    def noise_config(self, count: int, vocab_size: int) -> NoiseConfig | None:
+        """The noise tokens of ``count`` placeholders, if they are asked for.
+
+        Raises:
+            MTPError: Names the limit that is out of the target's vocabulary.
+        """
+        if self.placeholder_kind == "trained" or not count:
+            return None
+        high = self.mask_token_id or vocab_size
+        require_noise_range(self.noise_low, high, vocab_size)
+        return draw_noise_config(self.noise_low, high, count, self.seed)
+
     def require_valid(self, num_speculative_tokens: int) -> None:
         """Hold every value to the limits of the config's fields.
 
@@ -144,6 +168,28 @@ class DrafterOptions(_Knobs):
         _valid(_Limits, "", num_speculative_tokens=k, **self.knobs())
         self.lora_config()
         self.markov_config()
+        if self.placeholder_kind == "trained" and self.mask_token_id:
+            raise MTPError(
+                f"mask_token_id: got {self.mask_token_id}, but placeholder_kind is "
+                "'trained'; write noise there, or leave mask_token_id out"
+            )
+        # With a limit of the vocabulary alone, which is not known yet.
+        require_noise_range(self.noise_low, self.mask_token_id or MAX_SIZE, MAX_SIZE)
+
+
+def require_noise_range(low: int, high: int, vocab_size: int) -> None:
+    """Refuse a range of noise tokens that the target's vocabulary does not have.
+
+    Raises:
+        MTPError: Names the limit.
+    """
+    if not 0 < high <= vocab_size:
+        raise MTPError(
+            f"mask_token_id: got {high}, expected 1 to {vocab_size}, the size of the "
+            "target's vocabulary"
+        )
+    if not 0 <= low < high:
+        raise MTPError(f"noise_low: got {low}, expected 0 to {high - 1}")
 
 
 def _valid(model: type[Any], prefix: str, **values: Any) -> Any:

@@ -89,6 +89,7 @@ def new_drafter(
         num_speculative_tokens=num_speculative_tokens,
         layers=_layer_configs(bound_layers, options, copies, hf_config),
         markov=options.markov_config(),
+        noise=options.noise_config(num_speculative_tokens - 1, facts.vocab_size),
         target=facts,
         **knobs,
     )
@@ -96,7 +97,7 @@ def new_drafter(
     drafter = Drafter(config).to(DTYPES[config.dtype])
     if drafter.draft_vocab is not None:
         drafter.draft_vocab.token_ids.copy_(torch.tensor(draft_token_ids))
-    _fill(drafter, weights, options, copies, _embedding_scale(hf_config))
+    _fill(drafter, weights, options, copies, hf_config)
     return drafter
 
 
@@ -190,15 +191,45 @@ class TargetWeights:
 
     def mean_embedding(self) -> torch.Tensor:
         """Mean input embedding. ``[hidden_size]`` float32."""
-        embeddings = None if self._embedding is None else self.get(self._embedding)
-        if embeddings is None:
+        embeddings = self.get(self._embedding_name())
+        assert embeddings is not None, "the name is one of the folder's"
+        return embeddings.float().mean(dim=0)
+
+    def embeddings(self, token_ids: Sequence[int], hf_config: Any) -> torch.Tensor:
+        """Embeddings as they enter the target's first layer.
+
+        Args:
+            token_ids: N of them.
+            hf_config: The target's text part, which tells their scale.
+
+        Returns:
+            ``[N, hidden_size]``, in the type that the target stores.
+
+        Raises:
+            UnsupportedTargetError: The folder has no embeddings, or packed ones.
+        """
+        name = self._embedding_name()
+        with safe_open(self._file_of[name], framework="pt") as tensors:
+            stored = tensors.get_slice(name)
+            rows = torch.cat([stored[i : i + 1] for i in token_ids])
+        if not rows.is_floating_point():
+            raise UnsupportedTargetError(
+                f"{self._folder}: its embeddings ({name}) are stored as {rows.dtype}, "
+                "and noise tokens need them as numbers; name a copy of the target that "
+                "is not quantised"
+            )
+        # Rounded where the target rounds: its factor is of the embeddings' type.
+        return rows * torch.tensor(_embedding_scale(hf_config)).to(rows.dtype)
+
+    def _embedding_name(self) -> str:
+        if self._embedding is None:
             raise UnsupportedTargetError(
                 f"{self._folder}: no tensor in its *.safetensors files is named and "
                 "shaped like an input embedding (such as model.embed_tokens.weight), "
                 "which a drafter's placeholders start from. Give a folder with "
                 "safetensors weights."
             )
-        return embeddings.float().mean(dim=0)
+        return self._embedding
 
 
 def _copies(
@@ -287,11 +318,15 @@ def _fill(
     weights: TargetWeights,
     options: DrafterOptions,
     copies: dict[int, LayerCopy],
-    embedding_scale: float,
+    hf_config: Any,
 ) -> None:
     drafter.init_weights(torch.Generator().manual_seed(options.seed))
     if drafter.placeholders is not None:
-        drafter.placeholders.copy_(weights.mean_embedding() * embedding_scale)
+        if noise := drafter.config.noise:
+            start = weights.embeddings(noise.token_ids, hf_config)
+        else:
+            start = weights.mean_embedding() * _embedding_scale(hf_config)
+        drafter.placeholders.copy_(start)
     for layer in drafter.layers:
         if not isinstance(layer, OwnLayer):
             continue

@@ -28,6 +28,8 @@ class TextBlocks(NamedTuple):
     states: TargetStates  # of the whole text, or of its first max(prefix_lens) + 1
     prefix_lens: torch.Tensor  # [B] int64, 1 <= n < T; the anchor is token n
     ends: torch.Tensor | None = None  # [B] int64; tokens from there on are no labels
+    # [B, placeholders] int64: tokens in place of the drafter's own placeholders
+    noise_ids: torch.Tensor | None = None
 
     def labels(self, num_draft_tokens: int) -> torch.Tensor:
         """The text's own next tokens. ``[B, k]``, see `layout.block_labels`."""
@@ -67,6 +69,9 @@ def forward_texts(
     """
     host = bound.target
     assert isinstance(host, HFTarget), "known text is run in plain torch"
+    noise = [text.noise_ids for text in texts if text.noise_ids is not None]
+    assert len(noise) in (0, len(texts)), "noise in all texts' blocks, or in none's"
+    noise_ids = torch.cat(noise) if noise else None
     if anchors_are_exact(bound.drafter.config) and not whole_blocks:
         anchors = torch.cat([t.states.hidden[t.prefix_lens] for t in texts])[:, None]
         if num_draft_tokens == 1:
@@ -75,7 +80,7 @@ def forward_texts(
         behind = [(text.states, text.prefix_lens + 1) for text in texts]
         positions = _positions(texts, num_draft_tokens)[:, 1:]
         with host.reading(behind, num_draft_tokens - 1):
-            rest = bound.forward(None, positions)
+            rest = bound.forward(None, positions, placeholder_ids=noise_ids)
         return torch.cat([anchors.to(rest.dtype), rest], dim=1)
     behind = [(text.states, text.prefix_lens) for text in texts]
     window = bound.drafter.config.prefix_window
@@ -84,6 +89,7 @@ def forward_texts(
             torch.cat([text.token_ids[text.prefix_lens] for text in texts]),
             _positions(texts, num_draft_tokens),
             torch.cat([text.states.hidden[text.prefix_lens - 1] for text in texts]),
+            noise_ids,
         )
 
 

@@ -348,6 +348,11 @@ def _require_start(args: DrafterTrainingArguments) -> None:
         )
     if not args.warm_start:
         raise MTPError("train_only: new_positions needs warm_start, a trained drafter")
+    if args.placeholder_kind == "noise":
+        raise MTPError(
+            "train_only: new_positions trains placeholders, and those of "
+            "placeholder_kind noise are the target's embeddings; leave one of them out"
+        )
 
 
 def _require_positions(args: DrafterTrainingArguments) -> None:

@@ -39,10 +39,11 @@ def warm_start(drafter: Drafter, source: Drafter) -> list[str]:
     taken = _layers_taken(drafter, source)
     weights = source.state_dict()
     left: list[str] = []
-    for name, tensor in drafter.state_dict().items():
+    # Noise is the target's own, as the vocabulary is this drafter's.
+    kept = {_TOKENS, "placeholders"} if drafter.config.noise else {_TOKENS}
+    ours = {n: t for n, t in drafter.state_dict().items() if n not in kept}
+    for name, tensor in ours.items():
         origin = weights.get(_name_in_source(name, taken))
-        if name == _TOKENS:
-            continue
         if name == _ROWS_BY_TOKEN and origin is not None:
             origin = _rows_of_tokens(tensor, drafter, origin, source)
         if name == "placeholders" and origin is not None:
@@ -52,7 +53,7 @@ def warm_start(drafter: Drafter, source: Drafter) -> list[str]:
             tensor.copy_(origin)
         else:
             left.append(name)
-    if len(left) == len([name for name in drafter.state_dict() if name != _TOKENS]):
+    if len(left) == len(ours):
         raise TrainingInputError(
             "warm_start: no weight of that drafter fits this one's layers; it has "
             f"{[layer.target_layer for layer in source.config.layers]} of target "

@@ -10,6 +10,7 @@ from torch import nn
 
 from vllm_mtp.drafter.layout import possible_anchors, span_ends
 from vllm_mtp.drafter.model import BoundDrafter, Drafter
+from vllm_mtp.drafter.noise import draw_noise
 from vllm_mtp.torch_host.hf_target import HFTarget
 from vllm_mtp.torch_host.texts import TextBlocks, anchors_are_exact, forward_texts
 from vllm_mtp.training.anchors import choose_anchors, generator_for
@@ -99,7 +100,21 @@ class LossModule(nn.Module):
             self.plan.anchors_per_text,
             generator_for(self.plan.seed, step, text["index"]),
         )
-        return self.blocks_at(text, anchors)
+        blocks = self.blocks_at(text, anchors)
+        return blocks._replace(noise_ids=self._noise(text, step, len(anchors)))
+
+    def _noise(
+        self, text: Mapping[str, Any], step: int, num_blocks: int
+    ) -> torch.Tensor | None:
+        """Noise tokens ``[B, placeholders]`` of a text's blocks in one step."""
+        noise = self.drafter.config.noise
+        if noise is None:
+            return None
+        # Another generator than that of the anchors, so these stay where they are.
+        generator = generator_for(self.plan.seed, step, text["index"], 1)
+        shape = num_blocks, self.num_draft_tokens - 1
+        ids = draw_noise(noise.low, noise.high, shape, generator)
+        return ids.to(text["input_ids"].device)
 
     def blocks_at(self, text: Mapping[str, Any], anchors: torch.Tensor) -> TextBlocks:
         """Blocks at given anchors ``[A]`` of a text, whose labels end with their
