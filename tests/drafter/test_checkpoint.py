@@ -40,7 +40,9 @@ NO_WEIGHTS: dict[str, Any] = {
 
 def make_drafter(**changes: Any) -> Drafter:
     """A drafter with every kind of tensor, all of them filled."""
-    config = DrafterConfig.model_validate_json(json.dumps(VALID | {"noise": None} | changes))
+    config = DrafterConfig.model_validate_json(
+        json.dumps(VALID | {"noise": None} | changes)
+    )
     drafter = Drafter(config)
     fill_weights(drafter, std=0.5)
     if drafter.draft_vocab is not None:

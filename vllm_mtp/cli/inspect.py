@@ -36,7 +36,7 @@ def describe(config: DrafterConfig, speed: "SpeedRecord | None" = None) -> str:
         config: The drafter's.
         speed: What a benchmark found, if there was one.
     """
-    from vllm_mtp.sharing.card import prefix_text
+    from vllm_mtp.sharing.card import placeholders_text, prefix_text
 
     facts = config.target
     heads = f"{facts.num_attention_heads} heads, {facts.num_key_value_heads} KV heads"
@@ -56,6 +56,7 @@ def describe(config: DrafterConfig, speed: "SpeedRecord | None" = None) -> str:
                 f"tokens per draft {config.num_speculative_tokens} (1 anchor, "
                 f"{config.num_speculative_tokens - 1} placeholders)"
             ),
+            f"placeholders     {placeholders_text(config)}",
             *_layer_lines(config),
             f"reads            of the prefix, {prefix_text(config)}",
             f"Markov           {markov}",

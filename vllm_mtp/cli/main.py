@@ -28,6 +28,8 @@ COMMANDS = {
     "bench": ("bench", "Bench", "measure tokens/s beside stock vLLM"),
     "inspect": ("inspect", "Inspect", "say what a drafter is and what it costs"),
     "check": ("check", "Check", "compare a served drafter with the trained one"),
+    "import": ("import_adapter", "ImportAdapter", "make a drafter of a PEFT adapter"),
+    "export": ("export_adapter", "ExportAdapter", "write a drafter as a PEFT adapter"),
     "push": ("push", "Push", "upload a drafter to the Hugging Face hub"),
     "references": ("references", "References", "list the drafters that are installed"),
     "doctor": ("doctor", "Doctor", "check whether the method can work here"),

@@ -97,6 +97,7 @@ def make_card(
         _speed(speed),
         _design(config, target, provenance, speed),
         _training(provenance),
+        _adapter(provenance),
         _check(target, model),
         f"## Limits\n\n{_LIMITS}",
         _made_with(provenance),
@@ -139,6 +140,18 @@ def layers_text(config: DrafterConfig) -> str:
     return ",".join(parts)
 
 
+def placeholders_text(config: DrafterConfig) -> str:
+    """What stands at the positions behind the anchor."""
+    if config.num_speculative_tokens == 1:
+        return "none"
+    if (noise := config.noise) is None:
+        return "trained vectors"
+    return (
+        f"the target's embeddings of the tokens {list(noise.token_ids)}, drawn from "
+        f"{noise.low:,} to {noise.high - 1:,}"
+    )
+
+
 def prefix_text(config: DrafterConfig) -> str:
     """What a draft reads of the prefix."""
     window = config.prefix_window
@@ -164,6 +177,11 @@ def _introduction(
 ) -> str:
     if provenance is None:
         made = "How it was made is not recorded."
+    elif provenance.adapter is not None:
+        made = (
+            f"It was imported from the PEFT adapter `{provenance.adapter.name}`, as it "
+            "was trained elsewhere."
+        )
     elif provenance.training is None:
         made = "**It is untrained**, a starting point."
     else:
@@ -304,6 +322,7 @@ def _design(
             "yes" if config.uses_boundary_hidden else "no",
         ),
         ("Tokens per draft", f"1 to {config.num_speculative_tokens}"),
+        ("Placeholders", placeholders_text(config)),
         ("Markov correction", f"rank {markov.rank}" if markov else "no"),
         ("Vocabulary", f"{vocab:,} tokens" if vocab else "the target's whole one"),
         ("Weights of its own", f"{cost.drafter_parameters:,} ({config.dtype})"),
@@ -361,6 +380,23 @@ def _training(provenance: DrafterProvenance | None) -> str:
         f"## Training\n\n{_table(rows)}\n\nSettings, as `vllm-mtp train` takes them:"
         f"\n\n{_table(arguments)}"
     )
+
+
+def _adapter(provenance: DrafterProvenance | None) -> str:
+    if provenance is None or provenance.adapter is None:
+        return ""
+    adapter = provenance.adapter
+    revision = f", revision `{adapter.revision}`" if adapter.revision else ""
+    rows = [
+        ("Adapter", f"`{adapter.name}`{revision}"),
+        (
+            "Base model, as it says",
+            f"`{adapter.base_model}`" if adapter.base_model else "",
+        ),
+        ("Written by peft", adapter.peft_version or ""),
+        ("SHA-256 of `adapter_config.json`", f"`{adapter.config_sha256}`"),
+    ]
+    return f"## The adapter\n\n{_table(rows)}"
 
 
 def _data_rows(provenance: DrafterProvenance) -> list[tuple[str, str]]:

@@ -34,6 +34,7 @@ from vllm_mtp.sharing.names import (
     public_text,
     public_value,
 )
+from vllm_mtp.sharing.peft_folder import Adapter
 
 PROVENANCE_FILE = "provenance.json"
 
@@ -84,6 +85,21 @@ class ParentRecord(Record):
     )
 
 
+class AdapterRecord(Record):
+    """The PEFT adapter that the drafter was imported from."""
+
+    name: str = Field(description="Hub name or folder's name.")
+    revision: str | None = Field(default=None, description="The hub's commit.")
+    base_model: str | None = Field(
+        default=None, description="What it names as its base model."
+    )
+    peft_version: str | None = Field(default=None, description="Of what wrote it.")
+    config_sha256: str = Field(description="Of its `adapter_config.json`.")
+    weights_sample_sha256: str | None = Field(
+        default=None, description="See `target.weights_sample_sha256`."
+    )
+
+
 class TrainingRecord(Record):
     """One training run."""
 
@@ -119,6 +135,9 @@ class DrafterProvenance(Record):
         default=None, description="null: untrained."
     )
     parent: ParentRecord | None = Field(default=None, description="null: none.")
+    adapter: AdapterRecord | None = Field(
+        default=None, description="null: not imported."
+    )
     versions: dict[str, str]
     git: GitState | None = Field(
         default=None, description="Of the checkout; null: an installed package."
@@ -145,6 +164,35 @@ def untrained(config: DrafterConfig, target: Path, named: str) -> DrafterProvena
         target=target_record(config.target, target, named),
         versions=versions(),
         git=git_state(),
+    )
+
+
+def imported(
+    config: DrafterConfig, target: Path, named: str, adapter: AdapterRecord
+) -> DrafterProvenance:
+    """Of a drafter as `vllm-mtp import` makes it; see `untrained`."""
+    return untrained(config, target, named).model_copy(update={"adapter": adapter})
+
+
+def adapter_record(
+    folder: Path, named: str, adapter: Adapter, revision: str | None
+) -> AdapterRecord:
+    """Say which adapter it was.
+
+    Args:
+        folder: Where it lies.
+        named: As the user named it: a folder or a hub name.
+        adapter: What the folder holds.
+        revision: The hub's commit, if it came from there.
+    """
+    said = adapter.config
+    return AdapterRecord(
+        name=named if revision else _name_of(named, folder),
+        revision=revision,
+        base_model=said.base_model_name_or_path,
+        peft_version=said.peft_version,
+        config_sha256=adapter.config_sha256,
+        weights_sample_sha256=weights_sample_sha256(folder),
     )
 
 
@@ -228,6 +276,8 @@ def training_prompts(folder: Path | str) -> TrainingPrompts:
         return TrainingPrompts(name, held_out=None)
     parent = provenance.parent
     before = 1.0 if parent is None else parent.held_out
+    if provenance.adapter is not None:
+        before = None  # an adapter does not say what it was trained on
     settings = [data.generation.settings for data in provenance.every_data]
     if not settings:
         return TrainingPrompts(name, before)  # as untrained as what it came from

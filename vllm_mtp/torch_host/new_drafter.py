@@ -30,6 +30,7 @@ from vllm_mtp.drafter.target_facts import (
 )
 from vllm_mtp.errors import MTPError, UnsupportedTargetError
 from vllm_mtp.torch_host.dequantise import dequantised
+from vllm_mtp.torch_host.hf_target import class_of
 from vllm_mtp.torch_host.layer_copy import LayerCopy
 from vllm_mtp.torch_host.one_layer import copy_of_layer
 
@@ -97,7 +98,7 @@ def new_drafter(
     drafter = Drafter(config).to(DTYPES[config.dtype])
     if drafter.draft_vocab is not None:
         drafter.draft_vocab.token_ids.copy_(torch.tensor(draft_token_ids))
-    _fill(drafter, weights, options, copies, hf_config)
+    _fill(drafter, weights, options, copies, whole_config)
     return drafter
 
 
@@ -200,7 +201,8 @@ class TargetWeights:
 
         Args:
             token_ids: N of them.
-            hf_config: The target's text part, which tells their scale.
+            hf_config: The target's, whole; its model's own embedding is run, which may
+                scale or norm what is stored.
 
         Returns:
             ``[N, hidden_size]``, in the type that the target stores.
@@ -218,8 +220,17 @@ class TargetWeights:
                 "and noise tokens need them as numbers; name a copy of the target that "
                 "is not quantised"
             )
-        # Rounded where the target rounds: its factor is of the embeddings' type.
-        return rows * torch.tensor(_embedding_scale(hf_config)).to(rows.dtype)
+        with torch.device("meta"):
+            model = class_of(hf_config).from_config(hf_config)
+        embedding = model.get_input_embeddings()
+        embedding.padding_idx = None  # may be none of these rows
+        embedding.weight = torch.nn.Parameter(rows, requires_grad=False)
+        embedding.to_empty(device="cpu")
+        model._init_weights(embedding)  # of what it holds besides its weight
+        embedding.weight = torch.nn.Parameter(rows, requires_grad=False)
+        with torch.no_grad():
+            embedded = embedding(torch.arange(len(rows)))
+        return embedded * _multiplier(hf_config.get_text_config())
 
     def _embedding_name(self) -> str:
         if self._embedding is None:
@@ -309,6 +320,11 @@ def _embedding_scale(hf_config: Any) -> float:
     """Factor from a stored embedding to what enters the target's first layer."""
     if hf_config.model_type.startswith("gemma"):
         return hf_config.hidden_size**0.5
+    return _multiplier(hf_config)
+
+
+def _multiplier(hf_config: Any) -> float:
+    """Of a decoder that scales what its embedding module gives."""
     return getattr(hf_config, "embedding_multiplier", None) or 1.0
 
 
@@ -325,7 +341,8 @@ def _fill(
         if noise := drafter.config.noise:
             start = weights.embeddings(noise.token_ids, hf_config)
         else:
-            start = weights.mean_embedding() * _embedding_scale(hf_config)
+            scale = _embedding_scale(hf_config.get_text_config())
+            start = weights.mean_embedding() * scale
         drafter.placeholders.copy_(start)
     for layer in drafter.layers:
         if not isinstance(layer, OwnLayer):
