@@ -322,7 +322,7 @@ def _design(
             "yes" if config.uses_boundary_hidden else "no",
         ),
         ("Tokens per draft", f"1 to {config.num_speculative_tokens}"),
-        ("Placeholders", placeholders_text(config)),
+        ("Placeholders", placeholders_text(config) if config.noise else ""),
         ("Markov correction", f"rank {markov.rank}" if markov else "no"),
         ("Vocabulary", f"{vocab:,} tokens" if vocab else "the target's whole one"),
         ("Weights of its own", f"{cost.drafter_parameters:,} ({config.dtype})"),
