@@ -45,6 +45,10 @@ class TargetHost(Protocol):
             or None where ``linear`` does not sum over ranks.
         """
 
+    def keys_are_values(self, index: int) -> bool:
+        """Whether a layer's values are what its ``k_proj`` gives, though the host has
+        rows for both in one merged module."""
+
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         """``[rows]`` integer to ``[rows, hidden_size]``."""
 
@@ -126,3 +130,6 @@ class OneRank:
 
     def without_all_reduce(self, linear: nn.Module) -> nn.Module | None:
         return None
+
+    def keys_are_values(self, index: int) -> bool:
+        return False  # transformers merges no such layer

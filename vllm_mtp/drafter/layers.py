@@ -91,7 +91,8 @@ class SharedLayer(nn.Module):
         if not self.lora:
             return layer
         pairs: Any = self.lora.items()
-        return with_lora(layer, pairs, self.facts, target)
+        same = target.keys_are_values(self.target_layer)
+        return with_lora(layer, pairs, self.facts, target, keys_are_values=same)
 
     def forward(
         self,

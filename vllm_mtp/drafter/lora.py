@@ -151,6 +151,8 @@ def with_lora(
     pairs: Iterable[tuple[LinearName, LowRankPair]],
     facts: TargetFacts,
     target: "TargetHost",
+    *,
+    keys_are_values: bool = False,
 ) -> nn.Module:
     """A shadow of ``layer`` whose named linear modules carry the pairs.
 
@@ -159,6 +161,8 @@ def with_lora(
         pairs: By the linear module that they change.
         facts: The target's shape, on this rank.
         target: The layer's host.
+        keys_are_values: See `TargetHost`; the pair of ``k_proj`` then changes both, as
+            it does where one module gives both.
 
     Raises:
         UnsupportedTargetError: The layer has no such module.
@@ -166,7 +170,10 @@ def with_lora(
     by_path: dict[str, list[tuple[_Site, LowRankPair]]] = {}
     for name, pair in pairs:
         site = _find_site(layer, name, facts)
-        by_path.setdefault(site.path, []).append((site, pair))
+        branches = by_path.setdefault(site.path, [])
+        branches.append((site, pair))
+        if name == "k_proj" and keys_are_values:
+            branches.append((_find_site(layer, "v_proj", facts), pair))
     changed: Any = shadow(
         layer,
         {

@@ -209,6 +209,19 @@ def layers_with_attention(text_config: Any) -> list[int]:
         return [index for index, kind in enumerate(kinds) if _is_attention(kind)]
 
 
+def layers_without_values(text_config: Any) -> frozenset[int]:
+    """The layers whose values are their keys: they have no ``v_proj`` (Gemma 4).
+
+    Args:
+        text_config: A ``PretrainedConfig``, of the text part.
+    """
+    if not getattr(text_config, "attention_k_eq_v", False):
+        return frozenset()
+    kinds = _layer_kinds(text_config) or []
+    full = (i for i, kind in enumerate(kinds) if kind == "full_attention")
+    return frozenset(full)
+
+
 def long_rope_from(text_config: Any) -> int | None:
     """The least ``max_model_len`` with longrope's long factors; None for no longrope.
 

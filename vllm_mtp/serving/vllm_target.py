@@ -41,7 +41,7 @@ from vllm_mtp.drafter.followed import (
 from vllm_mtp.drafter.layers import Stream
 from vllm_mtp.drafter.shadow import shadow
 from vllm_mtp.drafter.sharding import Rank
-from vllm_mtp.drafter.target_facts import TargetFacts
+from vllm_mtp.drafter.target_facts import TargetFacts, layers_without_values
 from vllm_mtp.errors import UnsupportedTargetError
 from vllm_mtp.serving.connectors import no_connector
 from vllm_mtp.serving.kernels import product_with
@@ -106,6 +106,9 @@ class VllmTarget:
         self._vllm_config = vllm_config
         self._no_connector = no_connector(vllm_config)
         self._max_model_len = vllm_config.model_config.max_model_len
+        self._without_values = layers_without_values(
+            vllm_config.model_config.hf_text_config
+        )
         attention = _attention_by_layer(vllm_config)
         self._attention: dict[int, Attention] = {}
         self._layers: dict[int, NativeLayer | TransformersLayer] = {}
@@ -128,6 +131,9 @@ class VllmTarget:
             self._norm, facts.hidden_size, dtype, device
         )
         self._require_followed(run, config.shared_layers, facts)
+
+    def keys_are_values(self, index: int) -> bool:
+        return index in self._without_values
 
     @property
     def attention_layer_names(self) -> set[str]:
