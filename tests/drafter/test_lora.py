@@ -75,6 +75,22 @@ def test_merged_modules_change_in_their_slices(
     assert output[0].equal(layer.get_submodule(path)(x)[0][0])
 
 
+@torch.no_grad()
+def test_where_keys_are_values_their_pair_changes_both() -> None:
+    """As where one module gives both: vLLM has its rows twice in the merged one."""
+    layer = MergedLayer()
+    pair, values = _pair("k_proj"), _pair("k_proj")
+    x = fixed_values("x", torch.Size([3, 64]), 1.0)
+
+    def changed(pairs: dict[str, LowRankPair], **how: bool) -> torch.Tensor:
+        shadow = with_lora(layer, pairs.items(), FACTS, HOST, **how)  # type: ignore[arg-type]
+        return gated(shadow.self_attn.qkv_proj, GATE)(x)[0]
+
+    both = changed({"k_proj": pair}, keys_are_values=True)
+    torch.testing.assert_close(both, changed({"k_proj": pair, "v_proj": values}))
+    assert not both.isclose(changed({"k_proj": pair})).all()
+
+
 def test_stand_in_answers_like_its_base() -> None:
     stand_in = with_lora(
         MergedLayer(), [("q_proj", _pair("q_proj"))], FACTS, HOST

@@ -24,6 +24,7 @@ from vllm_mtp.drafter.target_facts import (
     TargetFacts,
     fingerprint_of_shapes,
     layers_with_attention,
+    layers_without_values,
     sliding_windows,
     weights_fingerprint,
 )
@@ -335,3 +336,14 @@ def test_fingerprint_of_a_target_in_one_file_and_in_shards(
 def test_tiny_targets_of_other_shapes_differ(tiny_llama: Path, tmp_path: Path) -> None:
     small = make_tiny_llama(tmp_path / "small", num_hidden_layers=2)
     assert weights_fingerprint(small) != weights_fingerprint(tiny_llama)
+
+
+def test_layers_whose_values_are_their_keys() -> None:
+    config = _gemma4()
+    kinds = config.layer_types
+    full = {i for i, kind in enumerate(kinds) if kind == "full_attention"}
+    config.attention_k_eq_v = True
+    assert layers_without_values(config) == full
+    config.attention_k_eq_v = False
+    assert layers_without_values(config) == frozenset()
+    assert layers_without_values(LlamaConfig()) == frozenset()

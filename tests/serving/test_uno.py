@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers.models.auto import AutoModelForCausalLM
 
-from tests.peft_rows import ALL_MODULES, noise_logits
+from tests.peft_rows import ALL_MODULES, noise_logits, save_adapter
 from tests.serving.engines import engine, generate
+from tests.tiny_answers import write_answers
 from tests.tiny_targets import VOCAB_SIZE, make_tiny
 from vllm_mtp.cli.main import main
 
@@ -112,3 +113,20 @@ def test_what_peft_trained_drafts_better_than_what_it_did_not(tmp_path: Path) ->
         accepted[name] = run.counts.acceptance_per_position
     better = zip(accepted["untrained"][1:], accepted["trained"][1:], strict=True)
     assert all(trained > 0.2 + untrained for untrained, trained in better), accepted
+
+
+def test_vllm_computes_what_an_adapter_gives_where_keys_are_values(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Gemma 4: scaled embeddings, heads that differ, and layers without a v_proj."""
+    target = make_tiny("gemma4", tmp_path / "target")
+    save_adapter(target, tmp_path / "adapter")
+    drafter = ["--target", str(target)]
+    command = ["import", str(tmp_path / "adapter"), *drafter, "--out"]
+    drafter.insert(0, str(tmp_path / "drafter"))
+    assert main([*command, drafter[0], "--num-speculative-tokens", str(K)]) == 0
+    texts = [[(37 * i + 11 * n) % VOCAB_SIZE for i in range(24)] for n in range(4)]
+    data = write_answers(tmp_path / "data", target, texts, [6] * len(texts))
+    assert main(["check", *drafter, "--record", "--data", str(data)]) == 0
+    assert main(["check", *drafter]) == 0
+    assert "PASSED: files, facts, target, torch, vLLM agree" in capsys.readouterr().out

@@ -2,6 +2,7 @@
 """PEFT adapters as drafters: what peft computes on noise rows, and back again."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from vllm_mtp.drafter.checkpoint import load_drafter, read_config, save_drafter
 from vllm_mtp.drafter.config import DrafterConfig, SharedLayerConfig
 from vllm_mtp.drafter.model import BoundDrafter, Drafter
 from vllm_mtp.drafter.target_facts import TargetFacts, hf_config_of
-from vllm_mtp.sharing.peft_folder import CONFIG_FILE, WEIGHTS_FILE
+from vllm_mtp.sharing.peft_folder import CONFIG_FILE, NOISE_FILE, WEIGHTS_FILE
 from vllm_mtp.sharing.provenance import read_provenance, training_prompts
 from vllm_mtp.torch_host.hf_target import HFTarget, load_frozen
 from vllm_mtp.torch_host.new_drafter import DrafterOptions, TargetWeights, new_drafter
@@ -402,6 +403,53 @@ def test_an_imported_drafter_says_where_it_came_from(
     assert str(tmp_path) not in card
     assert main(["inspect", str(tmp_path / "d")]) == 0
     assert import_adapter(tmp_path / "hub", tiny_llama, tmp_path / "d", *flags) == 1
+
+
+class TestHub:
+    REVISION = "0123456789abcdef0123456789abcdef01234567"
+
+    def test_of_a_repository_only_the_adapter_is_fetched(
+        self,
+        adapter: Path,
+        tiny_llama: Path,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        """Some hold a base model beside it."""
+        root = tmp_path / "models--some--uno" / "snapshots" / self.REVISION
+        shutil.copytree(adapter, root / "adapter")
+        asked: dict[str, Any] = {}
+
+        def fetch(name: str, **how: Any) -> str:
+            asked.update(how, name=name)
+            return str(root)
+
+        monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+        flags = ("--subfolder", "adapter", "--revision", "main")
+        out = tmp_path / "d"
+        assert import_adapter(Path("some/uno"), tiny_llama, out, *flags) == 0
+        assert (asked["name"], asked["revision"]) == ("some/uno", "main")
+        names = [*(f"adapter/{n}" for n in (CONFIG_FILE, WEIGHTS_FILE, NOISE_FILE))]
+        assert asked["allow_patterns"] == [*names, f"*/{CONFIG_FILE}"]
+        provenance = read_provenance(out)
+        assert provenance is not None
+        assert provenance.adapter is not None
+        found = provenance.adapter.name, provenance.adapter.revision
+        assert found == ("some/uno", self.REVISION)
+
+    def test_what_cannot_be_fetched_is_one_line(
+        self,
+        tiny_llama: Path,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        def fetch(*_: Any, **__: Any) -> str:
+            raise OSError("no network")
+
+        monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+        assert import_adapter(Path("some/uno"), tiny_llama, tmp_path / "d") == 1
+        assert "--adapter 'some/uno': no such folder here, and" in refusal(capsys)
 
 
 class TestExport:
