@@ -36,7 +36,6 @@ from vllm_mtp.torch_host.linear_modules import LinearModules, linear_modules
 from vllm_mtp.torch_host.new_drafter import TargetWeights
 
 _NAMES: tuple[LinearName, ...] = get_args(LinearName)
-_FIRST = 3  # of many modules that are wrong, so many are named
 
 
 def drafter_of_adapter(
