@@ -13,7 +13,7 @@ PACKAGE = Path(vllm_mtp.__file__).parent
 FLOORS = (
     # `engine` uses vLLM, so it needs nothing of ours; `plugin` has the method's name.
     {"engine", "errors", "families", "files", "flags", "interrupts"}
-    | {"installed", "markdown", "metrics", "plugin"},
+    | {"installed", "markdown", "metrics", "plugin", "processes"},
     {"drafter"},
     {"torch_host", "serving", "data"},  # two hosts of a drafter, and texts
     {"evaluation"},

@@ -24,6 +24,8 @@ from collections.abc import Iterator
 from enum import Enum, auto
 from typing import NoReturn
 
+from vllm_mtp import processes
+
 EXIT_CODE = 130
 UNWIND_SECONDS = 5.0
 """How long a command may take to end by itself once it was interrupted."""
@@ -118,6 +120,16 @@ def stop_if_asked() -> None:
         raise KeyboardInterrupt
 
 
+def stop() -> NoReturn:
+    """As `stop_if_asked`, where Ctrl-C may have been pressed in another process.
+
+    Raises:
+        KeyboardInterrupt: Always.
+    """
+    _limit_unwinding()
+    raise KeyboardInterrupt
+
+
 @contextlib.contextmanager
 def one_exception() -> Iterator[None]:
     """Let whatever comes out of an interrupted block be a ``KeyboardInterrupt``."""
@@ -197,6 +209,8 @@ def _nothing(_: object) -> None:
 
 
 def _say(text: str) -> None:
+    if not processes.is_first():
+        return
     # Not `print`: the handler may have interrupted one.
     with contextlib.suppress(OSError):
         os.write(_State.screen, text.encode())

@@ -6,14 +6,16 @@ help text, its fields are the flags, its ``run`` does the work.
 """
 
 import argparse
+import io
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 
-from vllm_mtp import interrupts
+from vllm_mtp import interrupts, processes
 from vllm_mtp.errors import MTPError
 
 # command: (module, class, one line of help). Spelled out here, so that the
@@ -58,20 +60,56 @@ def _run(name: str, rest: Sequence[str]) -> int:
     try:
         _require_text(rest)
         with interrupts.one_exception():
-            code: int = _load(name, rest).run()
+            with _heard_once():
+                command = _load(name, rest)
+            code: int = command.run()
         return code
-    except MTPError as error:
-        print(f"vllm-mtp {name}: {error}", file=sys.stderr)
-        return 1
-    except ImportError as error:
-        if (package := _missing_package(error)) is None:
-            raise
-        advice = f"needs the package {package}: pip install 'vllm-mtp[train]'"
-        print(f"vllm-mtp {name}: {advice} ({error})", file=sys.stderr)
-        return 1
     except KeyboardInterrupt:
-        print(interrupts.last_line(name), file=sys.stderr)
+        if processes.is_first():
+            print(interrupts.last_line(name), file=sys.stderr)
         return interrupts.EXIT_CODE
+    except Exception as error:
+        said = _said(error)
+        if processes.is_first_to_fail():
+            if said is None:
+                raise
+            print(f"vllm-mtp {name}: {said}", file=sys.stderr)
+        return 1
+
+
+@contextmanager
+def _heard_once() -> Iterator[None]:
+    """Every process has the same flags, and argparse would say the same in each."""
+    if processes.count() == 1:
+        yield
+        return
+    said = io.StringIO()
+    speaks = processes.is_first()
+    try:
+        with redirect_stdout(said), redirect_stderr(said):
+            yield
+    except SystemExit:
+        # The launcher ends the others as soon as it sees one end.
+        speaks = processes.is_first_to_fail()
+        raise
+    finally:
+        if speaks:
+            sys.stderr.write(said.getvalue())
+
+
+def _said(error: Exception) -> str | None:
+    """The line for what a user can do something about."""
+    if isinstance(error, MTPError):
+        return str(error)
+    if isinstance(error, ImportError) and (package := _missing_package(error)):
+        return f"needs the package {package}: pip install 'vllm-mtp[train]' ({error})"
+    if processes.lost_another(error):
+        said = " ".join(str(error).split())[:200]
+        return (
+            f"another process of the run has ended, or cannot be reached ({said}); the "
+            "launcher says which one, and its exit code"
+        )
+    return None
 
 
 def _require_text(arguments: Sequence[str]) -> None:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """``vllm-mtp train``."""
 
+import logging
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -25,6 +26,8 @@ class Train(DrafterTrainingArguments):
     def run(self) -> int:
         from vllm_mtp.training.run import train
 
+        if self.process_index:
+            _be_quiet()
         advise(
             "with --resume-from-checkpoint last it goes on from the last checkpoint in "
             f"{self.output_dir}"
@@ -48,3 +51,13 @@ class Train(DrafterTrainingArguments):
             f'\'{{"method":"{METHOD}","model":"{self.output_dir}"}}\''
         )
         return 0
+
+
+def _be_quiet() -> None:
+    """The first process says it for all, but for errors."""
+    import datasets
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    datasets.disable_progress_bars()
+    logging.getLogger("vllm.mtp_placeholder").setLevel(logging.ERROR)

@@ -33,11 +33,27 @@ class TextBlocks(NamedTuple):
 
     def labels(self, num_draft_tokens: int) -> torch.Tensor:
         """The text's own next tokens. ``[B, k]``, see `layout.block_labels`."""
-        labels = block_labels(self.token_ids, self.prefix_lens, num_draft_tokens)
-        if self.ends is None:
-            return labels
-        wanted = block_positions(self.prefix_lens, num_draft_tokens) + 1
-        return labels.masked_fill(wanted >= self.ends[:, None], IGNORE_LABEL)
+        return labels_behind(
+            self.token_ids, self.prefix_lens, self.ends, num_draft_tokens
+        )
+
+
+def labels_behind(
+    token_ids: torch.Tensor,
+    prefix_lens: torch.Tensor,
+    ends: torch.Tensor | None,
+    num_draft_tokens: int,
+) -> torch.Tensor:
+    """A text's next tokens behind its blocks; arguments as in `TextBlocks`.
+
+    Returns:
+        ``[B, k]`` int64, see `layout.block_labels`.
+    """
+    labels = block_labels(token_ids, prefix_lens, num_draft_tokens)
+    if ends is None:
+        return labels
+    wanted = block_positions(prefix_lens, num_draft_tokens) + 1
+    return labels.masked_fill(wanted >= ends[:, None], IGNORE_LABEL)
 
 
 def anchors_are_exact(config: DrafterConfig) -> bool:

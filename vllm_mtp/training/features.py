@@ -46,7 +46,11 @@ class FeatureLoss:
             self._seen[index] = stream
 
     def pop(
-        self, texts: Sequence[TextBlocks], hidden: torch.Tensor, labels: torch.Tensor
+        self,
+        texts: Sequence[TextBlocks],
+        hidden: torch.Tensor,
+        labels: torch.Tensor,
+        count: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The loss of the forward that just ran.
 
@@ -54,12 +58,14 @@ class FeatureLoss:
             texts: What ran.
             hidden: ``[B, k, hidden_size]``, after the final norm.
             labels: ``[B, k]`` int64; rows without a label are left out.
+            count: Labels that the mean is over, where these are some of them.
 
         Returns:
             Mean over the compared positions in depth of the smooth L1 error, each
-            channel measured in its standard deviation.
+            channel measured in its standard deviation within its text.
         """
         valid = labels != IGNORE_LABEL
+        count = valid.sum() if count is None else count
         compared = [(hidden, [text.states.hidden for text in texts])]
         for index, stream in self._seen.items():
             layer = self._target_of[index]
@@ -67,10 +73,14 @@ class FeatureLoss:
             compared.append((stream.view_as(hidden), rows))
         self._seen = {}
         losses = [
-            _relative_error(got[valid], _at_positions(rows, texts, got)[valid], rows)
+            _relative_error(
+                got[valid],
+                _at_positions(rows, texts, got)[valid],
+                _spreads(rows, texts, got)[valid],
+            )
             for got, rows in compared
         ]
-        return torch.stack(losses).mean()
+        return torch.stack(losses).mean() / count.clamp(min=1)
 
 
 def _at_positions(
@@ -84,11 +94,23 @@ def _at_positions(
     return torch.cat(parts)
 
 
-def _relative_error(
-    got: torch.Tensor, wanted: torch.Tensor, of_texts: Sequence[torch.Tensor]
+def _spreads(
+    of_texts: Sequence[torch.Tensor], texts: Sequence[TextBlocks], like: torch.Tensor
 ) -> torch.Tensor:
+    """Each channel's standard deviation in the text, for each row of its blocks."""
     # Some channels of a residual stream are hundreds of times larger than the rest
-    # in every token; unscaled, an error would see nothing else. The whole texts say
-    # how large: a batch may have one row.
-    scale = torch.cat(list(of_texts)).float().std(0, correction=0).clamp(min=1e-3)
-    return F.smooth_l1_loss(got.float() / scale, wanted.float() / scale)
+    # in every token; unscaled, an error would see nothing else. Each text says how
+    # large for itself, so that no text's loss depends on which others a device has.
+    parts = []
+    for rows, text in zip(of_texts, texts, strict=True):
+        spread = rows.float().std(0, correction=0).clamp(min=1e-3)
+        parts.append(spread.expand(len(text.prefix_lens), like.shape[1], -1))
+    return torch.cat(parts)
+
+
+def _relative_error(
+    got: torch.Tensor, wanted: torch.Tensor, spread: torch.Tensor
+) -> torch.Tensor:
+    """Sum over the rows ``[rows, hidden_size]`` of their channels' mean."""
+    got, wanted = got.float() / spread, wanted.float() / spread
+    return F.smooth_l1_loss(got, wanted, reduction="sum") / got.shape[-1]

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The module that Trainer trains: from texts to a loss."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,12 +12,18 @@ from vllm_mtp.drafter.layout import possible_anchors, span_ends
 from vllm_mtp.drafter.model import BoundDrafter, Drafter
 from vllm_mtp.drafter.noise import draw_noise
 from vllm_mtp.torch_host.hf_target import HFTarget
-from vllm_mtp.torch_host.texts import TextBlocks, anchors_are_exact, forward_texts
+from vllm_mtp.torch_host.texts import (
+    TextBlocks,
+    anchors_are_exact,
+    forward_texts,
+    labels_behind,
+)
 from vllm_mtp.training.anchors import choose_anchors, generator_for
 from vllm_mtp.training.features import FeatureLoss
 from vllm_mtp.training.loss_vocabulary import LossVocabulary
 from vllm_mtp.training.objective import Objective
 from vllm_mtp.training.states import StatesSource
+from vllm_mtp.training.step_labels import StepLabels, step_labels
 from vllm_mtp.training.token_loss import TokenLoss
 
 
@@ -78,7 +84,10 @@ class LossModule(nn.Module):
         self.token_loss = TokenLoss(self.bound, candidates)
 
     def forward(
-        self, texts: Sequence[Mapping[str, Any]], step: int
+        self,
+        texts: Sequence[Mapping[str, Any]],
+        step: int,
+        whole: StepLabels | None = None,
     ) -> dict[str, torch.Tensor]:
         """One lesson.
 
@@ -86,22 +95,56 @@ class LossModule(nn.Module):
             texts: Rows of a data set with ``index`` (its number), ``input_ids``
                 (``[T]`` int64 tensor) and ``loss_spans``.
             step: The optimizer's step; it decides where the blocks stand.
+            whole: From `labels_of_step`, where these texts are a part of the step's.
 
         Returns:
-            ``loss``, and its parts for the log.
+            ``loss``, and its parts for the log. Those of all parts of a step sum up to
+            what all of its texts at once would give.
         """
         blocks = [self.blocks(text, step) for text in texts]
-        return self.loss_of(blocks)
+        return self.loss_of(blocks, whole)
+
+    def labels_of_step(
+        self,
+        texts: Sequence[Mapping[str, Any]],
+        step: int,
+        sum_over_processes: Callable[[torch.Tensor], torch.Tensor],
+    ) -> StepLabels:
+        """What every part of a step has to know, found without running the target.
+
+        Args:
+            texts: All of this process in the step; as in `forward`.
+            step: The step.
+            sum_over_processes: Takes and gives an int64 tensor ``[n]``.
+        """
+        labels = torch.cat([self._labels(text, step) for text in texts])
+        return step_labels(
+            labels,
+            int(self.first_position_is_exact),
+            self.token_loss.candidates,
+            self.token_loss.adds_labels,
+            self.drafter.config.target.vocab_size,
+            sum_over_processes,
+        )
+
+    def _labels(self, text: Mapping[str, Any], step: int) -> torch.Tensor:
+        token_ids, anchors = text["input_ids"], self._anchors(text, step)
+        ends = span_ends(anchors, text["loss_spans"], len(token_ids))
+        anchors, ends = anchors.to(token_ids.device), ends.to(token_ids.device)
+        return labels_behind(token_ids, anchors, ends, self.num_draft_tokens)
 
     def blocks(self, text: Mapping[str, Any], step: int) -> TextBlocks:
         """The blocks behind one text in one step."""
-        anchors = choose_anchors(
+        anchors = self._anchors(text, step)
+        blocks = self.blocks_at(text, anchors)
+        return blocks._replace(noise_ids=self._noise(text, step, len(anchors)))
+
+    def _anchors(self, text: Mapping[str, Any], step: int) -> torch.Tensor:
+        return choose_anchors(
             possible_anchors(text["loss_spans"], len(text["input_ids"])),
             self.plan.anchors_per_text,
             generator_for(self.plan.seed, step, text["index"]),
         )
-        blocks = self.blocks_at(text, anchors)
-        return blocks._replace(noise_ids=self._noise(text, step, len(anchors)))
 
     def _noise(
         self, text: Mapping[str, Any], step: int, num_blocks: int
@@ -125,16 +168,22 @@ class LossModule(nn.Module):
         device = token_ids.device
         return TextBlocks(token_ids, states, anchors.to(device), ends.to(device))
 
-    def loss_of(self, texts: Sequence[TextBlocks]) -> dict[str, torch.Tensor]:
+    def loss_of(
+        self, texts: Sequence[TextBlocks], whole: StepLabels | None = None
+    ) -> dict[str, torch.Tensor]:
         """The loss of given blocks; as `forward`."""
         num_draft_tokens = self.num_draft_tokens
         hidden = forward_texts(self.bound, texts, num_draft_tokens)
         labels = torch.cat([text.labels(num_draft_tokens) for text in texts])
         # Where the first position is the target's own, there is nothing to teach.
         first = int(self.first_position_is_exact)
-        loss, parts = self.token_loss(self.plan.objective, texts, hidden, labels, first)
+        loss, parts = self.token_loss(
+            self.plan.objective, texts, hidden, labels, first, whole
+        )
         if self.features is not None:
-            parts["feature"] = self.features.pop(texts, hidden, labels)
+            parts["feature"] = self.features.pop(
+                texts, hidden, labels, whole.total if whole else None
+            )
             loss = loss + self.plan.feature_weight * parts["feature"]
         parts = {name: value.detach() for name, value in parts.items()}
         return {"loss": loss, **parts}

@@ -106,7 +106,9 @@ def position_losses(
     return parts
 
 
-def label_weights(labels: torch.Tensor, objective: Objective) -> torch.Tensor:
+def label_weights(
+    labels: torch.Tensor, objective: Objective, counts: torch.Tensor | None = None
+) -> torch.Tensor:
     """How much each label counts: a position's weight over the number of its labels.
 
     A sum with these weights is a mean over the blocks of each position, and then the
@@ -115,13 +117,17 @@ def label_weights(labels: torch.Tensor, objective: Objective) -> torch.Tensor:
     Args:
         labels: ``[B, k]`` int64; ``IGNORE_LABEL`` counts nowhere.
         objective: Has the positions' weights.
+        counts: ``[k]`` int64, labels at each position of all blocks that the means
+            are over, where these are some of them; None where these are all. The
+            sum over all parts is then what all blocks together would give.
 
     Returns:
         ``[B, k]`` float32.
     """
     valid = labels != IGNORE_LABEL
+    counts = valid.sum(0) if counts is None else counts
     weights = objective.position_weights(labels.shape[1]).to(labels.device)
-    return valid * (weights / valid.sum(0).clamp(min=1))
+    return valid * (weights / counts.clamp(min=1))
 
 
 def weighted_sum(

@@ -39,6 +39,7 @@ from vllm_mtp.training.growth import (
 from vllm_mtp.training.loss_module import LossModule
 from vllm_mtp.training.loss_vocabulary import LossVocabulary, own_token_counts
 from vllm_mtp.training.resume import checkpoint_to_resume
+from vllm_mtp.training.same import require_same_everywhere
 from vllm_mtp.training.states import TrainingInputError
 from vllm_mtp.training.trainer import DrafterTrainer, Texts
 
@@ -60,6 +61,8 @@ class TrainingRun:
         self.train_rows, self.held_out_rows = answers.train, answers.held_out
         self._made_with = answers.settings[0]
         _warn_of(args.data, answers, target)
+        sizes = f"{len(self.train_rows)} and {len(self.held_out_rows)} texts"
+        require_same_everywhere("data", sizes)
         dtype = "bfloat16" if args.bf16 else "float32"
         self.host = HFTarget(load_frozen(target, dtype, args.device))
 
@@ -137,10 +140,12 @@ class TrainingRun:
         """Whether a stage's folder holds its drafter already.
 
         Raises:
-            TrainingInputError: It holds another one.
+            TrainingInputError: It holds another one, or not all processes see it.
         """
         folder = Path(str(stage.output_dir))
-        if not (folder / CONFIG_FILE).exists():
+        is_there = (folder / CONFIG_FILE).exists()
+        require_same_everywhere("output_dir", f"{folder} is finished: {is_there}")
+        if not is_there:
             return False
         if read_config(folder) != self.new_drafter(stage).config:
             raise TrainingInputError(
@@ -247,6 +252,7 @@ def fit(run: TrainingRun, args: DrafterTrainingArguments) -> Fitted:
     checkpoint = checkpoint_to_resume(
         args.resume_from_checkpoint, Path(str(args.output_dir)), trainer.loss_module
     )
+    require_same_everywhere("output_dir", f"goes on from {checkpoint}")
     if args.bridge_texts and not (args.warm_start or checkpoint):
         _fit_bridges(trainer, args)
     with deferred():  # until a step of training or evaluation is done

@@ -27,6 +27,7 @@ from vllm_mtp.training.objective import (
     position_losses,
     weighted_sum,
 )
+from vllm_mtp.training.step_labels import StepLabels
 
 # Logits of a slice. A GPU wants large products.
 _CPU_LOGITS, _LOGITS = 2**22, 2**26
@@ -57,7 +58,9 @@ class TokenLoss:
         if vocab is not None:
             vocab_size = bound.drafter.config.target.vocab_size
             candidates = LossVocabulary(vocab.token_ids, vocab_size)
-        self._candidates = candidates
+        self.candidates = candidates
+        # Whether labels that are no candidates become some.
+        self.adds_labels = candidates is not None and vocab is None
 
     def __call__(
         self,
@@ -66,6 +69,7 @@ class TokenLoss:
         hidden: torch.Tensor,
         labels: torch.Tensor,
         first: int = 0,
+        whole: StepLabels | None = None,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The loss of all positions from one on.
 
@@ -75,17 +79,20 @@ class TokenLoss:
             hidden: ``[B, k, hidden_size]``, behind the final norm.
             labels: ``[B, k]`` int64 tokens, or ``IGNORE_LABEL``.
             first: The first position that is taught.
+            whole: The labels of the step, where these are a part of them.
 
         Returns:
-            The loss, and each part's mean over the positions, detached.
+            The loss, and each part's mean over the positions, detached. Those of all
+            parts of a step sum up to what all of its blocks together would give.
         """
         wanted = labels[:, first:]
-        candidates = self._candidates
-        if candidates is not None and self._bound.small_head is None:
-            candidates = candidates.with_labels(wanted)
+        candidates = self.candidates
+        if candidates is not None and self.adds_labels:
+            candidates = candidates.with_labels(whole.tokens if whole else wanted)
         columns = wanted if candidates is None else candidates.columns(wanted)
         valid = columns != IGNORE_LABEL
-        weights = label_weights(columns, objective)
+        counts = whole.counts if whole else valid.sum(0)
+        weights = label_weights(columns, objective, counts)
         head = self._head(candidates)
         sums: dict[str, torch.Tensor] = {}
 
@@ -111,7 +118,7 @@ class TokenLoss:
             hidden[:, first:],
             [] if markov is None else list(markov.parameters()),
         )
-        count = valid.sum().clamp(min=1)
+        count = counts.sum().clamp(min=1)
         return loss, {name: total / count for name, total in sums.items()}
 
     def _num_candidates(self, candidates: LossVocabulary | None) -> int:

@@ -13,10 +13,10 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
+from vllm_mtp import interrupts
 from vllm_mtp.drafter.heads import pick_greedy
 from vllm_mtp.drafter.layout import possible_anchors, span_ends
 from vllm_mtp.files import writing
-from vllm_mtp.interrupts import stop_if_asked
 from vllm_mtp.metrics import AcceptanceCounts, count_accepted, mean_length
 from vllm_mtp.torch_host.texts import TextBlocks, forward_texts
 from vllm_mtp.training.arguments import DrafterTrainingArguments
@@ -24,6 +24,7 @@ from vllm_mtp.training.loss_module import LossModule
 from vllm_mtp.training.optimizer import Group, JointOptimizer, muon, own_matrices
 from vllm_mtp.training.resume import write_checkpoint_config
 from vllm_mtp.training.states import TrainingInputError
+from vllm_mtp.training.step_labels import StepLabels
 
 
 class Texts(torch.utils.data.Dataset[dict[str, Any]]):
@@ -79,9 +80,11 @@ class DrafterTrainer(Trainer):
 
     def __init__(self, loss_module: LossModule, **kwargs: Any) -> None:
         super().__init__(model=loss_module, data_collator=collate, **kwargs)
-        # The loss is a mean already: Trainer must average over accumulated steps.
-        self.model_accepts_loss_kwargs = False
+        # The loss is divided by the counts of the whole step (`get_batch_samples`):
+        # Trainer must sum over accumulated batches.
+        self.model_accepts_loss_kwargs = True
         self._parts: dict[str, list[torch.Tensor]] = {}
+        self._steps = 0  # since the last line of the log
 
     @property
     def loss_module(self) -> LossModule:
@@ -125,6 +128,32 @@ class DrafterTrainer(Trainer):
             for (scale, decay), p in groups.items()
         ]
 
+    def get_batch_samples(
+        self, epoch_iterator: Any, num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Any]:
+        """A step's batches, and its labels where Trainer would count tokens.
+
+        Raises:
+            KeyboardInterrupt: Ctrl-C was pressed in some process.
+        """
+        self._stop_together()
+        self._steps += 1
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        texts = [text for batch in batches for text in batch["texts"]]
+        labels = self.loss_module.labels_of_step(
+            texts, self.state.global_step, self._sum
+        )
+        return batches, labels
+
+    def _stop_together(self) -> None:
+        """Between two steps, so that no process waits for one that has stopped."""
+        asked = torch.tensor([interrupts.asked()], dtype=torch.int64)
+        if self._sum(asked.to(self.args.device)).item():
+            interrupts.stop()
+
+    def _sum(self, counts: torch.Tensor) -> torch.Tensor:
+        return self.accelerator.reduce(counts)
+
     def compute_loss(
         self,
         model: nn.Module,
@@ -136,11 +165,15 @@ class DrafterTrainer(Trainer):
 
         Raises:
             TrainingInputError: The loss is not finite.
-            KeyboardInterrupt: Ctrl-C was pressed since the last step.
+            KeyboardInterrupt: Ctrl-C was pressed since the last batch, and there is no
+                other process.
         """
-        stop_if_asked()
-        outputs = model(inputs["texts"], step=self.state.global_step)
-        loss = outputs["loss"]
+        if self.args.world_size == 1:
+            interrupts.stop_if_asked()
+        whole: StepLabels | None = num_items_in_batch
+        outputs = model(inputs["texts"], step=self.state.global_step, whole=whole)
+        # Losses of the processes sum up, and gradients are averaged over them.
+        loss = outputs["loss"] * self.args.world_size
         if not math.isfinite(loss.item()):
             parts = {name: value.item() for name, value in outputs.items()}
             raise TrainingInputError(
@@ -177,9 +210,9 @@ class DrafterTrainer(Trainer):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
             for name, values in self._parts.items():
-                mean = torch.stack(values).mean()
-                logs[f"loss_{name}"] = self.accelerator.reduce(mean, "mean").item()
-            self._parts = {}
+                total = self.accelerator.reduce(torch.stack(values).sum())
+                logs[f"loss_{name}"] = total.item() / self._steps
+            self._parts, self._steps = {}, 0
         super().log(logs, *args, **kwargs)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
@@ -219,14 +252,15 @@ class DrafterTrainer(Trainer):
         counts = AcceptanceCounts(0, 0, (0,) * num_draft_tokens)
         self.loss_module.eval()
         for texts in batches:
-            stop_if_asked()
+            if self.args.world_size == 1:
+                interrupts.stop_if_asked()
             with self.accelerator.autocast():
                 counts += self._draft([self._spread_blocks(text) for text in texts])
         flat = torch.tensor(
             [counts.drafts, counts.draft_tokens, *counts.accepted_per_position],
             device=self.args.device,
         )
-        drafts, tokens, *positions = self.accelerator.reduce(flat).tolist()
+        drafts, tokens, *positions = self._sum(flat).tolist()
         return AcceptanceCounts(drafts, tokens, tuple(positions))
 
     def _spread_blocks(self, text: Mapping[str, Any]) -> TextBlocks:
