@@ -125,7 +125,7 @@ def test_layers_with_a_patched_forward_are_refused(
     position: Callable[[nn.Module], nn.Module],
 ) -> None:
     layer = MergedLayer()
-    position(layer).forward = lambda x: x  # as accelerate's hooks do
+    position(layer).forward = lambda x: x
     with pytest.raises(UnsupportedTargetError, match="patched forward"):
         with_lora(layer, [("q_proj", _pair("q_proj"))], FACTS, HOST)
 

@@ -13,6 +13,7 @@ from tests.tiny_answers import MakeArguments
 from vllm_mtp.cli.main import _load, main
 from vllm_mtp.cli.train import Train
 from vllm_mtp.errors import MTPError
+from vllm_mtp.training.arguments import DrafterTrainingArguments
 
 EXAMPLES = sorted(
     file
@@ -187,6 +188,7 @@ class TestTheBest:
     ("settings", "reason"),
     [
         ({"anchors_per_text": 0}, "anchors_per_text: got 0, expected 1 or more"),
+        ({"target_device_map": "auto"}, "got 'auto', but training is on the CPU"),
         ({"eval_anchors": 0}, "eval_anchors: got 0"),
         ({"eval_texts": -1}, "eval_texts: got -1"),
         ({"teacher_tokens": -1}, "teacher_tokens: got -1"),
@@ -245,6 +247,16 @@ def test_wrong_settings_are_refused(
 ) -> None:
     with pytest.raises(MTPError, match=reason):
         arguments(**settings)
+
+
+def test_processes_do_not_divide_their_targets_over_the_same_gpus(
+    arguments: MakeArguments, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        DrafterTrainingArguments, "world_size", property(lambda _: 8), raising=False
+    )
+    with pytest.raises(MTPError, match="got 'balanced' with 8 processes.*start one"):
+        arguments(target_device_map="balanced")
 
 
 def test_edges_are_accepted(arguments: MakeArguments) -> None:

@@ -42,8 +42,10 @@ class LowRankPair(nn.Module):
 
     def forward(self, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
         """``[rows, in]`` and the gate ``[rows, 1]`` to ``[rows, out]``."""
+        # A target may be divided over devices, and a pair is smaller than its rows.
+        a, b, gate = (part.to(x.device) for part in (self.a, self.b, gate))
         # Gate and scale on the narrow side: it is a fraction of the output's size.
-        return (x @ self.a.t()) * (gate * self.scale) @ self.b.t()
+        return (x @ a.t()) * (gate * self.scale) @ b.t()
 
 
 class _Site(NamedTuple):

@@ -89,7 +89,7 @@ class Rope:
             query: ``[rows, heads * head_dim]``.
             key: ``[rows, kv_heads * head_dim]``.
         """
-        cos, sin = self.factors(query, positions)
+        cos, sin = (f.to(query.device) for f in self.factors(query, positions))
         query, key = self._per_head(query), self._per_head(key)
         if self._takes_both:
             query, key = self._apply(query, key, cos, sin)

@@ -251,7 +251,7 @@ def run_in_torch(bound: BoundDrafter, texts: ProbeTexts) -> TorchRun:
 def _encode(
     host: HFTarget, token_ids: tuple[int, ...], prefix_lens: tuple[int, ...]
 ) -> TextBlocks:
-    ids = torch.tensor(token_ids, device=host.model.device)
+    ids = torch.tensor(token_ids, device=host.device)
     return TextBlocks(ids, host.encode(ids), torch.tensor(prefix_lens).to(ids))
 
 

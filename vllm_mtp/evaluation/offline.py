@@ -257,7 +257,7 @@ def _evaluate_row(
     bound: BoundDrafter, row: Mapping[str, Any], k: int, most: int | None
 ) -> CategoryResult:
     host = _torch_host(bound)
-    token_ids = torch.tensor(row["input_ids"], device=host.model.device)
+    token_ids = torch.tensor(row["input_ids"], device=host.device)
     spans = _spans_of(row)
     tokens = sum(end - start for start, end in spans)
     result = replace(CategoryResult.nothing(k), sequences=1, tokens=tokens)

@@ -27,19 +27,22 @@ _SET_BY_US = frozenset(
 
 
 @torch.no_grad()
-def run_target(model: Any, decoder: Any) -> tuple[Seen, dict[int, LayerCall]]:
+def run_target(
+    model: Any, decoder: Any, device: torch.device
+) -> tuple[Seen, dict[int, LayerCall]]:
     """Run the target over a few tokens, and keep what its layers are given and give.
 
     Args:
         model: A causal LM.
         decoder: Its text part, with ``layers``.
+        device: Where what was seen is kept; the layers may be on several.
 
     Raises:
         UnsupportedTargetError: It does not run each of its layers.
     """
     embedding: nn.Module = model.get_input_embeddings()
     weight: Any = embedding.weight
-    ids = some_tokens(weight.shape[0], weight.device)
+    ids = some_tokens(weight.shape[0], device)
     last: list[torch.Tensor] = []
 
     def keep(_: nn.Module, __: Any, result: Any) -> None:
@@ -60,11 +63,14 @@ def run_target(model: Any, decoder: Any) -> tuple[Seen, dict[int, LayerCall]]:
         )
     seen = Seen(
         ids,
-        torch.arange(len(ids), device=ids.device),
-        [next(iter(calls[index].arguments.values()))[0] for index in numbers],
-        [_first(calls[index].result)[0] for index in numbers],
-        last[0],
-        logits,
+        torch.arange(len(ids), device=device),
+        [
+            next(iter(calls[index].arguments.values()))[0].to(device)
+            for index in numbers
+        ],
+        [_first(calls[index].result)[0].to(device) for index in numbers],
+        last[0].to(device),
+        logits.to(device),
     )
     return seen, calls
 

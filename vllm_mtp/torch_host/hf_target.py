@@ -59,7 +59,10 @@ class TargetStates:
 
 
 def load_frozen(
-    folder: Path | str, dtype: str, device: torch.device | str
+    folder: Path | str,
+    dtype: str,
+    device: torch.device | str,
+    device_map: str | Mapping[str, Any] | None = None,
 ) -> PreTrainedModel:
     """A target's model, ready to be read and never to be trained.
 
@@ -67,9 +70,12 @@ def load_frozen(
         folder: Its Hugging Face folder.
         dtype: Such as ``"bfloat16"``, or ``"auto"`` for its own.
         device: Where it goes.
+        device_map: How accelerate divides it over GPUs, such as
+            ``"balanced_low_0"``, or a device for each part; None for ``device`` alone.
 
     Raises:
-        UnsupportedTargetError: Its weights cannot be loaded.
+        UnsupportedTargetError: Its weights cannot be loaded, or not all of them have
+            room on the GPUs.
     """
     config = hf_config_of(folder)
     capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)
@@ -80,6 +86,7 @@ def load_frozen(
             # torch's own attention leaves the cap out.
             attn_implementation="eager" if capped else None,
             output_loading_info=True,
+            device_map=device_map,
         )
         # transformers fills them with random numbers.
         if missing := sorted(found["missing_keys"]):
@@ -87,14 +94,27 @@ def load_frozen(
                 f"{len(missing)} of its tensors are missing, such as {missing[0]}; a "
                 "quantised target's config must say how its weights are stored"
             )
-        # A quantised model may refuse to be moved.
-        return model.to(device).eval().requires_grad_(False)
+        placed = getattr(model, "hf_device_map", {}) if device_map is not None else {}
+        _require_on_gpus(placed)
+        if not placed:  # on one device, and accelerate had nothing to divide
+            # A quantised model may refuse to be moved.
+            model = model.to(device)
+        return model.eval().requires_grad_(False)
     except Exception as error:  # of files, quantisers, their packages, the device ...
         reason = " ".join(str(error).split())[:500]
         raise UnsupportedTargetError(
             f"--target {folder}: its weights cannot be loaded ({reason}); expected a "
             "Hugging Face folder of a causal language model"
         ) from None
+
+
+def _require_on_gpus(placed: Mapping[str, Any]) -> None:
+    elsewhere = [name for name, at in placed.items() if str(at) in ("cpu", "disk")]
+    if elsewhere:
+        raise ValueError(
+            f"{len(elsewhere)} of its parts, such as {elsewhere[0]}, have no room on "
+            "the GPUs that there are; use more of them, or a quantised target"
+        )
 
 
 def class_of(config: Any) -> Any:
@@ -111,7 +131,7 @@ class _Read:
     prefix_lens: torch.Tensor  # [B] int64
     num_draft_tokens: int
     prefix_window: int | None
-    _slices: dict[tuple[int | None, int], list[BlockSlice]] = field(
+    _slices: dict[tuple[int | None, int, torch.device], list[BlockSlice]] = field(
         default_factory=dict
     )
 
@@ -119,12 +139,14 @@ class _Read:
     def num_rows(self) -> int:
         return len(self.prefix_lens) * self.num_draft_tokens
 
-    def slices(self, window: int | None, num_heads: int) -> list[BlockSlice]:
-        """For all layers of one window and number of heads."""
-        key = (window, num_heads)
+    def slices(
+        self, window: int | None, num_heads: int, device: torch.device
+    ) -> list[BlockSlice]:
+        """For all layers of one window and number of heads, where their queries are."""
+        key = (window, num_heads, device)
         if key not in self._slices:
             self._slices[key] = block_slices(
-                self.prefix_lens,
+                self.prefix_lens.to(device),
                 self.num_draft_tokens,
                 num_heads,
                 window,
@@ -143,19 +165,27 @@ class _LayerWays(NamedTuple):
 class HFTarget(OneRank):
     """A frozen causal LM of transformers as `drafter.host.TargetHost`.
 
+    The model may be divided over several devices by accelerate's hooks (`load_frozen`).
+    Every method gives its result where its arguments are; only the keys and values of
+    `TargetStates` stay on their layers' devices.
+
     Args:
         model: A causal LM; eager or SDPA attention. RoPE that depends on the text's
             length (longrope) is fixed in place, see `followed.fix_rope`.
+        device: Where the drafter and the texts are; by default where the model begins.
 
     Raises:
         UnsupportedTargetError: The model computes something that the torch host
             does not.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(
+        self, model: PreTrainedModel, device: torch.device | None = None
+    ) -> None:
         TargetFacts.from_hf_config(model.config)  # refuses what no host can follow
         config = model.config.get_text_config()
         self.model = model
+        self.device = model.device if device is None else device
         self.decoder = decoder_of(model)
         self._windows = sliding_windows(config)
         self._with_cache = layers_with_attention(config)
@@ -181,7 +211,7 @@ class HFTarget(OneRank):
     def _look(self) -> None:
         """Learn how the target calls its layers; refuse one that is not followed."""
         kind = self.decoder.config.model_type
-        seen, calls = run_target(self.model, self.decoder)
+        seen, calls = run_target(self.model, self.decoder, self.device)
         self._constants = {
             i: constants_of(self.layer(i), call, kind) for i, call in calls.items()
         }
@@ -221,8 +251,8 @@ class HFTarget(OneRank):
         return TargetStates(
             {i: layers[i].keys[0] for i in kept},
             {i: layers[i].values[0] for i in kept},
-            out.last_hidden_state[0],
-            outputs,
+            out.last_hidden_state[0].to(token_ids.device),
+            {index: out.to(token_ids.device) for index, out in outputs.items()},
         )
 
     def empty_cache(self) -> DynamicCache:
@@ -291,7 +321,7 @@ class HFTarget(OneRank):
         )
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
-        embedded = self.model.get_input_embeddings()(token_ids)
+        embedded = self.model.get_input_embeddings()(token_ids).to(token_ids.device)
         scale = self._embedding_scale
         return embedded if scale == 1.0 else embedded * scale
 
@@ -328,7 +358,8 @@ class HFTarget(OneRank):
             for name, value in self._constants[index].items()
         }
         # Any object passes through a layer to the attention function.
-        return Stream(run_rows(layer, hidden, positions, attend, factors, **others))
+        out = run_rows(layer, hidden, positions, attend, factors, **others)
+        return Stream(out.to(hidden.device))
 
     def rotate(
         self,
@@ -346,6 +377,8 @@ class HFTarget(OneRank):
     ) -> torch.Tensor:
         query, key, value = (self._heads(index, x) for x in (query, key, value))
         scoring = self._ways_of(index).scoring
+        if scoring.sinks is not None:
+            scoring = scoring._replace(sinks=scoring.sinks.to(query.device))
         return self._attend_heads(index, query, key, value, scoring)
 
     def _attend_heads(
@@ -362,8 +395,9 @@ class HFTarget(OneRank):
         parts = [rows.split(counts, dim=1) for rows in (query, key, value)]
         outputs = []
         for read, q, k, v in zip(self._reads, *parts, strict=True):
-            past = read.states.keys[index], read.states.values[index]
-            slices = read.slices(self._windows[index], len(q))
+            tensors = read.states.keys[index], read.states.values[index]
+            past = (x.to(q.device) for x in tensors)
+            slices = read.slices(self._windows[index], len(q), q.device)
             outputs.append(attend_blocks(q, k, v, *past, slices, scoring))
         return torch.cat(outputs)
 
@@ -396,11 +430,12 @@ class HFTarget(OneRank):
         return self._ways[index]
 
     def final_norm(self, stream: Stream) -> torch.Tensor:
-        return last_norm_of(self.decoder)(stream.summed())
+        hidden = stream.summed()
+        return last_norm_of(self.decoder)(hidden).to(hidden.device)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         logits = self.model.get_output_embeddings()(hidden)
-        return self._shaping.of(logits)
+        return self._shaping.of(logits.to(hidden.device))
 
     def logits_of_tokens(self, token_ids: torch.Tensor) -> nn.Module:
         head = self.model.get_output_embeddings()
@@ -409,7 +444,8 @@ class HFTarget(OneRank):
                 "the target's LM head has a bias, which a reduced draft vocabulary "
                 "does not support. Use a drafter with draft_vocab_size null."
             )
-        rows = head.weight.detach()[token_ids]
+        rows = head.weight.detach()[token_ids.to(head.weight.device)]
+        rows = rows.to(token_ids.device)
         return _SmallHead(rows, self._shaping)
 
     def _attention(self, index: int) -> Any:

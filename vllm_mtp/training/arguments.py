@@ -81,6 +81,14 @@ class DrafterTrainingArguments(DrafterOptions, TrainingArguments):
         "score only this many frequent tokens and the batch's labels while training",
         None,
     )
+    target_device_map: Literal[
+        "one", "auto", "balanced", "balanced_low_0", "sequential"
+    ] = flag(
+        "one: the target is on one GPU, that of its drafter; else it is divided over "
+        "all GPUs, as accelerate's device_map of that name does (balanced_low_0 leaves "
+        "most room on the first one, where the drafter is)",
+        "one",
+    )
     states_budget_gb: float | None = flag(
         "memory for keeping the target's states of texts that come again (default: 4 "
         "on a CPU, none elsewhere)",
@@ -130,6 +138,7 @@ class DrafterTrainingArguments(DrafterOptions, TrainingArguments):
             said = " ".join(str(error).split()) or type(error).__name__
             raise MTPError(f"refused by transformers: {said}") from error
         self._require_tensorboard()
+        self._require_gpus_to_divide_over()
         self._stay_on_one_gpu()
 
     def _require_tensorboard(self) -> None:
@@ -140,9 +149,26 @@ class DrafterTrainingArguments(DrafterOptions, TrainingArguments):
                 "pip install 'vllm-mtp[train]', or write report_to: none"
             )
 
+    def _require_gpus_to_divide_over(self) -> None:
+        if self.target_device_map == "one":
+            return
+        got = f"target_device_map: got {self.target_device_map!r}"
+        if self.world_size > 1:
+            raise MTPError(
+                f"{got} with {self.world_size} processes, each of which would take all "
+                "GPUs for its target; start one process, or leave it out"
+            )
+        if self.device.type == "cpu":
+            raise MTPError(
+                f"{got}, but training is on the CPU; it divides a target over GPUs, so "
+                "leave it out"
+            )
+
     def _stay_on_one_gpu(self) -> None:
         # Trainer would take nn.DataParallel, which cuts every tensor of a batch
         # along its first dimension: ours are texts, and it would cut their tokens.
+        if self.n_gpu > 1 and self.target_device_map != "one":
+            self._n_gpu = 1
         if self.n_gpu > 1:
             logger.warning(
                 "train: using one of %d GPUs; start one process per GPU with "

@@ -105,7 +105,7 @@ def _all_blocks(
     assert isinstance(host, HFTarget), "known text is run in plain torch"
     anchors = possible_anchors(text["loss_spans"], len(token_ids))
     layers = bound.drafter.config.bound_layers
-    token_ids = token_ids.to(host.model.device)
+    token_ids = token_ids.to(host.device)
     states = host.encode(token_ids, cached=layers, streams=streams)
     return TextBlocks(token_ids, states, anchors.to(token_ids.device))
 

@@ -59,9 +59,9 @@ def finish(
 
 def _as_written(folder: Path, loss_module: LossModule) -> BoundDrafter:
     """What was trained in float32 is served in the checkpoint's type."""
-    model = loss_module.host.model
-    drafter = load_drafter(folder, dtype=model.dtype, device=model.device)
-    return BoundDrafter(drafter, loss_module.host)
+    host = loss_module.host
+    drafter = load_drafter(folder, dtype=host.model.dtype, device=host.device)
+    return BoundDrafter(drafter, host)
 
 
 def _step_of(checkpoint: Path | None) -> int:

@@ -64,7 +64,9 @@ class TrainingRun:
         sizes = f"{len(self.train_rows)} and {len(self.held_out_rows)} texts"
         require_same_everywhere("data", sizes)
         dtype = "bfloat16" if args.bf16 else "float32"
-        self.host = HFTarget(load_frozen(target, dtype, args.device))
+        device_map = None if args.target_device_map == "one" else args.target_device_map
+        model = load_frozen(target, dtype, args.device, device_map)
+        self.host = HFTarget(model, args.device)
 
     @cached_property
     def _counts(self) -> Counter[int]:
