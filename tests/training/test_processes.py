@@ -18,7 +18,9 @@ from safetensors.torch import load_file
 from transformers import TrainingArguments
 
 from tests.tiny_answers import MakeArguments
+from vllm_mtp.training import same
 from vllm_mtp.training.run import train
+from vllm_mtp.training.states import TrainingInputError
 from vllm_mtp.training.trainer import DrafterTrainer
 
 BASE: dict[str, Any] = {
@@ -39,7 +41,7 @@ LONG: dict[str, Any] = {
     "layers": "own:0,3",
     "max_steps": 60,
     "save_strategy": "steps",
-    "save_steps": 10,
+    "save_steps": 20,
     "own_optimizer": "muon",
 }
 RUNS: dict[str, dict[str, Any]] = {
@@ -140,9 +142,15 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 def test_two_processes_train_and_measure_as_one(
     name: str, two: Runs, arguments: MakeArguments, tiny_llama: Path, tmp_path: Path
 ) -> None:
-    """Here, answers end within blocks, so that processes have unlike many labels."""
+    """What these accumulate is one batch there. Answers end within blocks, so that the
+    parts of a step have unlike many labels."""
     settings = BASE | RUNS[name] | {"report_to": []}
-    more = {"output_dir": str(tmp_path / name), "per_device_train_batch_size": 2}
+    batch = 2 * settings.get("gradient_accumulation_steps", 1)
+    more = {
+        "output_dir": str(tmp_path / name),
+        "per_device_train_batch_size": batch,
+        "gradient_accumulation_steps": 1,
+    }
     args = arguments(**settings | more)
     train(args, tiny_llama)
     for folder in [two.output(name), *two.output(name).glob("stage-*")]:
@@ -158,7 +166,7 @@ def test_two_processes_train_and_measure_as_one(
         for line, wanted in lines:
             assert line.keys() == wanted.keys()
             losses = {n for n in wanted if "loss" in n or n == "grad_norm"}
-            for key in wanted.keys() - {"eval_runtime", "train_runtime"}:
+            for key in wanted.keys() - {"eval_runtime", "train_runtime", "epoch"}:
                 exact = key not in losses
                 assert line[key] == pytest.approx(wanted[key], rel=0 if exact else 1e-3)
         assert sum("eval_teacher_forced_length" in line for line, _ in lines) >= 1
@@ -187,9 +195,9 @@ def test_a_run_goes_on_whatever_ended_it(two: Runs) -> None:
 
     settings = str(two.write("resumed", resume, "killed"))
     process = launch("-m", "vllm_mtp.cli.main", "train", settings)
-    wait_for(process, output / "checkpoint-30" / "trainer_state.json")
+    wait_for(process, output / "checkpoint-40" / "trainer_state.json")
     process.send_signal(signal.SIGINT)
-    said, _ = process.communicate(timeout=60)
+    said, _ = process.communicate(timeout=240)
     assert process.returncode == 1  # the launcher's
     assert not (output / "model.safetensors").exists()
     assert said.count("interrupted: ends after the running step") == 1
@@ -203,7 +211,7 @@ def test_a_run_goes_on_whatever_ended_it(two: Runs) -> None:
 
     broken = str(two.write("broken", {"layers": "own:3"}))
     process = launch("-m", "tests.training.two_processes", settings, broken)
-    said, _ = process.communicate(timeout=120)
+    said, _ = process.communicate(timeout=240)
     found, unbroken = weights(output), weights(two.output("unbroken"))
     assert found.keys() == unbroken.keys()
     for key, weight in unbroken.items():
@@ -215,12 +223,24 @@ def test_a_run_goes_on_whatever_ended_it(two: Runs) -> None:
 
 
 def wait_for(process: "subprocess.Popen[str]", file: Path) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
     while not file.exists():
         if process.poll() is not None or time.monotonic() > deadline:
             process.kill()
             pytest.fail(f"{file} was not written: {process.communicate()[0]}")
         time.sleep(0.01)
+
+
+def test_processes_that_see_other_folders_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found = ["goes on from out/checkpoint-10", "goes on from None"]
+    monkeypatch.setattr(same, "gather_object", lambda _: found)
+    with pytest.raises(TrainingInputError, match="process 1 .*all machines") as caught:
+        same.require_same_everywhere("output_dir", "goes on from None")
+    assert "\n" not in str(caught.value)
+    monkeypatch.undo()
+    same.require_same_everywhere("output_dir", "of one process")
 
 
 @pytest.mark.parametrize("processes", [1, 2, 5])

@@ -16,8 +16,8 @@ class Train(DrafterTrainingArguments):
     """Train a drafter on a frozen target's own answers, with transformers' Trainer:
     `vllm-mtp train SETTINGS.yaml`, flags, or both (flags win). `--output-dir` becomes
     the drafter's folder. `--resume-from-checkpoint last` goes on where a killed run
-    left its last checkpoint. Several GPUs: `accelerate launch -m vllm_mtp.cli.main
-    train SETTINGS.yaml`."""
+    left its last checkpoint. Several GPUs: `torchrun --standalone --nproc_per_node
+    8 -m vllm_mtp.cli.main train SETTINGS.yaml`."""
 
     takes_yaml: ClassVar[bool] = True
     # argparse's own names 150 flags above the one line that says what is wrong.

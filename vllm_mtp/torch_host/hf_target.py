@@ -395,10 +395,10 @@ class HFTarget(OneRank):
         parts = [rows.split(counts, dim=1) for rows in (query, key, value)]
         outputs = []
         for read, q, k, v in zip(self._reads, *parts, strict=True):
-            tensors = read.states.keys[index], read.states.values[index]
-            past = (x.to(q.device) for x in tensors)
+            keys = read.states.keys[index].to(q.device)
+            values = read.states.values[index].to(q.device)
             slices = read.slices(self._windows[index], len(q), q.device)
-            outputs.append(attend_blocks(q, k, v, *past, slices, scoring))
+            outputs.append(attend_blocks(q, k, v, keys, values, slices, scoring))
         return torch.cat(outputs)
 
     @torch.no_grad()

@@ -59,8 +59,8 @@ REFUSED: Mapping[str, str] = {
     "neftune_noise_alpha": "the embeddings are the frozen target's; leave it out",
     "label_smoothing_factor": "the losses are ce_weight, kl_weight and tv_weight; "
     "kl_weight teaches the target's own distribution",
-    "average_tokens_across_devices": "the loss is a mean over blocks, and devices have "
-    "as many texts each; leave it out",
+    "average_tokens_across_devices": "losses are means over the labels of all devices "
+    "already; leave it out",
     "auto_find_batch_size": "lower per_device_train_batch_size or anchors_per_text "
     "where memory is short",
     "optim_target_modules": "optimizers of single layers (GaLore and the like) are not "
