@@ -16,12 +16,14 @@ if TYPE_CHECKING:
     from vllm_mtp.metrics import AcceptanceCounts, read_vllm_counters
     from vllm_mtp.sharing.hub import push_to_hub, save_pretrained
     from vllm_mtp.torch_host.new_drafter import new_drafter
+    from vllm_mtp.training.co_training.callback import co_train
 
 _HOME = {
     "AcceptanceCounts": "vllm_mtp.metrics",
     "Drafter": "vllm_mtp.drafter.model",
     "DrafterConfig": "vllm_mtp.drafter.config",
     "DrafterOptions": "vllm_mtp.drafter.options",
+    "co_train": "vllm_mtp.training.co_training.callback",
     "load_drafter": "vllm_mtp.drafter.checkpoint",
     "new_drafter": "vllm_mtp.torch_host.new_drafter",
     "push_to_hub": "vllm_mtp.sharing.hub",
@@ -36,6 +38,7 @@ __all__ = [
     "Drafter",
     "DrafterConfig",
     "DrafterOptions",
+    "co_train",
     "load_drafter",
     "new_drafter",
     "push_to_hub",

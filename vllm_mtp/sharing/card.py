@@ -184,6 +184,8 @@ def _introduction(
         )
     elif provenance.training is None:
         made = "**It is untrained**, a starting point."
+    elif beside := provenance.training.beside:
+        made = f"It was trained beside its target, on the same batches, by {beside}."
     else:
         made = f"It was trained on {_texts(provenance)}."
     return (
@@ -372,12 +374,13 @@ def _training(provenance: DrafterProvenance | None) -> str:
         ("Device", training.device),
         ("Warm start", _warm_start(provenance)),
     ]
+    taken_by = "co_train" if training.beside else "vllm-mtp train"
     arguments = [
         (f"`{key}`", f"`{json.dumps(value)}`")
         for key, value in training.arguments.items()
     ]
     return (
-        f"## Training\n\n{_table(rows)}\n\nSettings, as `vllm-mtp train` takes them:"
+        f"## Training\n\n{_table(rows)}\n\nSettings, as `{taken_by}` takes them:"
         f"\n\n{_table(arguments)}"
     )
 

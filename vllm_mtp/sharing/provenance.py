@@ -112,6 +112,11 @@ class TrainingRecord(Record):
     wall_seconds: float = Field(ge=0, description="Since the last start.")
     resumed_from_step: int = Field(default=0, ge=0, description="0: not resumed.")
     optimizer_steps: int = Field(ge=0)
+    beside: str | None = Field(
+        default=None,
+        description="The trainer that trained the target at the same time, whose "
+        "batches it was trained on; null: the target was frozen.",
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -127,7 +132,9 @@ class DrafterProvenance(Record):
 
     format: Literal[1] = 1
     target: TargetRecord
-    data: DataRecord | None = Field(default=None, description="null: untrained.")
+    data: DataRecord | None = Field(
+        default=None, description="null: untrained, or trained beside its target."
+    )
     more_data: tuple[DataRecord, ...] = Field(
         default=(), description="Of the other folders, where there were several."
     )
@@ -276,6 +283,8 @@ def training_prompts(folder: Path | str) -> TrainingPrompts:
         return TrainingPrompts(name, held_out=None)
     parent = provenance.parent
     before = 1.0 if parent is None else parent.held_out
+    if provenance.training is not None and provenance.training.beside is not None:
+        return TrainingPrompts(name, held_out=None)  # another trainer's data
     if provenance.adapter is not None:
         before = None  # an adapter does not say what it was trained on
     settings = [data.generation.settings for data in provenance.every_data]

@@ -61,6 +61,32 @@ def muon(groups: list[Group]) -> torch.optim.Muon:
     return torch.optim.Muon(groups, adjust_lr_fn="match_rms_adamw")
 
 
+def groups_of(
+    weights: Iterable[tuple[str, nn.Parameter]],
+    learning_rate: float,
+    weight_decay: float,
+    scales: Mapping[str, float],
+) -> list[Group]:
+    """Parameter groups with learning rates of their own.
+
+    Args:
+        weights: A drafter's, by their names in it.
+        learning_rate: Of all that ``scales`` does not name.
+        weight_decay: Of matrices; vectors and placeholders are none to keep small.
+        scales: Relative learning rates, by the first part of a weight's name.
+    """
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, weight in weights:
+        scale = scales.get(name.partition(".")[0], 1.0)
+        matrix = weight.ndim > 1 and not name.startswith("placeholders")
+        decay = weight_decay if matrix else 0.0
+        groups.setdefault((scale, decay), []).append(weight)
+    return [
+        {"params": p, "lr": learning_rate * scale, "weight_decay": decay}
+        for (scale, decay), p in groups.items()
+    ]
+
+
 def own_matrices(model: nn.Module) -> set[nn.Parameter]:
     """The weights that Muon is made for: matrices inside layers, here own layers."""
     return {

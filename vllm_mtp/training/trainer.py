@@ -21,7 +21,13 @@ from vllm_mtp.metrics import AcceptanceCounts, count_accepted, mean_length
 from vllm_mtp.torch_host.texts import TextBlocks, forward_texts
 from vllm_mtp.training.arguments import DrafterTrainingArguments
 from vllm_mtp.training.loss_module import LossModule
-from vllm_mtp.training.optimizer import Group, JointOptimizer, muon, own_matrices
+from vllm_mtp.training.optimizer import (
+    Group,
+    JointOptimizer,
+    groups_of,
+    muon,
+    own_matrices,
+)
 from vllm_mtp.training.resume import write_checkpoint_config
 from vllm_mtp.training.states import TrainingInputError
 from vllm_mtp.training.step_labels import StepLabels
@@ -116,17 +122,8 @@ class DrafterTrainer(Trainer):
             "placeholders": self.args.placeholder_lr_scale,
             "markov": self.args.markov_lr_scale,
         }
-        groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-        for name, weight in weights:
-            scale = scales.get(name.partition(".")[0], 1.0)
-            # Vectors and placeholders are not matrices to keep small.
-            matrix = weight.ndim > 1 and not name.startswith("placeholders")
-            decay = self.args.weight_decay if matrix else 0.0
-            groups.setdefault((scale, decay), []).append(weight)
-        return [
-            {"params": p, "lr": self.args.learning_rate * scale, "weight_decay": decay}
-            for (scale, decay), p in groups.items()
-        ]
+        args = self.args
+        return groups_of(weights, args.learning_rate, args.weight_decay, scales)
 
     def get_batch_samples(
         self, epoch_iterator: Any, num_batches: int, device: torch.device

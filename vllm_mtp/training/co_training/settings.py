@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a drafter is trained beside its target."""
+
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from vllm_mtp.drafter.model import Drafter
+from vllm_mtp.errors import refusal_of
+from vllm_mtp.training.loss_module import LossPlan
+from vllm_mtp.training.objective import Objective
+from vllm_mtp.training.optimizer import JointOptimizer, groups_of, muon, own_matrices
+from vllm_mtp.training.states import TrainingInputError
+
+
+class CoTrainingSettings(BaseModel):
+    """Names and meanings are those of `vllm-mtp train`, where it has them."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    every: int = Field(1, ge=1, description="Train at every so many optimizer steps.")
+    learning_rate: float = Field(5e-4, gt=0)
+    lr_scheduler_type: Literal[
+        "constant", "constant_with_warmup", "linear", "cosine"
+    ] = "cosine"
+    warmup_steps: int = Field(0, ge=0, description="Of the drafter's own steps.")
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    own_optimizer: Literal["adamw", "muon"] = "adamw"
+    placeholder_lr_scale: float = Field(10.0, gt=0)
+    markov_lr_scale: float = Field(1.0, gt=0)
+    ce_weight: float = Field(0.5, ge=0)
+    kl_weight: float = Field(0.5, ge=0)
+    tv_weight: float = Field(0.0, ge=0)
+    teacher_tokens: int = Field(64, ge=1)
+    position_decay: float | None = Field(None, gt=0)
+    anchors_per_text: int = Field(64, ge=1)
+    max_text_tokens: int = Field(2048, ge=3)
+    seed: int = Field(42, ge=0)
+
+    def plan(self) -> LossPlan:
+        """How texts become lessons. States are never kept: the target moves on."""
+        return LossPlan(
+            objective=Objective(
+                self.ce_weight,
+                self.kl_weight,
+                self.tv_weight,
+                self.teacher_tokens,
+                self.position_decay,
+            ),
+            anchors_per_text=self.anchors_per_text,
+            seed=self.seed,
+        )
+
+    def optimizer(self, drafter: Drafter) -> torch.optim.Optimizer:
+        """AdamW, or Muon for the matrices of own layers and AdamW for the rest."""
+        scales = {
+            "placeholders": self.placeholder_lr_scale,
+            "markov": self.markov_lr_scale,
+        }
+        matrices = own_matrices(drafter) if self.own_optimizer == "muon" else set()
+        weights = list(drafter.named_parameters())
+        both = [[(n, w) for n, w in weights if (w in matrices) == of] for of in (1, 0)]
+        in_matrices, others = (
+            groups_of(part, self.learning_rate, self.weight_decay, scales)
+            for part in both
+        )
+        parts: list[torch.optim.Optimizer] = []
+        if in_matrices:
+            parts.append(muon(in_matrices))
+        if others:
+            parts.append(torch.optim.AdamW(others))
+        return JointOptimizer(parts)
+
+
+def checked(settings: dict[str, Any]) -> CoTrainingSettings:
+    """What the user gave.
+
+    Raises:
+        MTPError: The first thing that is wrong with it.
+    """
+    try:
+        made = CoTrainingSettings(**settings)
+    except ValidationError as error:
+        raise TrainingInputError(f"co_train: {refusal_of(error)}") from None
+    made.plan()  # the weights together
+    return made
