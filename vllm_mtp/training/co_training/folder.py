@@ -5,6 +5,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,12 @@ from vllm_mtp.drafter.target_facts import weights_fingerprint
 from vllm_mtp.evaluation.probe import PROBE_FILE, write_probe
 from vllm_mtp.files import writing
 from vllm_mtp.sharing.folder import describe_folder
-from vllm_mtp.sharing.made_with import device_name, git_state, versions
+from vllm_mtp.sharing.made_with import (
+    GitState,
+    device_name,
+    git_state,
+    versions,
+)
 from vllm_mtp.sharing.provenance import (
     DrafterProvenance,
     ParentRecord,
@@ -53,7 +59,7 @@ class Story:
     resumed_from_step: int
 
     def provenance(self, target: TargetRecord) -> DrafterProvenance:
-        args = self.trainer.args
+        args, (packages, commit) = self.trainer.args, _made_with()
         started, finished = (
             moment.astimezone(timezone.utc).replace(microsecond=0)
             for moment in (self.started, datetime.now(timezone.utc))
@@ -71,9 +77,16 @@ class Story:
                 beside=name_of(self.trainer),
             ),
             parent=self.parent,
-            versions=versions(),
-            git=git_state(),
+            versions=packages,
+            git=commit,
         )
+
+
+@cache
+def _made_with() -> tuple[dict[str, str], GitState | None]:
+    """Of this process. To look at every package takes seconds, which checkpoints would
+    each cost."""
+    return versions(), git_state()
 
 
 def name_of(trainer: Any) -> str:
