@@ -96,6 +96,19 @@ def test_untrained_is_said(drafter: Drafter, provenance: DrafterProvenance) -> N
     assert "## Made with" in text
 
 
+def test_training_beside_the_target_is_said(
+    drafter: Drafter, provenance: DrafterProvenance
+) -> None:
+    assert provenance.training is not None
+    beside = provenance.training.model_copy(update={"beside": "SFTTrainer of trl 1.16"})
+    text = make_card(
+        drafter.config,
+        provenance.model_copy(update={"training": beside, "data": None}),
+    ).text
+    assert "beside its target, on the same batches, by SFTTrainer of trl 1.16." in text
+    assert "Settings, as `co_train` takes them" in text
+
+
 def test_a_folder_is_no_base_model(
     drafter: Drafter, provenance: DrafterProvenance
 ) -> None:

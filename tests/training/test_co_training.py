@@ -30,6 +30,7 @@ from vllm_mtp.drafter.options import DrafterOptions
 from vllm_mtp.drafter.target_facts import TargetFacts
 from vllm_mtp.errors import MTPError
 from vllm_mtp.evaluation.blocks import run_in_torch
+from vllm_mtp.evaluation.compare import stage_error
 from vllm_mtp.evaluation.probe import read_probe
 from vllm_mtp.sharing.provenance import read_provenance, training_prompts
 from vllm_mtp.torch_host.hf_target import HFTarget, load_frozen
@@ -127,8 +128,7 @@ def outcomes(folder: Path, model: Any) -> tuple[Any, Any]:
 def assert_same_run(found: Any, expected: Any) -> None:
     assert torch.equal(found.outcome.drafts, expected.outcome.drafts)
     for name, sketch in expected.outcome.stages.items():
-        got = found.outcome.stages[name]
-        torch.testing.assert_close(got, sketch, rtol=1e-3, atol=1e-3)
+        assert stage_error(found.outcome.stages[name], sketch) < 1e-3, name
 
 
 @pytest.mark.parametrize("kind", ["sft", "grpo"])
@@ -305,8 +305,11 @@ def test_two_processes_train_as_one(
     assert done.returncode == 0, done.stdout
     checkpoints = [tmp_path / name / "checkpoint-4" for name in ("one", "two")]
     one, two = (weights(load_drafter(c / "mtp_placeholder")) for c in checkpoints)
-    for found, expected in zip(two, one, strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+    started = weights(load_drafter(drafter))
+    for found, expected, start in zip(two, one, started, strict=True):
+        # Both optimizers make whole steps of small gradients, and so of a rounding.
+        away, moved = ((expected - other).float().norm() for other in (found, start))
+        assert away <= 0.1 * moved
     states = [checkpoint / "trainer_state.json" for checkpoint in checkpoints]
     histories = [json.loads(s.read_text("utf-8"))["log_history"] for s in states]
     for line, wanted in zip(*histories, strict=True):
@@ -443,6 +446,7 @@ class TestRefused:
             (lambda t: setattr(t.args, "_n_gpu", 2), "several GPUs in one process"),
             (lambda t: setattr(t.args, "fp16", True), "fp16 is on"),
             (lambda t: t.model.half(), "loaded in float16"),
+            (lambda t: setattr(t, "model_init", lambda: t.model), "model_init"),
             (
                 lambda t: [
                     setattr(t.args, name, True)

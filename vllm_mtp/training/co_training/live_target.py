@@ -117,6 +117,11 @@ def _require_followed(trainer: Any) -> None:
         raise TrainingInputError(
             "co_train: fp16 is on, in which gradients of the drafter overflow; use bf16"
         )
+    if trainer.model_init is not None:
+        raise TrainingInputError(
+            "co_train: the trainer makes its model anew in train() (model_init), which "
+            "a drafter cannot be bound to before; give it the model"
+        )
     if trainer.args.load_best_model_at_end and trainer.args.save_only_model:
         raise TrainingInputError(
             "co_train: load_best_model_at_end needs the drafter of that checkpoint as "
