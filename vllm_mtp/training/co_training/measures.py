@@ -52,8 +52,8 @@ def _of_text(loss_module: LossModule, text: TextBlocks) -> torch.Tensor:
     assert scores is not None, "the pick gives them"
     counts = count_accepted(drafted, labels)
     columns = labels
-    if loss_module.candidates is not None:
-        columns = loss_module.candidates.columns(labels)
+    if loss_module.token_loss.candidates is not None:
+        columns = loss_module.token_loss.candidates.columns(labels)
     log_q = scores.float().log_softmax(-1)
     chosen = log_q.gather(-1, columns.clamp(min=0)[..., None])[..., 0]
     can_draft = columns != IGNORE_LABEL
