@@ -18,6 +18,8 @@ CPU = torch.device("cpu")
 COPIES = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
 
 torch.utils.backend_registration._setup_privateuseone_for_python_backend("fake")
+# A checkpoint asks for the device's autocast, also where there is none.
+torch.fake.get_amp_supported_dtype = lambda: [torch.bfloat16]  # type: ignore[attr-defined]
 
 
 class Fake(torch.Tensor):

@@ -62,7 +62,7 @@ def block_slices(
     most = _CPU_SCORES if prefix_lens.device.type == "cpu" else _SCORES
     block = block_reads_itself(num_draft_tokens, prefix_lens.device, window)
     slices = []
-    lens = prefix_lens.tolist()
+    lens = prefix_lens.cpu().tolist()
     for start, end in _cuts(lens, most // (num_draft_tokens * num_heads)):
         # Of a window of its own, a layer reads nothing before the window.
         first = 0 if window is None else max(min(lens[start:end]) - window + 1, 0)
