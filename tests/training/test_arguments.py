@@ -192,6 +192,7 @@ class TestTheBest:
         ({"eval_anchors": 0}, "eval_anchors: got 0"),
         ({"eval_texts": -1}, "eval_texts: got -1"),
         ({"teacher_tokens": -1}, "teacher_tokens: got -1"),
+        ({"block_attention": "flex"}, "block_attention: got 'flex' on cpu"),
         ({"max_text_tokens": 0}, "max_text_tokens: got 0"),
         ({"train_texts": 0}, "train_texts: got 0, .*leave it out for all"),
         ({"loss_vocab_size": 0}, "loss_vocab_size: got 0"),

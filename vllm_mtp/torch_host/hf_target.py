@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.nn.attention.flex_attention import BlockMask
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
@@ -37,6 +38,7 @@ from vllm_mtp.torch_host.block_attention import (
     attend_blocks,
     block_slices,
 )
+from vllm_mtp.torch_host.flex_blocks import attend_blocks_by_flex, flex_mask
 from vllm_mtp.torch_host.followed import constants_of, fix_rope, run_target
 
 
@@ -131,9 +133,7 @@ class _Read:
     prefix_lens: torch.Tensor  # [B] int64
     num_draft_tokens: int
     prefix_window: int | None
-    _slices: dict[tuple[int | None, int, torch.device], list[BlockSlice]] = field(
-        default_factory=dict
-    )
+    _seen: dict[Any, Any] = field(default_factory=dict)
 
     @property
     def num_rows(self) -> int:
@@ -144,15 +144,27 @@ class _Read:
     ) -> list[BlockSlice]:
         """For all layers of one window and number of heads, where their queries are."""
         key = (window, num_heads, device)
-        if key not in self._slices:
-            self._slices[key] = block_slices(
+        if key not in self._seen:
+            self._seen[key] = block_slices(
                 self.prefix_lens.to(device),
                 self.num_draft_tokens,
                 num_heads,
                 window,
                 self.prefix_window,
             )
-        return self._slices[key]
+        return self._seen[key]  # type: ignore[no-any-return]
+
+    def mask(self, window: int | None, device: torch.device) -> BlockMask:
+        """For all layers of one window."""
+        key = (window, device)
+        if key not in self._seen:
+            self._seen[key] = flex_mask(
+                self.prefix_lens.to(device),
+                self.num_draft_tokens,
+                window,
+                self.prefix_window,
+            )
+        return self._seen[key]
 
 
 class _LayerWays(NamedTuple):
@@ -174,10 +186,15 @@ class HFTarget(OneRank):
             length (longrope) is fixed in place, see `followed.fix_rope`.
         device: Where the drafter and the texts are; by default where the model begins.
 
+    Attributes:
+        by_flex: Blocks attend by FlexAttention, not in slices.
+
     Raises:
         UnsupportedTargetError: The model computes something that the torch host
             does not.
     """
+
+    by_flex = False
 
     def __init__(
         self, model: PreTrainedModel, device: torch.device | None = None
@@ -397,8 +414,14 @@ class HFTarget(OneRank):
         for read, q, k, v in zip(self._reads, *parts, strict=True):
             keys = read.states.keys[index].to(q.device)
             values = read.states.values[index].to(q.device)
-            slices = read.slices(self._windows[index], len(q), q.device)
-            outputs.append(attend_blocks(q, k, v, keys, values, slices, scoring))
+            window = self._windows[index]
+            if self.by_flex:
+                mask = read.mask(window, q.device)
+                out = attend_blocks_by_flex(q, k, v, keys, values, mask, scoring)
+            else:
+                slices = read.slices(window, len(q), q.device)
+                out = attend_blocks(q, k, v, keys, values, slices, scoring)
+            outputs.append(out)
         return torch.cat(outputs)
 
     @torch.no_grad()

@@ -89,6 +89,11 @@ class DrafterTrainingArguments(DrafterOptions, TrainingArguments):
         "most room on the first one, where the drafter is)",
         "one",
     )
+    block_attention: Literal["slices", "flex"] = flag(
+        "how blocks attend: a slice of them at a time, in plain torch; or by torch's "
+        "FlexAttention, one compiled kernel (NVIDIA GPUs only)",
+        "slices",
+    )
     states_budget_gb: float | None = flag(
         "memory for keeping the target's states of texts that come again (default: 4 "
         "on a CPU, none elsewhere)",
@@ -138,6 +143,7 @@ class DrafterTrainingArguments(DrafterOptions, TrainingArguments):
             said = " ".join(str(error).split()) or type(error).__name__
             raise MTPError(f"refused by transformers: {said}") from error
         self._require_tensorboard()
+        self._require_flex()
         self._require_gpus_to_divide_over()
         self._stay_on_one_gpu()
 
@@ -162,6 +168,13 @@ class DrafterTrainingArguments(DrafterOptions, TrainingArguments):
             raise MTPError(
                 f"{got}, but training is on the CPU; it divides a target over GPUs, so "
                 "leave it out"
+            )
+
+    def _require_flex(self) -> None:
+        if self.block_attention == "flex" and self.device.type != "cuda":
+            raise MTPError(
+                f"block_attention: got 'flex' on {self.device.type}, where torch's "
+                "FlexAttention has no backward; expected slices, or an NVIDIA GPU"
             )
 
     def _stay_on_one_gpu(self) -> None:

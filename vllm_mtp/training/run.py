@@ -67,6 +67,7 @@ class TrainingRun:
         device_map = None if args.target_device_map == "one" else args.target_device_map
         model = load_frozen(target, dtype, args.device, device_map)
         self.host = HFTarget(model, args.device)
+        self.host.by_flex = args.block_attention == "flex"
 
     @cached_property
     def _counts(self) -> Counter[int]:

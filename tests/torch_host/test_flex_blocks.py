@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""FlexAttention attends as the slices do. On a CPU it has a forward alone."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from checkpoints_spec.goldens import fill_weights
+from tests.tiny_targets import VOCAB_SIZE
+from tests.torch_host.test_block_attention import HEADS, KV_HEADS, LENS, SIZE, K
+from vllm_mtp.drafter.model import BoundDrafter
+from vllm_mtp.torch_host.block_attention import Scoring, attend_blocks, block_slices
+from vllm_mtp.torch_host.flex_blocks import attend_blocks_by_flex, flex_mask
+from vllm_mtp.torch_host.hf_target import HFTarget, load_frozen
+from vllm_mtp.torch_host.new_drafter import new_drafter
+from vllm_mtp.torch_host.texts import TextBlocks, forward_texts
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_drafter_drafts_the_same(tiny_llama: Path) -> None:
+    host = HFTarget(load_frozen(tiny_llama, "float32", "cpu"))
+    drafter = new_drafter(tiny_llama, "shared:0,own:2", 3)
+    fill_weights(drafter, 0.1, salt="flex ")
+    bound = BoundDrafter(drafter.float(), host)
+    ids = torch.arange(30) * 37 % VOCAB_SIZE
+    texts = [TextBlocks(ids, host.encode(ids), torch.tensor([4, 5, 21]))]
+    with torch.no_grad():
+        expected = forward_texts(bound, texts, 3)
+        host.by_flex = True
+        torch.testing.assert_close(forward_texts(bound, texts, 3), expected)
+
+
+# `create_block_mask` and an attention that is not compiled warn of their speed.
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "windows", [(None, None), (5, None), (None, 32)], ids=["all", "window", "prefix"]
+)
+@pytest.mark.parametrize(
+    "scoring",
+    [Scoring(0.4), Scoring(0.4, torch.linspace(-1, 2, HEADS)), Scoring(0.4, None, 1.5)],
+    ids=["plain", "sinks", "capped"],
+)
+def test_same_forward(windows: tuple[int | None, int | None], scoring: Scoring) -> None:
+    lens = torch.cat([LENS, torch.tensor([190, 430])])  # something to skip
+    generator = torch.Generator().manual_seed(0)
+    rows = len(lens) * K
+    inputs = [
+        torch.randn(heads, rows, SIZE, generator=generator)
+        for heads in (HEADS, KV_HEADS, KV_HEADS)
+    ]
+    past = torch.randn(2, KV_HEADS, 440, SIZE, generator=generator)
+    slices = block_slices(lens, K, HEADS, *windows)
+    mask = flex_mask(lens, K, *windows)
+    torch.testing.assert_close(
+        attend_blocks_by_flex(*inputs, *past, mask, scoring),
+        attend_blocks(*inputs, *past, slices, scoring),
+    )
