@@ -99,6 +99,10 @@ class TestResume:
         "save_steps": 3,
         "max_steps": 8,
         "gradient_accumulation_steps": 2,
+        # Both change while the run that is stopped goes on.
+        "tv_weight": 0.5,
+        "ce_start_steps": 60,
+        "curriculum_steps": 200,
     }
 
     def test_a_stopped_run_goes_on_as_if_nothing_was(

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from transformers import Trainer, TrainingArguments, get_scheduler
@@ -24,6 +24,7 @@ from vllm_mtp.flags import flag
 from vllm_mtp.training.inherited import refuse_inherited
 from vllm_mtp.training.loss_module import LossPlan
 from vllm_mtp.training.objective import Objective
+from vllm_mtp.training.schedule import Schedule
 
 logger = logging.getLogger("vllm.mtp_placeholder.training")
 
@@ -31,6 +32,8 @@ logger = logging.getLogger("vllm.mtp_placeholder.training")
 @dataclass(kw_only=True)
 class DrafterTrainingArguments(DrafterOptions, TrainingArguments):
     """transformers' training arguments, and what a drafter adds to them."""
+
+    needs_data: ClassVar[bool] = True  # a plan can do without
 
     target: str = flag("the target's folder or hub name", "")
     data: list[str] = flag(
@@ -68,11 +71,21 @@ class DrafterTrainingArguments(DrafterOptions, TrainingArguments):
     position_decay: float | None = flag(
         "gamma of position weights exp(-(i-1)/gamma)", None
     )
+    ce_start_steps: int = flag(
+        "for so many optimizer steps the loss is cross-entropy alone, then what the "
+        "weights say",
+        0,
+    )
 
     train_places: int | None = flag(
         "teach only the first so many positions (default: all); shorter blocks leave "
         "time for more of them",
         None,
+    )
+    curriculum_steps: int = flag(
+        "begin with two positions and teach one more after every so many optimizer "
+        "steps (0: all from the start)",
+        0,
     )
     anchors_per_text: int = flag("most blocks behind one text in one step", 64)
     train_texts: int | None = flag("train on this many texts (default: all)", None)
@@ -205,6 +218,7 @@ class DrafterTrainingArguments(DrafterOptions, TrainingArguments):
             states_budget=self._states_budget(),
             seed=self.seed,
             num_draft_tokens=self.train_places,
+            schedule=Schedule(self.ce_start_steps, self.curriculum_steps),
         )
 
     def _states_budget(self) -> float:
@@ -347,6 +361,11 @@ _RANGES: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
         "1 or more, or 0 for all tokens that are scored",
     ),
     (
+        ("ce_start_steps", "curriculum_steps"),
+        lambda value: value >= 0,
+        "0 (none) or more optimizer steps",
+    ),
+    (
         ("placeholder_lr_scale", "markov_lr_scale"),
         lambda value: value > 0,
         "a number above 0 (1 for learning_rate itself)",
@@ -362,6 +381,10 @@ def _require_ranges(args: DrafterTrainingArguments) -> None:
 
 
 def _require_names(args: DrafterTrainingArguments) -> None:
+    if not args.needs_data:
+        if not args.target:
+            raise MTPError("target: got nothing, expected a folder, or its config.json")
+        return
     if not args.target or not args.data or not all(args.data):
         raise MTPError(
             f"target: got {args.target!r}, data: got {args.data!r}; both are "
@@ -400,6 +423,21 @@ def _require_positions(args: DrafterTrainingArguments) -> None:
             f"train_places: got {args.train_places}, but the drafter has "
             f"{args.num_speculative_tokens} (num_speculative_tokens); write that or"
             " less"
+        )
+
+
+def _require_schedule(args: DrafterTrainingArguments) -> None:
+    if args.ce_start_steps and not (args.kl_weight > 0 or args.tv_weight > 0):
+        raise MTPError(
+            f"ce_start_steps: got {args.ce_start_steps}, but the loss is cross-entropy "
+            "alone all the time; leave it out, or set tv_weight or kl_weight"
+        )
+    taught = args.train_places or args.num_speculative_tokens
+    if args.curriculum_steps and taught <= 2:
+        raise MTPError(
+            f"curriculum_steps: got {args.curriculum_steps}, but only {taught} "
+            "positions are taught, and it begins with two; leave it out, or raise "
+            "num_speculative_tokens (or train_places)"
         )
 
 
@@ -480,6 +518,7 @@ _REQUIREMENTS = (
     _require_stages,
     _require_start,
     _require_positions,
+    _require_schedule,
     _require_own_layers,
     _require_one_mode,
     _require_few_teacher_tokens,

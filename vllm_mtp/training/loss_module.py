@@ -22,6 +22,7 @@ from vllm_mtp.training.anchors import choose_anchors, generator_for
 from vllm_mtp.training.features import FeatureLoss
 from vllm_mtp.training.loss_vocabulary import LossVocabulary
 from vllm_mtp.training.objective import Objective
+from vllm_mtp.training.schedule import Schedule
 from vllm_mtp.training.states import StatesSource
 from vllm_mtp.training.step_labels import StepLabels, step_labels
 from vllm_mtp.training.token_loss import TokenLoss
@@ -38,6 +39,7 @@ class LossPlan:
         states_budget: Bytes for keeping the target's states.
         seed: Seed of the anchors.
         num_draft_tokens: Teach only the first so many positions; None for all.
+        schedule: What is taught otherwise in a run's first steps.
     """
 
     objective: Objective = Objective()
@@ -46,6 +48,7 @@ class LossPlan:
     states_budget: float = 0.0
     seed: int = 0
     num_draft_tokens: int | None = None
+    schedule: Schedule = Schedule()
 
 
 class LossModule(nn.Module):
@@ -94,7 +97,8 @@ class LossModule(nn.Module):
         Args:
             texts: Rows of a data set with ``index`` (its number), ``input_ids``
                 (``[T]`` int64 tensor) and ``loss_spans``.
-            step: The optimizer's step; it decides where the blocks stand.
+            step: The optimizer's step; it decides where the blocks stand, and what is
+                taught by `LossPlan.schedule`.
             whole: From `labels_of_step`, where these texts are a part of the step's.
 
         Returns:
@@ -102,7 +106,7 @@ class LossModule(nn.Module):
             what all of its texts at once would give.
         """
         blocks = [self.blocks(text, step) for text in texts]
-        return self.loss_of(blocks, whole)
+        return self.loss_of(blocks, whole, step)
 
     def labels_of_step(
         self,
@@ -131,7 +135,7 @@ class LossModule(nn.Module):
         token_ids, anchors = text["input_ids"], self._anchors(text, step)
         ends = span_ends(anchors, text["loss_spans"], len(token_ids))
         anchors, ends = anchors.to(token_ids.device), ends.to(token_ids.device)
-        return labels_behind(token_ids, anchors, ends, self.num_draft_tokens)
+        return labels_behind(token_ids, anchors, ends, self._positions(step))
 
     def blocks(self, text: Mapping[str, Any], step: int) -> TextBlocks:
         """The blocks behind one text in one step."""
@@ -155,7 +159,7 @@ class LossModule(nn.Module):
             return None
         # Another generator than that of the anchors, so these stay where they are.
         generator = generator_for(self.plan.seed, step, text["index"], 1)
-        shape = num_blocks, self.num_draft_tokens - 1
+        shape = num_blocks, self._positions(step) - 1
         ids = draw_noise(noise.low, noise.high, shape, generator)
         return ids.to(text["input_ids"].device)
 
@@ -169,17 +173,21 @@ class LossModule(nn.Module):
         return TextBlocks(token_ids, states, anchors.to(device), ends.to(device))
 
     def loss_of(
-        self, texts: Sequence[TextBlocks], whole: StepLabels | None = None
+        self,
+        texts: Sequence[TextBlocks],
+        whole: StepLabels | None = None,
+        step: int | None = None,
     ) -> dict[str, torch.Tensor]:
-        """The loss of given blocks; as `forward`."""
-        num_draft_tokens = self.num_draft_tokens
+        """The loss of given blocks; as `forward`. Without a step it is the one that a
+        run ends with."""
+        num_draft_tokens, objective = self._positions(step), self.plan.objective
+        if step is not None:
+            objective = self.plan.schedule.objective(objective, step)
         hidden = forward_texts(self.bound, texts, num_draft_tokens)
         labels = torch.cat([text.labels(num_draft_tokens) for text in texts])
         # Where the first position is the target's own, there is nothing to teach.
         first = int(self.first_position_is_exact)
-        loss, parts = self.token_loss(
-            self.plan.objective, texts, hidden, labels, first, whole
-        )
+        loss, parts = self.token_loss(objective, texts, hidden, labels, first, whole)
         if self.features is not None:
             parts["feature"] = self.features.pop(
                 texts, hidden, labels, whole.total if whole else None
@@ -195,8 +203,13 @@ class LossModule(nn.Module):
 
     @property
     def num_draft_tokens(self) -> int:
-        """Places that are taught."""
+        """Positions that are taught in the end."""
         return self.plan.num_draft_tokens or self.drafter.config.num_speculative_tokens
+
+    def _positions(self, step: int | None) -> int:
+        """Positions that are taught in a step, or in the end."""
+        most = self.num_draft_tokens
+        return most if step is None else self.plan.schedule.positions(most, step)
 
     @property
     def first_position_is_exact(self) -> bool:
