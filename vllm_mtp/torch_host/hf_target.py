@@ -4,6 +4,7 @@
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from copy import copy
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -244,6 +245,21 @@ class HFTarget(OneRank):
         blocks = [(self.encode(seen.token_ids), seen.positions[rows])]
         with self.reading(blocks, 1):
             require_followed(self, seen, self._with_cache, rows, kind)
+
+    def on(self, model: PreTrainedModel) -> "HFTarget":
+        """A host of another model of the same family and layers, whose sizes and
+        weights may differ: what was learnt by running this one holds there.
+
+        Args:
+            model: Need not be able to compute (fake tensors).
+        """
+        ways = {index: self._ways_of(index) for index in self._with_cache}
+        other = copy(self)
+        other.model, other.decoder = model, decoder_of(model)
+        fix_rope(other.decoder)
+        other._ropes = {i: Rope(other.decoder, i) for i in self._with_cache}
+        other._ways, other._reads = ways, []
+        return other
 
     @torch.no_grad()
     def encode(

@@ -2,7 +2,7 @@
 """A new drafter for a target: untrained, but loadable."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -78,28 +78,79 @@ def new_drafter(
         knobs["draft_vocab_size"] = len(draft_token_ids)
     whole_config = hf_config_of(target)
     hf_config = whole_config.get_text_config()
-    bound_layers = parse_layers(layers, facts.num_hidden_layers)
-    _require_caches(bound_layers, hf_config)
+    bound_layers = bind_layers(layers, hf_config)
     weights = TargetWeights(target, facts)
     copies = {}
     if options.own_init == "copy":
         copies = _copies(bound_layers, weights, whole_config, facts)
+    config = new_config(
+        hf_config,
+        facts,
+        bound_layers,
+        num_speculative_tokens,
+        options,
+        {index: copied.form for index, copied in copies.items()},
+        **knobs,
+    )
+    drafter = Drafter(config).to(DTYPES[config.dtype])
+    if drafter.draft_vocab is not None:
+        drafter.draft_vocab.token_ids.copy_(torch.tensor(draft_token_ids))
+    _fill(drafter, weights, options, copies, whole_config)
+    return drafter
+
+
+def bind_layers(layers: str, hf_config: Any) -> list[BoundLayer]:
+    """Read a layer list for a target.
+
+    Args:
+        layers: Such as ``shared:0-9,own:28,29``.
+        hf_config: The target's text config.
+
+    Raises:
+        LayerSpecError: It cannot be read.
+        UnsupportedTargetError: A layer has no cache to read.
+    """
+    bound = parse_layers(layers, hf_config.num_hidden_layers)
+    _require_caches(bound, hf_config)
+    return bound
+
+
+def new_config(
+    hf_config: Any,
+    facts: TargetFacts,
+    bound: Sequence[BoundLayer],
+    num_speculative_tokens: int,
+    options: DrafterOptions,
+    forms: Mapping[int, Mapping[str, Any]],
+    **knobs: Any,
+) -> DrafterConfig:
+    """The config of a new drafter.
+
+    Args:
+        hf_config: The target's text config.
+        facts: The target's.
+        bound: The layers.
+        num_speculative_tokens: k.
+        options: Everything else.
+        forms: By target layer, fields of `OwnLayerConfig` that a copy of it has.
+        knobs: What the config's knobs are, see `DrafterOptions.knobs`.
+
+    Raises:
+        UnsupportedTargetError: The target cannot have such layers.
+        TargetMismatchError: ``prefix_window`` is shorter than the target's own.
+    """
     config = DrafterConfig(
         model_type="mtp_placeholder",
         format_version=1,
         num_speculative_tokens=num_speculative_tokens,
-        layers=_layer_configs(bound_layers, options, copies, hf_config),
+        layers=_layer_configs(bound, options, forms, hf_config),
         markov=options.markov_config(),
         noise=options.noise_config(num_speculative_tokens - 1, facts.vocab_size),
         target=facts,
         **knobs,
     )
     require_window(config, sliding_windows(hf_config).__getitem__)
-    drafter = Drafter(config).to(DTYPES[config.dtype])
-    if drafter.draft_vocab is not None:
-        drafter.draft_vocab.token_ids.copy_(torch.tensor(draft_token_ids))
-    _fill(drafter, weights, options, copies, whole_config)
-    return drafter
+    return config
 
 
 def _require_token_ids(
@@ -261,9 +312,9 @@ def _copies(
 
 
 def _layer_configs(
-    bound: list[BoundLayer],
+    bound: Sequence[BoundLayer],
     options: DrafterOptions,
-    copies: dict[int, LayerCopy],
+    forms: Mapping[int, Mapping[str, Any]],
     hf_config: object,
 ) -> tuple[LayerConfig, ...]:
     own = [index for index, layer in enumerate(bound) if layer.kind == "own"]
@@ -276,10 +327,11 @@ def _layer_configs(
     lora = options.lora_config()
 
     def own_layer(index: int, layer: BoundLayer) -> OwnLayerConfig:
-        copied = copies.get(layer.target_layer)
-        form = copied.form if copied else {}
-        boundary = {"boundary_hidden": index in reads_boundary}
-        form = form | boundary | {"bridge": options.bridges}
+        form = {
+            **forms.get(layer.target_layer, {}),
+            "boundary_hidden": index in reads_boundary,
+            "bridge": options.bridges,
+        }
         return _own_layer_config(layer.target_layer, hf_config, form)
 
     return tuple(

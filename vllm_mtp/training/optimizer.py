@@ -1,13 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Muon for the matrices of own layers, another optimizer for all other weights."""
+"""The optimizer of a run: parameter groups with learning rates of their own, and Muon
+for the matrices of own layers where it is asked for."""
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from transformers import Trainer
 
 from vllm_mtp.drafter.layers import OwnLayer
+
+if TYPE_CHECKING:
+    from vllm_mtp.training.arguments import DrafterTrainingArguments
 
 Group = dict[str, Any]
 
@@ -96,3 +101,34 @@ def own_matrices(model: nn.Module) -> set[nn.Parameter]:
         for parameter in layer.parameters()
         if parameter.ndim == 2
     }
+
+
+def make_optimizer(
+    loss_module: nn.Module, args: "DrafterTrainingArguments"
+) -> torch.optim.Optimizer:
+    """The optimizer of a run.
+
+    Args:
+        loss_module: With the drafter's weights, named ``drafter.*``.
+        args: The settings.
+    """
+    kind, settings = Trainer.get_optimizer_cls_and_kwargs(args)
+    weights = [
+        (name.removeprefix("drafter."), weight)
+        for name, weight in loss_module.named_parameters()
+        if weight.requires_grad
+    ]
+
+    def groups(chosen: Iterable[tuple[str, nn.Parameter]]) -> list[Group]:
+        scales = {
+            "placeholders": args.placeholder_lr_scale,
+            "markov": args.markov_lr_scale,
+        }
+        return groups_of(chosen, args.learning_rate, args.weight_decay, scales)
+
+    matrices = own_matrices(loss_module) if args.own_optimizer == "muon" else ()
+    optimizer = kind(groups((n, w) for n, w in weights if w not in matrices), **settings)
+    if not matrices:
+        return optimizer
+    of_matrices = groups((n, w) for n, w in weights if w in matrices)
+    return JointOptimizer([muon(of_matrices), optimizer])

@@ -21,13 +21,7 @@ from vllm_mtp.metrics import AcceptanceCounts, count_accepted, mean_length
 from vllm_mtp.torch_host.texts import TextBlocks, forward_texts
 from vllm_mtp.training.arguments import DrafterTrainingArguments
 from vllm_mtp.training.loss_module import LossModule
-from vllm_mtp.training.optimizer import (
-    Group,
-    JointOptimizer,
-    groups_of,
-    muon,
-    own_matrices,
-)
+from vllm_mtp.training.optimizer import make_optimizer
 from vllm_mtp.training.resume import write_checkpoint_config
 from vllm_mtp.training.states import TrainingInputError
 from vllm_mtp.training.step_labels import StepLabels
@@ -99,31 +93,8 @@ class DrafterTrainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> Any:
         """Parameter groups with learning rates of their own."""
         if self.optimizer is None:
-            kind, settings = self.get_optimizer_cls_and_kwargs(self.args)
-            weights = [
-                (name.removeprefix("drafter."), weight)
-                for name, weight in self.loss_module.named_parameters()
-                if weight.requires_grad
-            ]
-            matrices = (
-                own_matrices(self.loss_module)
-                if self.args.own_optimizer == "muon"
-                else ()
-            )
-            rest = self._groups((n, w) for n, w in weights if w not in matrices)
-            self.optimizer = kind(rest, **settings)
-            if matrices:
-                chosen = self._groups((n, w) for n, w in weights if w in matrices)
-                self.optimizer = JointOptimizer([muon(chosen), self.optimizer])
+            self.optimizer = make_optimizer(self.loss_module, self.args)
         return self.optimizer
-
-    def _groups(self, weights: Iterable[tuple[str, nn.Parameter]]) -> list[Group]:
-        scales = {
-            "placeholders": self.args.placeholder_lr_scale,
-            "markov": self.args.markov_lr_scale,
-        }
-        args = self.args
-        return groups_of(weights, args.learning_rate, args.weight_decay, scales)
 
     def get_batch_samples(
         self, epoch_iterator: Any, num_batches: int, device: torch.device

@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A step of tensors without storage keeps what a real step keeps."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed._tools.mem_tracker import MemTracker
+from transformers import LlamaConfig, Qwen3Config
+
+from tests.tiny_answers import MakeArguments
+from vllm_mtp.torch_host.hf_target import HFTarget, class_of
+from vllm_mtp.torch_host.new_drafter import new_drafter
+from vllm_mtp.torch_host.without_weights import drafter_config
+from vllm_mtp.training.fake_step import (
+    DRAFTER,
+    OPTIMIZER,
+    TARGET,
+    fake_step,
+    watched_step,
+)
+from vllm_mtp.training.loss_module import LossModule
+from vllm_mtp.training.memory_watch import MemoryWatch
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 300,
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "tie_word_embeddings": False,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+KINDS: dict[str, dict[str, Any]] = {
+    "own": {
+        "layers": "own:0,2",
+        "bridges": True,
+        "boundary_hidden": "all",
+        "markov_rank": 8,
+        "tv_weight": 0.5,
+    },
+    "shared": {
+        "layers": "shared:all",
+        "lora_rank": 4,
+        "lora_modules": ["q_proj", "down_proj"],
+        "loss_vocab_size": 50,
+    },
+}
+
+
+def test_the_watch_counts_as_torchs_tracker_does() -> None:
+    def work() -> torch.Tensor:
+        x = torch.randn(64, 32)
+        for _ in range(3):
+            x = torch.tanh(x @ weight) + x.softmax(-1)
+        loss = x.square().mean()
+        loss.backward()
+        return loss
+
+    weight = torch.nn.Parameter(torch.randn(32, 32))
+    watch, tracker = MemoryWatch(), MemTracker()
+    watch.count(weight, "weight")
+    with watch:
+        work()
+    weight.grad = None
+    tracker.track_external(weight)
+    with tracker:
+        work()
+    (found,) = tracker.get_tracker_snapshot("peak").values()
+    assert sum(watch.peak.values()) == found["Total"]
+    assert watch.peak["weight"] == 32 * 32 * 4
+
+
+def test_a_label_holds_inside_its_block() -> None:
+    watch = MemoryWatch()
+    with watch, watch.labelled("inner"):
+        kept = torch.zeros(10)
+        torch.zeros(1000).sum()
+    with watch:
+        torch.zeros(2000)
+    assert watch.peak == {"inner": kept.nbytes, "other": 8000}
+
+
+@pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bf16"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_fake_step_is_as_large_as_a_real_one(
+    arguments: MakeArguments, kind: str, bf16: bool, tmp_path: Path
+) -> None:
+    config = Qwen3Config(**SIZES)
+    args = arguments(
+        **KINDS[kind],
+        bf16=bf16,
+        max_text_tokens=100,
+        anchors_per_text=20,
+        states_budget_gb=0,
+    )
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    model = class_of(config).from_config(config, dtype=dtype).eval()
+    model.requires_grad_(False).save_pretrained(tmp_path)
+    drafter = new_drafter(tmp_path, args.layers, args.num_speculative_tokens, args)
+    assert drafter.config == drafter_config(
+        config, args.layers, args.num_speculative_tokens, args
+    ).model_copy(update={"target": drafter.config.target})
+    module = LossModule(drafter, HFTarget(model), args.plan())
+    if args.loss_vocab_size:
+        from vllm_mtp.training.loss_vocabulary import LossVocabulary
+
+        module.candidates = LossVocabulary(torch.arange(args.loss_vocab_size), 300)
+    texts = [
+        {
+            "index": index,
+            "input_ids": torch.arange(100) % 300,
+            "loss_spans": [[10, 100]],
+        }
+        for index in range(args.per_device_train_batch_size)
+    ]
+    real = watched_step(module, texts, args, MemoryWatch())
+    fake = fake_step(config, args)
+    print(fake.peak, real.peak)
+    assert fake.total == pytest.approx(real.total, rel=0.01)
+    for kept in (TARGET, DRAFTER, OPTIMIZER):
+        assert fake.peak[kept] == real.peak[kept] > 0
+
+
+def test_a_family_without_head_dim_goes_too(arguments: MakeArguments) -> None:
+    config = LlamaConfig(**SIZES | {"head_dim": None})
+    args = arguments(**KINDS["shared"])
+    assert fake_step(config, args).total > 0

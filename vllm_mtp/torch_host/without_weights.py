@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A target and a new drafter of which only the config is there: sizes, no numbers."""
+
+from copy import deepcopy
+from typing import Any
+
+import torch
+
+from vllm_mtp.drafter.config import DrafterConfig
+from vllm_mtp.drafter.options import DrafterOptions
+from vllm_mtp.drafter.target_facts import TargetFacts
+from vllm_mtp.errors import UnsupportedTargetError
+from vllm_mtp.torch_host.hf_target import HFTarget, class_of, decoder_of
+from vllm_mtp.torch_host.layer_copy import readings
+from vllm_mtp.torch_host.new_drafter import bind_layers, new_config
+
+# Of the small model that the ways of a family are learnt from.
+_SMALL_HEAD, _SMALL_MLP, _SMALL_VOCABULARY = 8, 64, 256
+
+
+def model_on_meta(hf_config: Any, dtype: torch.dtype) -> Any:
+    """transformers' model of a config, with shapes and types alone.
+
+    Args:
+        hf_config: The target's, whole.
+        dtype: Of its weights.
+
+    Raises:
+        UnsupportedTargetError: transformers cannot build it.
+    """
+    try:
+        with torch.device("meta"):
+            return class_of(hf_config).from_config(hf_config, dtype=dtype)
+    except Exception as error:  # of the model's own code
+        reason = " ".join(str(error).split())[:300]
+        raise UnsupportedTargetError(
+            f"target {hf_config.model_type!r}: transformers cannot build a model from "
+            f"its config ({type(error).__name__}: {reason}); repair its config.json"
+        ) from None
+
+
+def drafter_config(
+    hf_config: Any, layers: str, num_speculative_tokens: int, options: DrafterOptions
+) -> DrafterConfig:
+    """The config that `new_drafter` would give.
+
+    Own layers get the most usual form that a copy could have: which one is right takes
+    the weights to see, and the forms differ by a few vectors.
+
+    Args:
+        hf_config: The target's, whole.
+        layers: The layer list.
+        num_speculative_tokens: k.
+        options: Everything else.
+
+    Raises:
+        MTPError: As `new_drafter`.
+    """
+    options.require_valid(num_speculative_tokens)
+    facts = TargetFacts.from_hf_config(hf_config)
+    text = hf_config.get_text_config()
+    bound = bind_layers(layers, text)
+    own = {layer.target_layer for layer in bound if layer.kind == "own"}
+    forms = {}
+    if own and options.own_init == "copy":
+        decoder = decoder_of(model_on_meta(hf_config, torch.float32))
+        for index in sorted(own):
+            weights = decoder.layers[index].state_dict()
+            forms[index] = next(readings(weights, text, facts.of_layer(index))).form
+    return new_config(
+        text, facts, bound, num_speculative_tokens, options, forms, **options.knobs()
+    )
+
+
+def small_host(hf_config: Any) -> HFTarget:
+    """A host of a small random model of the same family, with as many layers and heads.
+
+    Args:
+        hf_config: Of the model it stands for, whole; its text part has one MLP width.
+
+    Raises:
+        UnsupportedTargetError: No such model can be made, or it is not followed.
+    """
+    small = deepcopy(hf_config)
+    text = small.get_text_config()
+    text.hidden_size = text.num_attention_heads * _SMALL_HEAD
+    if getattr(text, "head_dim", None) is not None:
+        text.head_dim = _SMALL_HEAD
+    text.intermediate_size = _SMALL_MLP
+    text.vocab_size = _SMALL_VOCABULARY
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(text, name, None)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = class_of(small).from_config(small, dtype=torch.float32)
+    except Exception as error:  # of the model's own code
+        reason = " ".join(str(error).split())[:300]
+        raise UnsupportedTargetError(
+            f"target {hf_config.model_type!r}: no small model of its family can be "
+            f"made to learn its ways from ({type(error).__name__}: {reason})"
+        ) from None
+    return HFTarget(model.eval().requires_grad_(False))
