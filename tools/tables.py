@@ -3,7 +3,7 @@
 
 The patches in docs/patches.md come from the ledger, the vLLM releases in docs/status.md
 from `vllm_mtp.serving.versions`, the targets in docs/targets.md from
-`vllm_mtp.families` and `tools.recipes`.
+`vllm_mtp.families` and `tools.recipes`, the plans in docs/scale.md from `tools.scale`.
 
 python -m tools.tables            write them
 python -m tools.tables --check    only say whether they are up to date
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tools.recipes import recipes_table
+from tools.scale import scale_table
 from vllm_mtp.families import FAMILIES, Family, Served
 from vllm_mtp.markdown import plain, table
 from vllm_mtp.serving.ledger import PATCHES, Patch
@@ -114,6 +115,7 @@ PARTS = (
     Part("recipes", ROOT / "docs" / "targets.md", recipes_table),
     Part("patches", ROOT / "docs" / "patches.md", patches),
     Part("releases", ROOT / "docs" / "status.md", releases),
+    Part("scale", ROOT / "docs" / "scale.md", scale_table),
 )
 
 

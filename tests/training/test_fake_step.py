@@ -10,9 +10,10 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from transformers import LlamaConfig, Qwen3Config
 
 from tests.tiny_answers import MakeArguments
+from vllm_mtp.torch_host.at_once import as_on_gpu
 from vllm_mtp.torch_host.hf_target import HFTarget, class_of
 from vllm_mtp.torch_host.new_drafter import new_drafter
-from vllm_mtp.torch_host.without_weights import drafter_config
+from vllm_mtp.torch_host.without_weights import BareTarget, drafter_config
 from vllm_mtp.training.fake_step import (
     DRAFTER,
     OPTIMIZER,
@@ -21,6 +22,7 @@ from vllm_mtp.training.fake_step import (
     watched_step,
 )
 from vllm_mtp.training.loss_module import LossModule
+from vllm_mtp.training.loss_vocabulary import LossVocabulary
 from vllm_mtp.training.memory_watch import MemoryWatch
 
 SIZES: dict[str, Any] = {
@@ -43,6 +45,7 @@ KINDS: dict[str, dict[str, Any]] = {
         "boundary_hidden": "all",
         "markov_rank": 8,
         "tv_weight": 0.5,
+        "teacher_tokens": 0,
     },
     "shared": {
         "layers": "shared:all",
@@ -104,13 +107,12 @@ def test_a_fake_step_is_as_large_as_a_real_one(
     model.requires_grad_(False).save_pretrained(tmp_path)
     drafter = new_drafter(tmp_path, args.layers, args.num_speculative_tokens, args)
     assert drafter.config == drafter_config(
-        config, args.layers, args.num_speculative_tokens, args
+        BareTarget(config), args.layers, args.num_speculative_tokens, args
     ).model_copy(update={"target": drafter.config.target})
-    module = LossModule(drafter, HFTarget(model), args.plan())
+    candidates = None
     if args.loss_vocab_size:
-        from vllm_mtp.training.loss_vocabulary import LossVocabulary
-
-        module.candidates = LossVocabulary(torch.arange(args.loss_vocab_size), 300)
+        candidates = LossVocabulary(torch.arange(args.loss_vocab_size), 300)
+    module = LossModule(drafter, HFTarget(model), args.plan(), candidates)
     texts = [
         {
             "index": index,
@@ -119,8 +121,9 @@ def test_a_fake_step_is_as_large_as_a_real_one(
         }
         for index in range(args.per_device_train_batch_size)
     ]
-    real = watched_step(module, texts, args, MemoryWatch())
-    fake = fake_step(config, args)
+    with as_on_gpu():
+        real = watched_step(module, texts, args, MemoryWatch())
+    fake = fake_step(BareTarget(config), args)
     print(fake.peak, real.peak)
     assert fake.total == pytest.approx(real.total, rel=0.01)
     for kept in (TARGET, DRAFTER, OPTIMIZER):
@@ -130,4 +133,4 @@ def test_a_fake_step_is_as_large_as_a_real_one(
 def test_a_family_without_head_dim_goes_too(arguments: MakeArguments) -> None:
     config = LlamaConfig(**SIZES | {"head_dim": None})
     args = arguments(**KINDS["shared"])
-    assert fake_step(config, args).total > 0
+    assert fake_step(BareTarget(config), args).total > 0

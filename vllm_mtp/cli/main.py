@@ -25,6 +25,7 @@ COMMANDS = {
     "demo-target": ("demo_target", "DemoTarget", "make the demo target's folder"),
     "init": ("init", "Init", "make a new, untrained drafter for a target"),
     "generate": ("generate", "Generate", "let a target answer prompts, as a dataset"),
+    "plan": ("plan", "PlanCommand", "say what a training run takes, without a GPU"),
     "train": ("train", "Train", "train a drafter on the target's own answers"),
     "eval": ("eval", "Eval", "measure how many drafts a target would accept"),
     "bench": ("bench", "Bench", "measure tokens/s beside stock vLLM"),

@@ -21,9 +21,10 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from vllm_mtp.drafter.layout import block_reads_itself, reads_prefix
+from vllm_mtp.torch_host.at_once import is_cpu
 
 # Scores of a slice. On a CPU they should stay in its cache; a GPU wants large products.
-_CPU_SCORES, _SCORES = 2**21, 2**26
+_CPU_SCORES, GPU_SCORES = 2**21, 2**26
 
 
 class BlockSlice(NamedTuple):
@@ -59,7 +60,7 @@ def block_slices(
         window: Tokens that a row reads at most, itself included; None for all.
         prefix_window: As in `layout.skipped_tokens`; None for all.
     """
-    most = _CPU_SCORES if prefix_lens.device.type == "cpu" else _SCORES
+    most = _CPU_SCORES if is_cpu(prefix_lens.device) else GPU_SCORES
     block = block_reads_itself(num_draft_tokens, prefix_lens.device, window)
     slices = []
     lens = prefix_lens.cpu().tolist()

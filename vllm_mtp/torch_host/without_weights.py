@@ -2,9 +2,11 @@
 """A target and a new drafter of which only the config is there: sizes, no numbers."""
 
 from copy import deepcopy
+from functools import cached_property
 from typing import Any
 
 import torch
+from transformers.initialization import no_init_weights
 
 from vllm_mtp.drafter.config import DrafterConfig
 from vllm_mtp.drafter.options import DrafterOptions
@@ -18,29 +20,40 @@ from vllm_mtp.torch_host.new_drafter import bind_layers, new_config
 _SMALL_HEAD, _SMALL_MLP, _SMALL_VOCABULARY = 8, 64, 256
 
 
-def model_on_meta(hf_config: Any, dtype: torch.dtype) -> Any:
-    """transformers' model of a config, with shapes and types alone.
+class BareTarget:
+    """A target of which only the config is there.
 
     Args:
-        hf_config: The target's, whole.
-        dtype: Of its weights.
-
-    Raises:
-        UnsupportedTargetError: transformers cannot build it.
+        config: transformers' config, whole.
     """
-    try:
-        with torch.device("meta"):
-            return class_of(hf_config).from_config(hf_config, dtype=dtype)
-    except Exception as error:  # of the model's own code
-        reason = " ".join(str(error).split())[:300]
-        raise UnsupportedTargetError(
-            f"target {hf_config.model_type!r}: transformers cannot build a model from "
-            f"its config ({type(error).__name__}: {reason}); repair its config.json"
-        ) from None
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+
+    @cached_property
+    def model(self) -> Any:
+        """transformers' model, with shapes alone.
+
+        Raises:
+            UnsupportedTargetError: transformers cannot build it.
+        """
+        try:
+            with torch.device("meta"), no_init_weights():
+                return class_of(self.config).from_config(self.config)
+        except Exception as error:  # of the model's own code
+            reason = " ".join(str(error).split())[:300]
+            raise UnsupportedTargetError(
+                f"target {self.config.model_type!r}: transformers cannot build a model "
+                f"from its config ({type(error).__name__}: {reason}); repair its "
+                "config.json"
+            ) from None
 
 
 def drafter_config(
-    hf_config: Any, layers: str, num_speculative_tokens: int, options: DrafterOptions
+    target: BareTarget,
+    layers: str,
+    num_speculative_tokens: int,
+    options: DrafterOptions,
 ) -> DrafterConfig:
     """The config that `new_drafter` would give.
 
@@ -48,7 +61,7 @@ def drafter_config(
     the weights to see, and the forms differ by a few vectors.
 
     Args:
-        hf_config: The target's, whole.
+        target: The target.
         layers: The layer list.
         num_speculative_tokens: k.
         options: Everything else.
@@ -57,13 +70,13 @@ def drafter_config(
         MTPError: As `new_drafter`.
     """
     options.require_valid(num_speculative_tokens)
-    facts = TargetFacts.from_hf_config(hf_config)
-    text = hf_config.get_text_config()
+    facts = TargetFacts.from_hf_config(target.config)
+    text = target.config.get_text_config()
     bound = bind_layers(layers, text)
     own = {layer.target_layer for layer in bound if layer.kind == "own"}
     forms = {}
     if own and options.own_init == "copy":
-        decoder = decoder_of(model_on_meta(hf_config, torch.float32))
+        decoder = decoder_of(target.model)
         for index in sorted(own):
             weights = decoder.layers[index].state_dict()
             forms[index] = next(readings(weights, text, facts.of_layer(index))).form

@@ -18,8 +18,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.initialization import no_init_weights
 
 from vllm_mtp.drafter.model import Drafter
+from vllm_mtp.torch_host.at_once import as_on_gpu
 from vllm_mtp.torch_host.hf_target import HFTarget, TargetStates, class_of
-from vllm_mtp.torch_host.without_weights import drafter_config, small_host
+from vllm_mtp.torch_host.without_weights import BareTarget, drafter_config, small_host
 from vllm_mtp.training.arguments import DrafterTrainingArguments
 from vllm_mtp.training.loss_module import LossModule
 from vllm_mtp.training.loss_vocabulary import LossVocabulary
@@ -68,20 +69,21 @@ class _States:
             )
 
 
-def fake_step(hf_config: Any, args: DrafterTrainingArguments) -> StepTrace:
+def fake_step(target: BareTarget, args: DrafterTrainingArguments) -> StepTrace:
     """Run a step of a run at its largest: every text has ``max_text_tokens`` and as
     many blocks as it may have.
 
     Args:
-        hf_config: The target's, whole.
+        target: The target.
         args: The settings.
 
     Raises:
         MTPError: The target or the settings do not go.
     """
     watch = MemoryWatch()
-    module, texts = fake_module(hf_config, args, watch)
-    return watched_step(module, texts, args, watch)
+    module, texts = fake_module(target, args, watch)
+    with as_on_gpu():
+        return watched_step(module, texts, args, watch)
 
 
 def watched_step(
@@ -135,16 +137,16 @@ def watched_step(
 
 
 def fake_module(
-    hf_config: Any, args: DrafterTrainingArguments, watch: MemoryWatch
+    target: BareTarget, args: DrafterTrainingArguments, watch: MemoryWatch
 ) -> tuple[LossModule, list[dict[str, Any]]]:
     """The module that a run trains, of fake tensors, and a batch of texts for it."""
-    config = drafter_config(hf_config, args.layers, args.num_speculative_tokens, args)
+    config = drafter_config(target, args.layers, args.num_speculative_tokens, args)
     with FakeTensorMode(allow_non_fake_inputs=True):
         dtype = torch.bfloat16 if args.bf16 else torch.float32
         with no_init_weights():
-            model = class_of(hf_config).from_config(hf_config, dtype=dtype)
+            model = class_of(target.config).from_config(target.config, dtype=dtype)
         drafter = Drafter(config)
-    host = small_host(hf_config).on(model.eval().requires_grad_(False))
+    host = small_host(target.config).on(model.eval().requires_grad_(False))
     vocab_size = config.target.vocab_size
     if drafter.draft_vocab is not None:
         drafter.draft_vocab.token_ids = torch.arange(config.draft_vocab_size or 0)
@@ -155,6 +157,8 @@ def fake_module(
     streams = module.features.streams if module.features else ()
     source: Any = _States(host, config.bound_layers, streams, watch)
     module.states = source
+    if args.gradient_checkpointing:
+        module.gradient_checkpointing_enable()
     size = args.max_text_tokens
     texts = [
         {

@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from vllm_mtp.drafter.layout import IGNORE_LABEL, block_positions
 from vllm_mtp.drafter.model import BoundDrafter
+from vllm_mtp.torch_host.at_once import is_cpu
 from vllm_mtp.torch_host.texts import TextBlocks
 from vllm_mtp.training.loss_vocabulary import LossVocabulary
 from vllm_mtp.training.objective import (
@@ -30,7 +31,7 @@ from vllm_mtp.training.objective import (
 from vllm_mtp.training.step_labels import StepLabels
 
 # Logits of a slice. A GPU wants large products.
-_CPU_LOGITS, _LOGITS = 2**22, 2**26
+_CPU_LOGITS, GPU_LOGITS = 2**22, 2**26
 
 Head = Callable[[torch.Tensor], torch.Tensor]
 
@@ -191,7 +192,7 @@ def _slices(
     texts: Sequence[TextBlocks], hidden: torch.Tensor, num_candidates: int
 ) -> list[_Slice]:
     """All blocks, in slices whose logits have a bounded size."""
-    most = _CPU_LOGITS if hidden.device.type == "cpu" else _LOGITS
+    most = _CPU_LOGITS if is_cpu(hidden.device) else GPU_LOGITS
     size = max(most // (num_candidates * hidden.shape[1]), 1)
     slices, before = [], 0
     for text in texts:
