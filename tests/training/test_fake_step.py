@@ -89,20 +89,27 @@ def test_a_label_holds_inside_its_block() -> None:
     assert watch.peak == {"inner": kept.nbytes, "other": 8000}
 
 
-@pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bf16"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "more"),
+    [
+        ("own", {"bf16": True}),
+        ("shared", {"bf16": False}),
+        ("shared", {"bf16": True, "gradient_checkpointing": True}),
+    ],
+    ids=["own-bf16", "shared-float32", "shared-again"],
+)
 def test_a_fake_step_is_as_large_as_a_real_one(
-    arguments: MakeArguments, kind: str, bf16: bool, tmp_path: Path
+    arguments: MakeArguments, kind: str, more: dict[str, Any], tmp_path: Path
 ) -> None:
     config = Qwen3Config(**SIZES)
     args = arguments(
         **KINDS[kind],
-        bf16=bf16,
+        **more,
         max_text_tokens=100,
         anchors_per_text=20,
         states_budget_gb=0,
     )
-    dtype = torch.bfloat16 if bf16 else torch.float32
+    dtype = torch.bfloat16 if args.bf16 else torch.float32
     model = class_of(config).from_config(config, dtype=dtype).eval()
     model.requires_grad_(False).save_pretrained(tmp_path)
     drafter = new_drafter(tmp_path, args.layers, args.num_speculative_tokens, args)
@@ -113,6 +120,8 @@ def test_a_fake_step_is_as_large_as_a_real_one(
     if args.loss_vocab_size:
         candidates = LossVocabulary(torch.arange(args.loss_vocab_size), 300)
     module = LossModule(drafter, HFTarget(model), args.plan(), candidates)
+    if args.gradient_checkpointing:
+        module.gradient_checkpointing_enable()
     texts = [
         {
             "index": index,
@@ -132,5 +141,5 @@ def test_a_fake_step_is_as_large_as_a_real_one(
 
 def test_a_family_without_head_dim_goes_too(arguments: MakeArguments) -> None:
     config = LlamaConfig(**SIZES | {"head_dim": None})
-    args = arguments(**KINDS["shared"])
+    args = arguments(**KINDS["shared"], max_text_tokens=64)
     assert fake_step(BareTarget(config), args).total > 0

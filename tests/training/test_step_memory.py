@@ -8,6 +8,7 @@ import pytest
 
 from tests.training.step_traces import FILE, NEW, SEEN, SETTINGS, TARGET, arguments
 from vllm_mtp.cli.plan import bare_target
+from vllm_mtp.torch_host.without_weights import BareTarget
 from vllm_mtp.training.fake_step import DRAFTER, OPTIMIZER, fake_step
 from vllm_mtp.training.fake_step import TARGET as TARGETS_WEIGHTS
 from vllm_mtp.training.step_memory import BUCKETS, step_memory
@@ -33,10 +34,15 @@ def test_every_setting_was_traced() -> None:
     assert {(args.tv_weight, args.teacher_tokens) for args in new} >= {(0.9, 0)}
 
 
+@pytest.fixture(scope="module")
+def target() -> BareTarget:
+    return bare_target(str(TARGET))
+
+
 @pytest.mark.parametrize("name", SETTINGS)
-def test_the_formula_is_the_real_steps_peak(name: str) -> None:
+def test_the_formula_is_the_real_steps_peak(name: str, target: BareTarget) -> None:
     real = traces()[name]
-    found = step_memory(step_shape(bare_target(str(TARGET)), arguments(name)))
+    found = step_memory(step_shape(target, arguments(name)))
     # These are counted, so there is nothing to be near to.
     for kept in (TARGETS_WEIGHTS, DRAFTER, OPTIMIZER):
         assert found[kept] == real[kept]
@@ -50,25 +56,25 @@ def moving(memory: Mapping[str, int]) -> int:
     return sum(size for name, size in memory.items() if name not in kept)
 
 
-def test_the_traces_are_those_of_todays_code() -> None:
-    trace = fake_step(bare_target(str(TARGET)), arguments(CHEAPEST))
+def test_the_traces_are_those_of_todays_code(target: BareTarget) -> None:
+    trace = fake_step(target, arguments(CHEAPEST))
     assert trace.total == pytest.approx(sum(traces()[CHEAPEST].values()), rel=0.01), (
         "the step keeps something else now: mend step_memory.py, then run "
         "python -m tests.training.step_traces"
     )
 
 
-def test_four_texts_fit_into_80_gb() -> None:
+def test_four_texts_fit_into_80_gb(target: BareTarget) -> None:
     free = 78 * 2**30
     assert sum(traces()["own, four texts"].values()) < free
     args = arguments("own, four texts")
     assert (args.max_text_tokens, args.anchors_per_text) == (4096, 512)
-    shape = step_shape(bare_target(str(TARGET)), args)
+    shape = step_shape(target, args)
     assert sum(step_memory(shape).values()) < free
 
 
-def test_several_devices_keep_gradients_once_more() -> None:
-    shape = step_shape(bare_target(str(TARGET)), arguments(CHEAPEST))
+def test_several_devices_keep_gradients_once_more(target: BareTarget) -> None:
+    shape = step_shape(target, arguments(CHEAPEST))
     one, two = step_memory(shape), step_memory(shape, num_devices=2)
     assert two.pop(BUCKETS) == 4 * shape.trained_parameters
     assert one == two
