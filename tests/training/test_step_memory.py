@@ -3,6 +3,7 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 
 import pytest
 
@@ -11,7 +12,7 @@ from vllm_mtp.cli.plan import bare_target
 from vllm_mtp.torch_host.without_weights import BareTarget
 from vllm_mtp.training.fake_step import DRAFTER, OPTIMIZER, fake_step
 from vllm_mtp.training.fake_step import TARGET as TARGETS_WEIGHTS
-from vllm_mtp.training.step_memory import BUCKETS, step_memory
+from vllm_mtp.training.step_memory import BUCKETS, KEPT, step_memory
 from vllm_mtp.training.step_shape import step_shape
 
 CHEAPEST = "two own layers"
@@ -46,7 +47,7 @@ def test_the_formula_is_the_real_steps_peak(name: str, target: BareTarget) -> No
     # These are counted, so there is nothing to be near to.
     for kept in (TARGETS_WEIGHTS, DRAFTER, OPTIMIZER):
         assert found[kept] == real[kept]
-    assert sum(found.values()) == pytest.approx(sum(real.values()), rel=0.02)
+    assert sum(found.values()) == pytest.approx(sum(real.values()), rel=0.03)
     assert moving(found) == pytest.approx(moving(real), rel=0.15)
 
 
@@ -71,6 +72,11 @@ def test_four_texts_fit_into_80_gb(target: BareTarget) -> None:
     assert (args.max_text_tokens, args.anchors_per_text) == (4096, 512)
     shape = step_shape(target, args)
     assert sum(step_memory(shape).values()) < free
+
+
+def test_states_that_are_kept_count(target: BareTarget) -> None:
+    args = replace(arguments(CHEAPEST), states_budget_gb=1.5)
+    assert step_memory(step_shape(target, args))[KEPT] == 1.5 * 2**30
 
 
 def test_several_devices_keep_gradients_once_more(target: BareTarget) -> None:

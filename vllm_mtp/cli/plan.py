@@ -104,10 +104,10 @@ class PlanCommand(DrafterTrainingArguments):
         return 0 if plan.fits_after_changes else 1
 
     def _texts(self) -> "Texts":
-        from vllm_mtp.training.plan import Texts, texts_of_folder
+        from vllm_mtp.training.plan import Texts, texts_of_folders
 
         if self.data:
-            texts = texts_of_folder(Path(self.data))
+            texts = texts_of_folders([self.data])
         else:
             texts = Texts(
                 self.num_texts, self.mean_prompt_tokens, self.mean_answer_tokens

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from vllm_mtp.data.store import read_split
 from vllm_mtp.torch_host.without_weights import BareTarget
 from vllm_mtp.training.arguments import DrafterTrainingArguments
 from vllm_mtp.training.step_memory import step_memory
@@ -184,6 +185,10 @@ _Step = Callable[[DrafterTrainingArguments], dict[str, Any]]
 """From the settings to those that shall be others; empty where there is nothing to."""
 
 
+def _no_states_kept(args: DrafterTrainingArguments) -> dict[str, Any]:
+    return {"states_budget_gb": 0.0} if args.states_budget_gb else {}
+
+
 def _half_batch(args: DrafterTrainingArguments) -> dict[str, Any]:
     texts = args.per_device_train_batch_size
     if texts == 1:
@@ -246,7 +251,7 @@ def _changed(name: str, value: Any) -> _Step:
 # What is given up, from nothing to much, and how.
 _REMEDIES: tuple[tuple[str, _Step], ...] = (
     ("range of numbers that nobody misses", _changed("bf16", True)),
-    ("time, where texts are used again", _changed("states_budget_gb", 0.0)),
+    ("time, where texts come again", _no_states_kept),
     ("a little time", _half_batch),
     ("the drafter's forward once more", _changed("gradient_checkpointing", True)),
     ("labels per text", _halved("anchors_per_text", 128)),
@@ -303,16 +308,19 @@ def _changes(
     return replayed(chosen)
 
 
-def texts_of_folder(folder: Path) -> Texts:
-    """The data of a folder that `vllm-mtp generate` has finished.
+def texts_of_folders(folders: Sequence[str | Path]) -> Texts:
+    """The data of folders that `vllm-mtp generate` has finished.
 
     Raises:
-        DataError: It is none.
+        DataError: One is none.
     """
-    from vllm_mtp.data.store import read_split
-
-    rows = read_split(folder, "train")
-    sizes = [len(ids) for ids in rows["input_ids"]]
-    answers = [sum(end - start for start, end in spans) for spans in rows["loss_spans"]]
-    answer, all_tokens = sum(answers) / len(sizes), sum(sizes) / len(sizes)
-    return Texts(len(sizes), all_tokens - answer, answer, has_answers=True)
+    number = tokens = answers = 0
+    for folder in folders:
+        rows = read_split(folder, "train")
+        number += len(rows)
+        tokens += sum(map(len, rows["input_ids"]))
+        answers += sum(
+            end - start for spans in rows["loss_spans"] for start, end in spans
+        )
+    prompt, answer = (tokens - answers) / number, answers / number
+    return Texts(number, prompt, answer, has_answers=True)

@@ -22,6 +22,7 @@ TARGET, DRAFTER, OPTIMIZER = "target's weights", "drafter's weights", "optimizer
 GRADIENTS, STATES = "gradients", "target's states"
 ACTIVATIONS, ATTENTION = "activations of the layers", "attention"
 LOSS, BUCKETS = "logits and loss", "gradients between devices"
+KEPT = "states that are kept"
 
 _WIDE = 4  # bytes of float32
 # Of a score, where a slice of attention is largest: masked, with the block's own, in
@@ -60,6 +61,8 @@ def step_memory(shape: StepShape, num_devices: int = 1) -> dict[str, int]:
         DRAFTER: _WIDE * shape.drafter_parameters,
         OPTIMIZER: shape.optimizer_bytes,
     }
+    if shape.args.states_budget_gb:  # by default a GPU keeps none
+        always[KEPT] = round(shape.args.states_budget_gb * 2**30)
     if num_devices > 1:
         always[BUCKETS] = _WIDE * shape.trained_parameters
     most = max(_moments(shape), key=lambda moment: sum(moment.values()))
