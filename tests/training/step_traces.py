@@ -96,7 +96,7 @@ NEW: dict[str, dict[str, Any]] = {
 SETTINGS = SEEN | NEW
 
 
-def arguments(name: str) -> DrafterTrainingArguments:
+def settings_of(name: str) -> DrafterTrainingArguments:
     """The settings of one of them."""
     return DrafterTrainingArguments(
         **{
@@ -115,7 +115,7 @@ def main() -> None:
     """Run from the command line."""
     found = json.loads(FILE.read_text("utf-8")) if FILE.exists() else {}
     for name in sys.argv[1:] or SETTINGS:
-        trace = fake_step(bare_target(str(TARGET)), arguments(name))
+        trace = fake_step(bare_target(str(TARGET)), settings_of(name))
         found[name] = dict(sorted(trace.peak.items()))
         print(f"{name}: {trace.total / 2**30:.2f} GiB", flush=True)
         kept = {name: found[name] for name in SETTINGS if name in found}

@@ -4,11 +4,16 @@
 import json
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.training.step_traces import FILE, NEW, SEEN, SETTINGS, TARGET, arguments
+from tests.tiny_answers import MakeArguments
+from tests.tiny_targets import make_tiny
+from tests.training.step_traces import FILE, NEW, SEEN, SETTINGS, TARGET, settings_of
 from vllm_mtp.cli.plan import bare_target
+from vllm_mtp.errors import UnsupportedTargetError
 from vllm_mtp.torch_host.without_weights import BareTarget
 from vllm_mtp.training.fake_step import DRAFTER, OPTIMIZER, fake_step
 from vllm_mtp.training.fake_step import TARGET as TARGETS_WEIGHTS
@@ -26,7 +31,7 @@ def test_every_setting_was_traced() -> None:
     assert list(traces()) == list(SETTINGS)
     assert not set(SEEN) & set(NEW)
     assert len(NEW) >= 6
-    new = [arguments(name) for name in NEW]
+    new = [settings_of(name) for name in NEW]
     assert {args.anchors_per_text for args in new} >= {64, 128, 256, 512}
     assert {args.max_text_tokens for args in new} >= {1024, 2048, 4096}
     assert {args.per_device_train_batch_size for args in new} >= {1, 2, 4, 8}
@@ -43,7 +48,7 @@ def target() -> BareTarget:
 @pytest.mark.parametrize("name", SETTINGS)
 def test_the_formula_is_the_real_steps_peak(name: str, target: BareTarget) -> None:
     real = traces()[name]
-    found = step_memory(step_shape(target, arguments(name)))
+    found = step_memory(step_shape(target, settings_of(name)))
     # These are counted, so there is nothing to be near to.
     for kept in (TARGETS_WEIGHTS, DRAFTER, OPTIMIZER):
         assert found[kept] == real[kept]
@@ -58,7 +63,7 @@ def moving(memory: Mapping[str, int]) -> int:
 
 
 def test_the_traces_are_those_of_todays_code(target: BareTarget) -> None:
-    trace = fake_step(target, arguments(CHEAPEST))
+    trace = fake_step(target, settings_of(CHEAPEST))
     assert trace.total == pytest.approx(sum(traces()[CHEAPEST].values()), rel=0.01), (
         "the step keeps something else now: mend step_memory.py, then run "
         "python -m tests.training.step_traces"
@@ -68,19 +73,48 @@ def test_the_traces_are_those_of_todays_code(target: BareTarget) -> None:
 def test_four_texts_fit_into_80_gb(target: BareTarget) -> None:
     free = 78 * 2**30
     assert sum(traces()["own, four texts"].values()) < free
-    args = arguments("own, four texts")
+    args = settings_of("own, four texts")
     assert (args.max_text_tokens, args.anchors_per_text) == (4096, 512)
     shape = step_shape(target, args)
     assert sum(step_memory(shape).values()) < free
 
 
+LORA: dict[str, Any] = {
+    "layers": "shared:all",
+    "lora_rank": 2,
+    "lora_modules": ["q_proj", "o_proj"],
+    "max_text_tokens": 64,
+    "states_budget_gb": 0,
+    "bf16": True,
+}
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gpt_oss", "phi3"])
+def test_other_families_are_counted_too(
+    family: str, arguments: MakeArguments, tmp_path: Path
+) -> None:
+    args, target = arguments(**LORA), bare_target(str(make_tiny(family, tmp_path)))
+    found = step_memory(step_shape(target, args))
+    assert sum(found.values()) == pytest.approx(fake_step(target, args).total, rel=0.15)
+
+
+@pytest.mark.parametrize("family", ["gemma4", "qwen2_5_vl", "phi3_longrope"])
+def test_what_cannot_be_traced_can_be_planned(
+    family: str, arguments: MakeArguments, tmp_path: Path
+) -> None:
+    args, target = arguments(**LORA), bare_target(str(make_tiny(family, tmp_path)))
+    assert sum(step_memory(step_shape(target, args)).values()) > 0
+    with pytest.raises(UnsupportedTargetError, match="leave --trace out"):
+        fake_step(target, args)
+
+
 def test_states_that_are_kept_count(target: BareTarget) -> None:
-    args = replace(arguments(CHEAPEST), states_budget_gb=1.5)
+    args = replace(settings_of(CHEAPEST), states_budget_gb=1.5)
     assert step_memory(step_shape(target, args))[KEPT] == 1.5 * 2**30
 
 
 def test_several_devices_keep_gradients_once_more(target: BareTarget) -> None:
-    shape = step_shape(target, arguments(CHEAPEST))
+    shape = step_shape(target, settings_of(CHEAPEST))
     one, two = step_memory(shape), step_memory(shape, num_devices=2)
     assert two.pop(BUCKETS) == 4 * shape.trained_parameters
     assert one == two

@@ -89,28 +89,29 @@ def small_host(hf_config: Any) -> HFTarget:
     """A host of a small random model of the same family, with as many layers and heads.
 
     Args:
-        hf_config: Of the model it stands for, whole; its text part has one MLP width.
+        hf_config: Of the model it stands for, whole.
 
     Raises:
         UnsupportedTargetError: No such model can be made, or it is not followed.
     """
-    small = deepcopy(hf_config)
-    text = small.get_text_config()
-    text.hidden_size = text.num_attention_heads * _SMALL_HEAD
-    if getattr(text, "head_dim", None) is not None:
-        text.head_dim = _SMALL_HEAD
-    text.intermediate_size = _SMALL_MLP
-    text.vocab_size = _SMALL_VOCABULARY
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        setattr(text, name, None)
     try:
+        small = deepcopy(hf_config)
+        text = small.get_text_config()
+        text.hidden_size = text.num_attention_heads * _SMALL_HEAD
+        if getattr(text, "head_dim", None) is not None:
+            text.head_dim = _SMALL_HEAD
+        text.intermediate_size = _SMALL_MLP
+        text.vocab_size = _SMALL_VOCABULARY
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            setattr(text, name, None)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             model = class_of(small).from_config(small, dtype=torch.float32)
-    except Exception as error:  # of the model's own code
+        return HFTarget(model.eval().requires_grad_(False))
+    except Exception as error:  # of the config's and the model's own code
         reason = " ".join(str(error).split())[:300]
         raise UnsupportedTargetError(
             f"target {hf_config.model_type!r}: no small model of its family can be "
-            f"made to learn its ways from ({type(error).__name__}: {reason})"
+            "made, to learn from how its layers are called "
+            f"({type(error).__name__}: {reason}); leave --trace out"
         ) from None
-    return HFTarget(model.eval().requires_grad_(False))
