@@ -97,6 +97,32 @@ def test_twice_the_speed_is_half_the_time(
     assert slow["generation_hours"] == fast["generation_hours"]
 
 
+def test_where_there_is_room_nothing_needs_to_be_computed_anew(
+    settings: Path, target: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = (str(settings), "--target", str(target))
+    found = planned(capsys, *flags)
+    fast = planned(capsys, *flags, "--gradient_checkpointing", "false")
+    assert found["without_gradient_checkpointing"] == {
+        "peak": fast["memory"]["peak"],
+        "hours": pytest.approx(fast["hours"]),
+    }
+    assert fast["without_gradient_checkpointing"] is None
+    assert fast["hours"] < found["hours"]
+    assert fast["memory"]["peak"] > found["memory"]["peak"]
+    between = (fast["memory"]["peak"] + found["memory"]["peak"]) / 2 + RESERVE
+    tight = planned(capsys, *flags, "--device-memory", str(between / GIB))
+    assert tight["fits"]
+    assert tight["without_gradient_checkpointing"] is None
+    slow = planned(
+        capsys,
+        *(*flags, "--device-memory", str(between / GIB)),
+        *("--gradient_checkpointing", "false"),
+    )
+    assert not slow["fits"]
+    assert slow["fits_after_changes"]
+
+
 def test_the_changes_make_it_fit_and_none_is_needless(
     settings: Path, target: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -143,7 +169,7 @@ def test_the_text_shows_all_and_traces(
         "a step   1 texts of 1024 tokens at most, 16 blocks behind each, 64 labels",
         "| target's weights ",
         "| The real step, traced ",
-        "A step fits.",
+        "A step fits, and with gradient_checkpointing: false too",
         "| training, hours ",
         "| checkpoints (3) ",
     ):

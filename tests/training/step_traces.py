@@ -48,6 +48,9 @@ SEEN: dict[str, dict[str, Any]] = {
     "own, exact TV": _OWN | _EXACT_TV | _of(256, 2048, 2),
     "two own layers": _OWN | _of(64, 1024, 4, layers="own:0,35", bridges=False),
     "float32": _OWN | _of(64, 1024, 1, bf16=False),
+    "own, layers computed anew": _OWN
+    | _EXACT_TV
+    | _of(512, 2048, 4, markov_rank=256, gradient_checkpointing=True),
 }
 # Not looked at before the formula was done.
 NEW: dict[str, dict[str, Any]] = {
@@ -65,9 +68,16 @@ NEW: dict[str, dict[str, Any]] = {
         own_optimizer="muon",
     ),
     "one own layer": _OWN | _of(64, 4096, 8, layers="own:35", loss_vocab_size=32768),
-    "own, layers computed anew": _OWN
-    | _EXACT_TV
-    | _of(512, 2048, 4, markov_rank=256, gradient_checkpointing=True),
+    "own, eight, computed anew": _OWN | _of(256, 4096, 8, gradient_checkpointing=True),
+    "mixed, computed anew": _OWN
+    | _of(
+        *(128, 3072, 3),
+        layers="shared:0-3,own:18,35",
+        lora_rank=16,
+        lora_modules=_ATTENTION,
+        markov_rank=64,
+        gradient_checkpointing=True,
+    ),
     "LoRA, layers computed anew": _LORA
     | _of(
         *(128, 2048, 1),
@@ -104,6 +114,7 @@ def settings_of(name: str) -> DrafterTrainingArguments:
             "data": "none",
             "output_dir": str(Path(tempfile.gettempdir(), "none")),
             "bf16": True,
+            "gradient_checkpointing": False,
             "states_budget_gb": 0,
             "report_to": [],
         }

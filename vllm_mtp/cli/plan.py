@@ -224,8 +224,14 @@ def as_text(
 
 
 def _verdict(plan: "Plan") -> list[str]:
-    if plan.fits:
+    if plan.fits and plan.faster is None:
         return ["A step fits."]
+    if (faster := plan.faster) is not None:
+        took = f"{_gib(faster.peak)} GiB and {_hours(faster.hours)} hours of training"
+        return [
+            "A step fits, and with gradient_checkpointing: false too, which takes",
+            f"{took} in place of {_hours(plan.hours)}.",
+        ]
     if not plan.changes:
         return [
             "A step does not fit, and no setting changes that. More devices share the",
@@ -271,6 +277,11 @@ def as_json(plan: "Plan", traced: "StepTrace | None" = None) -> dict[str, Any]:
             }
             for change in plan.changes
         ],
+        "without_gradient_checkpointing": (
+            None
+            if plan.faster is None
+            else {"peak": plan.faster.peak, "hours": plan.faster.hours}
+        ),
         "target_parameters": plan.shape.target.parameters,
         "trained_parameters": plan.shape.trained_parameters,
         "steps": plan.steps,

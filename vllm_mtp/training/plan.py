@@ -63,6 +63,19 @@ class Change:
 
 
 @dataclass(frozen=True)
+class Faster:
+    """A run that keeps the layers' activations, in place of computing them anew.
+
+    Attributes:
+        peak: Bytes of its steps; they fit.
+        hours: Of its training.
+    """
+
+    peak: int
+    hours: float
+
+
+@dataclass(frozen=True)
 class Plan:
     """What a run takes on one kind of device.
 
@@ -72,6 +85,7 @@ class Plan:
         capacity: Bytes of a device that a step may take.
         changes: What to change, one after the other, where it does not fit; empty
             where it does.
+        faster: What `gradient_checkpointing: false` gives, where that fits too.
         seconds_per_step: Of one optimizer step.
         tokens_per_second: Of text, by all devices.
         steps: Optimizer steps of the run.
@@ -84,6 +98,7 @@ class Plan:
     memory: dict[str, int]
     capacity: float
     changes: tuple[Change, ...]
+    faster: Faster | None
     seconds_per_step: float
     tokens_per_second: float
     steps: int
@@ -142,8 +157,7 @@ def make_plan(
     fits = sum(memory.values()) <= capacity
     changes = () if fits else _changes(target, shape, num_devices, capacity)
     mean = shape.of_text(texts.tokens, texts.answer_tokens)
-    flops = encode_flops(shape.target, mean.tokens) + learn_flops(mean)
-    seconds = flops / device.flops
+    seconds = _flops(mean) / device.flops
     per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps
     together = per_step * num_devices
     steps = (
@@ -151,6 +165,13 @@ def make_plan(
         if args.max_steps > 0
         else -(-round(texts.number * args.num_train_epochs) // together)
     )
+    hours = steps * per_step * seconds / 3600
+    kept = _keeping_activations(shape)
+    peak = sum(step_memory(kept, num_devices).values())
+    faster = None
+    if args.gradient_checkpointing and fits and peak <= capacity:
+        of_mean = _flops(_keeping_activations(mean)) / _flops(mean)
+        faster = Faster(peak, hours * of_mean)
     context = texts.prompt_tokens + texts.answer_tokens / 2
     speed = decoded_tokens_per_second(shape.target, device, context, generated_at_once)
     answers = 0.0 if texts.has_answers else texts.number * texts.answer_tokens
@@ -159,13 +180,23 @@ def make_plan(
         memory=memory,
         capacity=capacity,
         changes=changes,
+        faster=faster,
         seconds_per_step=seconds * per_step,
         tokens_per_second=num_devices * mean.tokens / seconds,
         steps=steps,
-        hours=steps * per_step * seconds / 3600,
+        hours=hours,
         generation_hours=answers / (speed * num_devices) / 3600,
         disk=_disk(shape, texts),
     )
+
+
+def _flops(shape: StepShape) -> float:
+    """Operations of one text."""
+    return encode_flops(shape.target, shape.tokens) + learn_flops(shape)
+
+
+def _keeping_activations(shape: StepShape) -> StepShape:
+    return replace(shape, args=replace(shape.args, gradient_checkpointing=False))
 
 
 def _disk(shape: StepShape, texts: Texts) -> dict[str, float]:

@@ -100,8 +100,11 @@ def _moments(shape: StepShape) -> Iterator[Mapping[str, int]]:
                 ACTIVATIONS: kept + own,
                 ATTENTION: part.scores,
             }
+            now = kept + own + part.backward
+            yield {GRADIENTS: behind, ACTIVATIONS: now}
+            # Its gradients come as what they are made of goes.
             behind += _WIDE * part.parameters if trains else 0
-            yield {GRADIENTS: behind, ACTIVATIONS: kept + own + part.backward}
+            yield {GRADIENTS: behind, ACTIVATIONS: now - part.saved}
     gradients = _WIDE * shape.trained_parameters
     optim = str(getattr(shape.args.optim, "value", shape.args.optim))
     # One that is not fused makes the steps of all weights before it takes them.
