@@ -123,6 +123,23 @@ def test_where_there_is_room_nothing_needs_to_be_computed_anew(
     assert slow["fits_after_changes"]
 
 
+def test_the_largest_stage_has_to_fit(
+    settings: Path, target: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = (str(settings), "--target", str(target), "--max_steps", "7")
+    small, large = (
+        planned(capsys, *flags, "--layers", layers) for layers in ("own:3", "own:0,1,3")
+    )
+    stages = ("--stages", "own:0,1,3", "--stage_steps", "5", "--layers", "own:3")
+    found = planned(capsys, *flags, *stages)
+    assert found["memory"] == large["memory"] != small["memory"]
+    assert found["seconds_per_step"] == small["seconds_per_step"]
+    assert found["steps"] == 5 + 7
+    assert found["hours"] == pytest.approx(
+        small["hours"] + large["hours"] * 5 / 7, rel=1e-6
+    )
+
+
 def test_the_changes_make_it_fit_and_none_is_needless(
     settings: Path, target: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

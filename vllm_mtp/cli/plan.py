@@ -170,7 +170,7 @@ def as_text(
             f"{facts.hidden_size}, vocabulary {facts.vocab_size}"
         ),
         (
-            f"drafter  {args.layers}, {shape.trained_parameters / 1e9:.3f} G "
+            f"drafter  {shape.args.layers}, {shape.trained_parameters / 1e9:.3f} G "
             "parameters trained"
         ),
         (

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a training run will take, and what to change where it does not fit."""
 
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -80,13 +81,13 @@ class Plan:
     """What a run takes on one kind of device.
 
     Attributes:
-        shape: Sizes of its steps.
+        shape: Sizes of its steps; of stages, of the one that takes most.
         memory: Bytes of a step by item, at its peak.
         capacity: Bytes of a device that a step may take.
         changes: What to change, one after the other, where it does not fit; empty
             where it does.
         faster: What `gradient_checkpointing: false` gives, where that fits too.
-        seconds_per_step: Of one optimizer step.
+        seconds_per_step: Of one optimizer step, of the last stage.
         tokens_per_second: Of text, by all devices.
         steps: Optimizer steps of the run.
         hours: Of training.
@@ -151,27 +152,35 @@ def make_plan(
     Raises:
         MTPError: The target or the settings do not go.
     """
-    shape = step_shape(target, args)
+    shapes = [
+        step_shape(target, replace(args, layers=layers))
+        for layers in (*args.stages, args.layers)
+    ]
+    # The largest of its stages is what has to fit.
+    shape = max(shapes, key=lambda s: sum(step_memory(s, num_devices).values()))
     memory = step_memory(shape, num_devices)
     capacity = device.memory - RESERVE
     fits = sum(memory.values()) <= capacity
     changes = () if fits else _changes(target, shape, num_devices, capacity)
-    mean = shape.of_text(texts.tokens, texts.answer_tokens)
-    seconds = _flops(mean) / device.flops
     per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps
     together = per_step * num_devices
-    steps = (
+    last = (
         args.max_steps
         if args.max_steps > 0
         else -(-round(texts.number * args.num_train_epochs) // together)
     )
-    hours = steps * per_step * seconds / 3600
-    kept = _keeping_activations(shape)
-    peak = sum(step_memory(kept, num_devices).values())
+    steps = [args.stage_steps] * len(args.stages) + [last]
+    means = [s.of_text(texts.tokens, texts.answer_tokens) for s in shapes]
+
+    def hours_of(run: Sequence[StepShape]) -> float:
+        each = [_flops(mean) / device.flops * per_step for mean in run]
+        return sum(map(operator.mul, steps, each)) / 3600
+
+    seconds = _flops(means[-1]) / device.flops
+    peak = sum(step_memory(_keeping(shape), num_devices).values())
     faster = None
     if args.gradient_checkpointing and fits and peak <= capacity:
-        of_mean = _flops(_keeping_activations(mean)) / _flops(mean)
-        faster = Faster(peak, hours * of_mean)
+        faster = Faster(peak, hours_of([_keeping(mean) for mean in means]))
     context = texts.prompt_tokens + texts.answer_tokens / 2
     speed = decoded_tokens_per_second(shape.target, device, context, generated_at_once)
     answers = 0.0 if texts.has_answers else texts.number * texts.answer_tokens
@@ -182,9 +191,9 @@ def make_plan(
         changes=changes,
         faster=faster,
         seconds_per_step=seconds * per_step,
-        tokens_per_second=num_devices * mean.tokens / seconds,
-        steps=steps,
-        hours=hours,
+        tokens_per_second=num_devices * means[-1].tokens / seconds,
+        steps=sum(steps),
+        hours=hours_of(means),
         generation_hours=answers / (speed * num_devices) / 3600,
         disk=_disk(shape, texts),
     )
@@ -195,7 +204,8 @@ def _flops(shape: StepShape) -> float:
     return encode_flops(shape.target, shape.tokens) + learn_flops(shape)
 
 
-def _keeping_activations(shape: StepShape) -> StepShape:
+def _keeping(shape: StepShape) -> StepShape:
+    """The same with the layers' activations kept."""
     return replace(shape, args=replace(shape.args, gradient_checkpointing=False))
 
 
