@@ -98,6 +98,14 @@ NEW: dict[str, dict[str, Any]] = {
     "LoRA, exact TV": _LORA
     | _EXACT_TV
     | _of(128, 4096, 1, lora_rank=128, lora_modules=_ALL),
+    "LoRA on noise tokens": _LORA
+    | _EXACT_TV
+    | _of(
+        *(256, 2048, 1),
+        placeholder_kind="noise",
+        lora_rank=64,
+        lora_modules=_ALL,
+    ),
     "LoRA, four texts": _LORA
     | _of(64, 1024, 4, lora_rank=32, lora_modules=_ATTENTION, markov_rank=64),
     "LoRA, long blocks": _LORA
@@ -111,7 +119,7 @@ def settings_of(name: str) -> DrafterTrainingArguments:
     return DrafterTrainingArguments(
         **{
             "target": str(TARGET),
-            "data": "none",
+            "data": ["none"],
             "output_dir": str(Path(tempfile.gettempdir(), "none")),
             "bf16": True,
             "gradient_checkpointing": False,

@@ -64,9 +64,13 @@ def test_a_step_is_that_of_a_plan_without_a_schedule(
         wanted = losses(step, objective=objective, num_draft_tokens=positions)
         assert found.keys() == wanted.keys()
         torch.testing.assert_close(found, wanted)
-    module = LossModule(drafter, host, LossPlan(objective=STATED, schedule=both))
+        plan = LossPlan(objective=STATED, schedule=both)
+        module = LossModule(drafter, host, plan)
+        # A step in parts knows the counts of the whole.
+        whole = module.labels_of_step([TEXT], step, lambda counts: counts)
+        torch.testing.assert_close(module([TEXT], step=step, whole=whole), found)
     blocks = [module.blocks(TEXT, 4)]
-    torch.testing.assert_close(module.loss_of(blocks), module.loss_of(blocks, 4))
+    torch.testing.assert_close(module.loss_of(blocks), module.loss_of(blocks, step=4))
 
 
 @pytest.mark.parametrize(

@@ -115,6 +115,7 @@ def test_a_recipe_for_a_large_target_runs(
         "per_device_train_batch_size": 1,
         "ce_start_steps": 2 if name == LARGE[0] else 0,
         "curriculum_steps": 1 if name == LARGE[1] else 0,
+        "mask_token_id": VOCAB_SIZE if name == LARGE[1] else 0,
         "eval_texts": 1,
         "logging_steps": 1,
         "report_to": "none",
@@ -139,6 +140,7 @@ def test_a_recipe_for_a_large_target_runs(
         assert parts == [whole] * 3
         (lora,) = {layer.lora for layer in config.layers}
         assert (lora.rank, lora.alpha, len(lora.modules)) == (128, 2048, 7)
+        assert config.noise is not None
 
 
 @pytest.mark.parametrize("name", LARGE)

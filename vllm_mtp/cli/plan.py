@@ -107,7 +107,7 @@ class PlanCommand(DrafterTrainingArguments):
         from vllm_mtp.training.plan import Texts, texts_of_folders
 
         if self.data:
-            texts = texts_of_folders([self.data])
+            texts = texts_of_folders(self.data)
         else:
             texts = Texts(
                 self.num_texts, self.mean_prompt_tokens, self.mean_answer_tokens

@@ -127,7 +127,9 @@ def make_optimizer(
         return groups_of(chosen, args.learning_rate, args.weight_decay, scales)
 
     matrices = own_matrices(loss_module) if args.own_optimizer == "muon" else ()
-    optimizer = kind(groups((n, w) for n, w in weights if w not in matrices), **settings)
+    optimizer = kind(
+        groups((n, w) for n, w in weights if w not in matrices), **settings
+    )
     if not matrices:
         return optimizer
     of_matrices = groups((n, w) for n, w in weights if w in matrices)

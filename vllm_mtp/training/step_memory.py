@@ -194,7 +194,9 @@ def _shared_parts(shape: StepShape, layer: SharedLayerConfig) -> tuple[_Part, _P
         )
 
     def inputs(*wanted: LinearName) -> int:
-        return _inputs(shape, hidden, len(set(wanted) & set(names)))
+        number = len(set(wanted) & set(names))
+        # What the frozen norm gives needs no copy if it has the type of the products.
+        return _inputs(shape, hidden, number if stream > item else min(number, 1))
 
     attention_pairs, attention_narrow = pairs("q_proj", "k_proj", "v_proj", "o_proj")
     mlp_pairs, mlp_narrow = pairs("gate_proj", "up_proj", "down_proj")
@@ -245,9 +247,10 @@ def _rows(shape: StepShape) -> int:
 
 
 def _stream_item(shape: StepShape) -> int:
-    """Bytes of a number of the stream: placeholders are in float32, and become what the
-    anchors beside them are."""
-    return _WIDE if shape.is_exact else shape.item
+    """Bytes of a number of the stream: trained placeholders are in float32, and become
+    what the anchors beside them are."""
+    trained = shape.config.noise is None
+    return _WIDE if shape.is_exact and trained else shape.item
 
 
 def _rows_bytes(shape: StepShape) -> int:
