@@ -210,6 +210,7 @@ def test_data_says_what_there_is(
         (["--layers", "own:9"], "the target has layers 0 to 3"),
         (["--target", "/nowhere/x"], "--target '/nowhere/x': expected a Hugging Face"),
         (["--target", ""], "target: got nothing"),
+        (["--target_device_map", "auto"], "target_device_map: got 'auto', but a plan"),
     ],
 )
 def test_wrong_flags_are_one_line(

@@ -60,6 +60,11 @@ class PlanCommand(DrafterTrainingArguments):
 
     def __post_init__(self) -> None:
         self._require_numbers()
+        if self.target_device_map != "one":
+            raise MTPError(
+                f"target_device_map: got {self.target_device_map!r}, but a plan is of "
+                "a target that is on one device; leave it out"
+            )
         super().__post_init__()
 
     def _require_numbers(self) -> None:
@@ -235,7 +240,8 @@ def _verdict(plan: "Plan") -> list[str]:
     if not plan.changes:
         return [
             "A step does not fit, and no setting changes that. More devices share the",
-            "time, not the memory: each has a copy of target and drafter.",
+            "time, not the memory: each has a copy of target and drafter. A target",
+            "that is too large for one can be divided (target_device_map), unplanned.",
         ]
     lines = ["A step does not fit. What makes it smaller, one after the other:"]
     lines += [f"  {change_text(change)}" for change in plan.changes]

@@ -77,7 +77,7 @@ def _moments(shape: StepShape) -> Iterator[Mapping[str, int]]:
         else _shared_parts(shape, layer)
         for layer in shape.config.layers
     ]
-    trains = shape.trained_parameters == shape.drafter_parameters
+    trains = shape.args.train_only == "all"
     states, around = shape.texts * _states_bytes(shape), _around(shape)
     yield {STATES: states + _encoding_bytes(shape)}
     copies = sum(part.copies for parts in layers for part in parts)
