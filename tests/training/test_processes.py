@@ -52,6 +52,8 @@ RUNS: dict[str, dict[str, Any]] = {
         "layers": "own:1,3",
         "ce_weight": 0.5,
         "kl_weight": 0.5,
+    "ce_start_steps": 1,
+    "curriculum_steps": 1,
         "tv_weight": 1.0,
         "feature_weight": 0.5,
         "position_decay": 2.0,
