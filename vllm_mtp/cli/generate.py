@@ -2,16 +2,21 @@
 """``vllm-mtp generate``."""
 
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from vllm_mtp.cli.generating import (
+    answer_prompts,
+    first_prompt,
+    report,
+    take_answers,
+)
 from vllm_mtp.cli.targets import target_folder
 from vllm_mtp.errors import DataError
 from vllm_mtp.flags import flag
-from vllm_mtp.interrupts import advise, deferred
+from vllm_mtp.interrupts import advise
 
 if TYPE_CHECKING:
     from vllm_mtp.data.odd_rows import OddRows
@@ -19,13 +24,10 @@ if TYPE_CHECKING:
     from vllm_mtp.data.settings import (
         MachineSettings,
         PromptCounts,
-        Provenance,
         RunSettings,
     )
-    from vllm_mtp.data.store import Row, Store
 
 _MAX_TOKENS = 512  # the longest answer, unless the user or the target says
-_SHOWN = 1000  # characters of the first prompt
 # Flags that say how an engine answers.
 _OF_ENGINE = (
     "temperature", "top_p", "top_k", "min_p", "seed",
@@ -210,14 +212,14 @@ class Generate:
             return 0
         odd = OddRows(strict=self.strict)
         if settings.is_off_policy:
-            taken = _take(store, settings, renderer, chat.end_token_ids, odd)
+            taken = take_answers(store, settings, renderer, chat.end_token_ids, odd)
             print(report(taken, store.folder, odd.explained()))
             return 0
         requests, counts = self._requests(settings, renderer, odd)
-        print(_first_prompt(requests[0], renderer))
+        print(first_prompt(requests[0], renderer))
         print(self._sampling_in_words(sampling, defaults))
         advise(f"the same command goes on with what is in {store.folder}")
-        provenance = _generate(store, settings, machine, target, requests, counts)
+        provenance = answer_prompts(store, settings, machine, target, requests, counts)
         print(report(provenance, store.folder, odd.explained()))
         return 0
 
@@ -419,138 +421,3 @@ def _flag_errors(error: Any) -> str:
         if item["loc"] != ("part_prompts",)  # no flag; says the same as max_num_seqs
     ]
     return "\n".join(lines)
-
-
-def _generate(
-    store: "Store",
-    settings: "RunSettings",
-    machine: "MachineSettings",
-    target: Path,
-    requests: "Sequence[Request]",
-    counts: "PromptCounts",
-) -> "Provenance":
-    """Answer what is missing, and make the dataset."""
-    from vllm_mtp.data.settings import RunFile
-    from vllm_mtp.data.split import digest_of
-
-    order = [request.prompt_id for request in requests]
-    run = RunFile(settings=settings, prompts_sha256=digest_of(order))
-    store.start(run)
-    done = store.answered({each.prompt_id: each.token_ids for each in requests})
-    missing = [each for each in requests if each.prompt_id not in done]
-    print(f"{len(requests):,} prompts, {len(missing):,} of them to answer")
-    if missing:
-        _answer(store, settings, machine, target, requests, missing)
-    return store.finish(order, run, counts, _versions(settings))
-
-
-def _answer(
-    store: "Store",
-    settings: "RunSettings",
-    machine: "MachineSettings",
-    target: Path,
-    requests: "Sequence[Request]",
-    missing: "Sequence[Request]",
-) -> None:
-    """Answer those of a run's requests that are missing."""
-    from vllm_mtp.data.answerer import answering
-    from vllm_mtp.data.generation import answer_missing
-    from vllm_mtp.data.progress import Progress
-
-    rows = settings.part_rows
-    with (
-        answering(target, settings.engine, settings.sampling, machine) as answerer,
-        Progress(requests, missing, settings.engine.max_num_seqs) as progress,
-        # An exception inside vLLM's step would be another one when it comes out.
-        deferred(),
-    ):
-        answer_missing(store, missing, answerer, rows, progress.answered)
-
-
-def _take(
-    store: "Store",
-    settings: "RunSettings",
-    renderer: "Renderer",
-    ends: frozenset[int],
-    odd: "OddRows",
-) -> "Provenance":
-    """Make the dataset of answers that the source has."""
-    from itertools import chain
-
-    from vllm_mtp.data.given import GivenAnswers, keep
-    from vllm_mtp.data.prompts import read_prompts
-
-    given = GivenAnswers(renderer, ends, settings, odd)
-    rows = given.rows(read_prompts(settings.source, odd, answered=True))
-    first = next(rows, None)
-    if first is None:
-        reasons = "; ".join(odd.explained()) or "the source is empty"
-        raise DataError(
-            f"--prompts {settings.source.prompts}: no answer to take: "
-            f"{given.counts.read} rows read; {reasons}. Name a source whose "
-            "conversations end with the assistant's turn"
-        )
-    print(_first_text(first, renderer))
-    run = keep(chain([first], rows), store, settings)
-    return store.finish(None, run, given.counts, _versions(settings))
-
-
-def _first_text(row: "Row", renderer: "Renderer") -> str:
-    """The first text as it will be trained on, for the user to look at."""
-    ids, spans = row["input_ids"], row["loss_spans"]
-    start = spans[0][0] if spans else len(ids)
-    prompt, answer = renderer.decode(ids[:start]), renderer.decode(ids[start:])
-    return (
-        f"the first prompt, {start:,} tokens:\n{prompt[-_SHOWN:]}\n\n"
-        f"its answer, {len(ids) - start:,} tokens:\n{answer[:_SHOWN]}\n"
-    )
-
-
-def _versions(settings: "RunSettings") -> dict[str, str]:
-    from importlib.metadata import version
-
-    return {
-        "vllm": settings.vllm,
-        "transformers": version("transformers"),
-        "vllm_mtp": version("vllm-mtp"),
-    }
-
-
-def _first_prompt(request: "Request", renderer: "Renderer") -> str:
-    """The first prompt as the target gets it, for the user to look at."""
-    text = renderer.decode(request.token_ids)
-    more = f" ... ({len(text):,} characters)" if len(text) > _SHOWN else ""
-    return (
-        f"the first prompt, {len(request.token_ids):,} tokens:\n{text[:_SHOWN]}{more}\n"
-    )
-
-
-def report(provenance: "Provenance", folder: Path, odd: Sequence[str] = ()) -> str:
-    """The table that the command ends with, and why rows were left out."""
-    prompts = provenance.prompts
-    whose = "answers" if provenance.settings.is_off_policy else "the target's"
-    rows = [
-        ("rows read", f"{prompts.read:,}"),
-        ("duplicates dropped", f"{prompts.duplicates_dropped:,}"),
-        ("too long, dropped", f"{prompts.too_long_dropped:,}"),
-        ("odd, skipped", f"{sum(prompts.odd_skipped.values()):,}"),
-        ("in other shards", f"{prompts.in_other_shards:,}"),
-        ("empty answers dropped", f"{provenance.empty_answers_dropped:,}"),
-    ] + [
-        (
-            name,
-            (
-                f"{split.rows:,} rows, {split.tokens:,} tokens, "
-                f"{split.answer_tokens:,} of them {whose}"
-            ),
-        )
-        for name, split in provenance.splits.items()
-    ]
-    if provenance.settings.source.shard is None:
-        rows = [row for row in rows if row[0] != "in other shards"]
-    table = "\n".join(f"  {name:<21} {value}" for name, value in rows)
-    reasons = "".join(f"\n    {line}" for line in odd)
-    if reasons:
-        heading = "rows left out (--strict stops at the first, unless too long)"
-        reasons = f"\n\n  {heading}:{reasons}"
-    return f"\n{table}{reasons}\n\nwritten to {folder}"
