@@ -42,7 +42,8 @@ from vllm_mtp.drafter.heads import pick_greedy
 from vllm_mtp.drafter.layout import block_labels
 from vllm_mtp.drafter.model import BoundDrafter
 from vllm_mtp.metrics import count_accepted
-from vllm_mtp.torch_host.hf_target import HFTarget, TargetStates
+from vllm_mtp.torch_host.hf_target import HFTarget
+from vllm_mtp.torch_host.target_states import TargetStates
 from vllm_mtp.torch_host.texts import TextBlocks, forward_texts
 
 PROMPT = "The water cycle has four stages. First,"

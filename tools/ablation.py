@@ -24,7 +24,8 @@ import yaml
 
 from vllm_mtp.cli.main import _load
 from vllm_mtp.markdown import table
-from vllm_mtp.torch_host.hf_target import HFTarget, TargetStates
+from vllm_mtp.torch_host.hf_target import HFTarget
+from vllm_mtp.torch_host.target_states import TargetStates
 from vllm_mtp.training.run import TrainingRun, fit
 
 ROOT = Path(__file__).parent.parent

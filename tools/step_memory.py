@@ -22,7 +22,8 @@ from torch.distributed._tools.mod_tracker import ModTracker
 from vllm_mtp.data.demo_target import ensure_demo_target
 from vllm_mtp.data.sharegpt import every_sharegpt_prompt
 from vllm_mtp.engine import tokenizer_of
-from vllm_mtp.torch_host.hf_target import HFTarget, load_frozen
+from vllm_mtp.torch_host.hf_target import HFTarget
+from vllm_mtp.torch_host.load import load_frozen
 from vllm_mtp.torch_host.new_drafter import DrafterOptions, new_drafter
 from vllm_mtp.training.loss_module import LossModule, LossPlan
 from vllm_mtp.training.objective import Objective

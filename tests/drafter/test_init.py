@@ -19,7 +19,8 @@ from vllm_mtp.drafter.config import LoRAConfig, OwnLayerConfig, SharedLayerConfi
 from vllm_mtp.drafter.model import Drafter
 from vllm_mtp.drafter.target_facts import TargetFacts
 from vllm_mtp.errors import LayerSpecError, UnsupportedTargetError
-from vllm_mtp.torch_host.hf_target import HFTarget, load_frozen
+from vllm_mtp.torch_host.hf_target import HFTarget
+from vllm_mtp.torch_host.load import load_frozen
 from vllm_mtp.torch_host.new_drafter import DrafterOptions, TargetWeights, new_drafter
 
 LORA = LoRAConfig(rank=2, alpha=4.0, modules=("q_proj", "down_proj"))

@@ -23,7 +23,8 @@ from vllm_mtp.drafter.heads import (
 from vllm_mtp.drafter.layout import block_positions
 from vllm_mtp.drafter.model import BoundDrafter, Drafter
 from vllm_mtp.errors import UnsupportedTargetError
-from vllm_mtp.torch_host.hf_target import HFTarget, load_frozen
+from vllm_mtp.torch_host.hf_target import HFTarget
+from vllm_mtp.torch_host.load import load_frozen
 from vllm_mtp.torch_host.new_drafter import DrafterOptions, new_drafter
 
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

@@ -25,8 +25,9 @@ from vllm_mtp.drafter.config import OwnLayerConfig
 from vllm_mtp.drafter.model import BoundDrafter, Drafter
 from vllm_mtp.drafter.sharding import Rank, part_of, require_divisible
 from vllm_mtp.errors import UnsupportedTargetError
-from vllm_mtp.torch_host.hf_target import HFTarget, TargetStates
+from vllm_mtp.torch_host.hf_target import HFTarget
 from vllm_mtp.torch_host.new_drafter import DrafterOptions, new_drafter
+from vllm_mtp.torch_host.target_states import TargetStates
 from vllm_mtp.torch_host.texts import TextBlocks, forward_texts
 
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

@@ -12,8 +12,9 @@ from checkpoints_spec.goldens import fill_weights
 from tests.tiny_targets import VOCAB_SIZE, WINDOW, make_tiny
 from vllm_mtp.drafter.model import BoundDrafter, Drafter
 from vllm_mtp.errors import MTPError, TargetMismatchError
-from vllm_mtp.torch_host.hf_target import HFTarget, TargetStates
+from vllm_mtp.torch_host.hf_target import HFTarget
 from vllm_mtp.torch_host.new_drafter import DrafterOptions, new_drafter
+from vllm_mtp.torch_host.target_states import TargetStates
 from vllm_mtp.torch_host.texts import TextBlocks, anchors_are_exact, forward_texts
 
 TOKENS = torch.arange(400) * 37 % VOCAB_SIZE

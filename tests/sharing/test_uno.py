@@ -23,7 +23,8 @@ from vllm_mtp.drafter.model import BoundDrafter, Drafter
 from vllm_mtp.drafter.target_facts import TargetFacts, hf_config_of
 from vllm_mtp.sharing.peft_folder import CONFIG_FILE, NOISE_FILE, WEIGHTS_FILE
 from vllm_mtp.sharing.provenance import read_provenance, training_prompts
-from vllm_mtp.torch_host.hf_target import HFTarget, load_frozen
+from vllm_mtp.torch_host.hf_target import HFTarget
+from vllm_mtp.torch_host.load import load_frozen
 from vllm_mtp.torch_host.new_drafter import DrafterOptions, TargetWeights, new_drafter
 from vllm_mtp.torch_host.texts import TextBlocks, forward_texts
 

@@ -18,7 +18,8 @@ from tests.tiny_targets import VOCAB_SIZE
 from tests.torch_host.fake_devices import fake_devices
 from vllm_mtp.drafter.layers import OwnLayer
 from vllm_mtp.drafter.model import Drafter
-from vllm_mtp.torch_host.hf_target import HFTarget, load_frozen
+from vllm_mtp.torch_host.hf_target import HFTarget
+from vllm_mtp.torch_host.load import load_frozen
 from vllm_mtp.torch_host.new_drafter import DrafterOptions, new_drafter
 from vllm_mtp.training.bridges import bridged_layers, fit_bridges
 from vllm_mtp.training.loss_module import LossModule, LossPlan

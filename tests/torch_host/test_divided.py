@@ -10,7 +10,7 @@ import pytest
 
 from tests.tiny_targets import make_tiny
 from vllm_mtp.errors import UnsupportedTargetError
-from vllm_mtp.torch_host.hf_target import load_frozen
+from vllm_mtp.torch_host.load import load_frozen
 
 
 def test_a_divided_target_trains_as_a_whole_one(

@@ -12,23 +12,26 @@ from tests.torch_host.test_block_attention import HEADS, KV_HEADS, LENS, SIZE, K
 from vllm_mtp.drafter.model import BoundDrafter
 from vllm_mtp.torch_host.block_attention import Scoring, attend_blocks, block_slices
 from vllm_mtp.torch_host.flex_blocks import attend_blocks_by_flex, flex_mask
-from vllm_mtp.torch_host.hf_target import HFTarget, load_frozen
+from vllm_mtp.torch_host.hf_target import HFTarget
+from vllm_mtp.torch_host.load import load_frozen
 from vllm_mtp.torch_host.new_drafter import new_drafter
 from vllm_mtp.torch_host.texts import TextBlocks, forward_texts
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_drafter_drafts_the_same(tiny_llama: Path) -> None:
-    host = HFTarget(load_frozen(tiny_llama, "float32", "cpu"))
+    model = load_frozen(tiny_llama, "float32", "cpu")
     drafter = new_drafter(tiny_llama, "shared:0,own:2", 3)
     fill_weights(drafter, 0.1, salt="flex ")
-    bound = BoundDrafter(drafter.float(), host)
     ids = torch.arange(30) * 37 % VOCAB_SIZE
-    texts = [TextBlocks(ids, host.encode(ids), torch.tensor([4, 5, 21]))]
-    with torch.no_grad():
-        expected = forward_texts(bound, texts, 3)
-        host.by_flex = True
-        torch.testing.assert_close(forward_texts(bound, texts, 3), expected)
+    found = []
+    for by_flex in (False, True):
+        host = HFTarget(model, by_flex=by_flex)
+        bound = BoundDrafter(drafter.float(), host)
+        texts = [TextBlocks(ids, host.encode(ids), torch.tensor([4, 5, 21]))]
+        with torch.no_grad():
+            found.append(forward_texts(bound, texts, 3))
+    torch.testing.assert_close(*found)
 
 
 # `create_block_mask` and an attention that is not compiled warn of their speed.

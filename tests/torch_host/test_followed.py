@@ -21,12 +21,9 @@ from vllm_mtp.torch_host.block_attention import (
     attend_blocks,
     block_slices,
 )
-from vllm_mtp.torch_host.hf_target import (
-    HFTarget,
-    _attend_in_layer,
-    _InLayer,
-    load_frozen,
-)
+from vllm_mtp.torch_host.hf_target import HFTarget
+from vllm_mtp.torch_host.layer_attention import InLayer, _attend_in_layer
+from vllm_mtp.torch_host.load import load_frozen
 
 LoadTiny = Callable[..., PreTrainedModel]
 
@@ -237,7 +234,7 @@ class TestRefused:
             torch.ones(1, 2, 2, 32),
             torch.ones(1, 2, 2, 32),
         )
-        stand_in = _InLayer(lambda query, *_: query.transpose(0, 1).flatten(1), None)
+        stand_in = InLayer(lambda query, *_: query.transpose(0, 1).flatten(1), None)
         _attend_in_layer(attention, *heads, stand_in, 1.0, logit_bias=None)
         with pytest.raises(UnsupportedTargetError, match=f"gives its .* {named}"):
             _attend_in_layer(attention, *heads, stand_in, 1.0, **given)

@@ -14,7 +14,7 @@ from tests.tiny_answers import MakeArguments, write_answers
 from tests.tiny_targets import make_tiny_llama, make_tiny_w8a8
 from vllm_mtp.errors import UnsupportedTargetError
 from vllm_mtp.torch_host.dequantise import dequantised
-from vllm_mtp.torch_host.hf_target import load_frozen
+from vllm_mtp.torch_host.load import load_frozen
 from vllm_mtp.torch_host.new_drafter import new_drafter
 from vllm_mtp.training.run import train
 

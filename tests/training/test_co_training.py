@@ -33,7 +33,8 @@ from vllm_mtp.evaluation.blocks import run_in_torch
 from vllm_mtp.evaluation.compare import stage_error
 from vllm_mtp.evaluation.probe import read_probe
 from vllm_mtp.sharing.provenance import read_provenance, training_prompts
-from vllm_mtp.torch_host.hf_target import HFTarget, load_frozen
+from vllm_mtp.torch_host.hf_target import HFTarget
+from vllm_mtp.torch_host.load import load_frozen
 from vllm_mtp.torch_host.new_drafter import new_drafter
 from vllm_mtp.training.co_training.batch_texts import texts_of
 from vllm_mtp.training.co_training.callback import CoTraining

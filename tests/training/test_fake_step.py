@@ -11,7 +11,8 @@ from transformers import LlamaConfig, Qwen3Config
 
 from tests.tiny_answers import MakeArguments
 from vllm_mtp.torch_host.at_once import as_on_gpu
-from vllm_mtp.torch_host.hf_target import HFTarget, class_of
+from vllm_mtp.torch_host.hf_target import HFTarget
+from vllm_mtp.torch_host.load import class_of
 from vllm_mtp.torch_host.new_drafter import new_drafter
 from vllm_mtp.torch_host.without_weights import BareTarget, drafter_config
 from vllm_mtp.training.fake_step import (

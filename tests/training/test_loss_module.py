@@ -16,8 +16,9 @@ from checkpoints_spec.goldens import fill_weights
 from tests.tiny_targets import VOCAB_SIZE
 from vllm_mtp.drafter.layout import IGNORE_LABEL, possible_anchors
 from vllm_mtp.drafter.vocabulary import frequent_tokens
-from vllm_mtp.torch_host.hf_target import HFTarget, TargetStates
+from vllm_mtp.torch_host.hf_target import HFTarget
 from vllm_mtp.torch_host.new_drafter import DrafterOptions, new_drafter
+from vllm_mtp.torch_host.target_states import TargetStates
 from vllm_mtp.torch_host.texts import forward_texts
 from vllm_mtp.training.anchors import choose_anchors, generator_for
 from vllm_mtp.training.loss_module import LossModule, LossPlan

@@ -12,7 +12,8 @@ from tests.tiny_targets import VOCAB_SIZE
 from tools.step_memory import peak_bytes
 from vllm_mtp.drafter.model import Drafter
 from vllm_mtp.torch_host import block_attention
-from vllm_mtp.torch_host.hf_target import HFTarget, load_frozen
+from vllm_mtp.torch_host.hf_target import HFTarget
+from vllm_mtp.torch_host.load import load_frozen
 from vllm_mtp.torch_host.new_drafter import DrafterOptions, new_drafter
 from vllm_mtp.training import token_loss
 from vllm_mtp.training.loss_module import LossModule, LossPlan

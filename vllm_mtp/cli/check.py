@@ -211,7 +211,8 @@ def _bind(folder: str, target: Path, dtype: str) -> "BoundDrafter":
 
     from vllm_mtp.drafter.checkpoint import load_drafter
     from vllm_mtp.drafter.model import BoundDrafter
-    from vllm_mtp.torch_host.hf_target import HFTarget, load_frozen
+    from vllm_mtp.torch_host.hf_target import HFTarget
+    from vllm_mtp.torch_host.load import load_frozen
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     host = HFTarget(load_frozen(target, dtype, device))

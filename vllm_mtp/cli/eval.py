@@ -141,7 +141,8 @@ class Eval:
         from vllm_mtp.drafter.checkpoint import load_drafter, read_config
         from vllm_mtp.drafter.model import BoundDrafter
         from vllm_mtp.evaluation.offline import evaluate_texts, require_positions
-        from vllm_mtp.torch_host.hf_target import HFTarget, load_frozen
+        from vllm_mtp.torch_host.hf_target import HFTarget
+        from vllm_mtp.torch_host.load import load_frozen
 
         config = read_config(self.drafter)
         k = self.num_speculative_tokens

@@ -18,7 +18,8 @@ from vllm_mtp.drafter.layout import first_to_skip, possible_anchors
 from vllm_mtp.drafter.model import BoundDrafter, Traced
 from vllm_mtp.errors import MTPError
 from vllm_mtp.evaluation.sketch import sketch
-from vllm_mtp.torch_host.hf_target import HFTarget, TargetStates
+from vllm_mtp.torch_host.hf_target import HFTarget
+from vllm_mtp.torch_host.target_states import TargetStates
 from vllm_mtp.torch_host.texts import TextBlocks, forward_texts
 
 MAX_TEXT_TOKENS = 512

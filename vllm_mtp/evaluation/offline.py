@@ -42,7 +42,8 @@ from vllm_mtp.drafter.layout import anchors_of, block_labels
 from vllm_mtp.drafter.model import BoundDrafter
 from vllm_mtp.errors import DataError, MTPError
 from vllm_mtp.metrics import AcceptanceCounts, count_accepted, mean_length
-from vllm_mtp.torch_host.hf_target import HFTarget, TargetStates
+from vllm_mtp.torch_host.hf_target import HFTarget
+from vllm_mtp.torch_host.target_states import TargetStates
 from vllm_mtp.torch_host.texts import TextBlocks, forward_texts
 
 # Blocks per forward. Their logits, 64 * k * vocabulary, are the largest tensor.

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from vllm_mtp.torch_host.hf_target import class_of, decoder_of
+from vllm_mtp.torch_host.load import class_of, decoder_of
 
 
 class LinearModule(NamedTuple):

@@ -30,8 +30,8 @@ from vllm_mtp.drafter.target_facts import (
 )
 from vllm_mtp.errors import MTPError, UnsupportedTargetError
 from vllm_mtp.torch_host.dequantise import dequantised
-from vllm_mtp.torch_host.hf_target import class_of
 from vllm_mtp.torch_host.layer_copy import LayerCopy
+from vllm_mtp.torch_host.load import class_of
 from vllm_mtp.torch_host.one_layer import copy_of_layer
 
 DTYPES = {

@@ -20,12 +20,9 @@ from vllm_mtp.drafter.target_facts import TargetFacts, sliding_windows
 from vllm_mtp.drafter.transformers_layers import Rope, attention_of, run_rows
 from vllm_mtp.errors import UnsupportedTargetError
 from vllm_mtp.torch_host.block_attention import Scoring
-from vllm_mtp.torch_host.hf_target import (
-    attention_by,
-    class_of,
-    decoder_of,
-)
+from vllm_mtp.torch_host.layer_attention import attention_by
 from vllm_mtp.torch_host.layer_copy import LayerCopy, readings
+from vllm_mtp.torch_host.load import class_of, decoder_of
 
 _ROWS = 8
 _SAME = 1e-4

@@ -18,7 +18,8 @@ from vllm_mtp.drafter.layout import (
     block_positions,
 )
 from vllm_mtp.drafter.model import BoundDrafter
-from vllm_mtp.torch_host.hf_target import HFTarget, TargetStates
+from vllm_mtp.torch_host.hf_target import HFTarget
+from vllm_mtp.torch_host.target_states import TargetStates
 
 
 class TextBlocks(NamedTuple):

@@ -12,8 +12,9 @@ from vllm_mtp.drafter.config import DrafterConfig
 from vllm_mtp.drafter.options import DrafterOptions
 from vllm_mtp.drafter.target_facts import TargetFacts
 from vllm_mtp.errors import UnsupportedTargetError
-from vllm_mtp.torch_host.hf_target import HFTarget, class_of, decoder_of
+from vllm_mtp.torch_host.hf_target import HFTarget
 from vllm_mtp.torch_host.layer_copy import readings
+from vllm_mtp.torch_host.load import class_of, decoder_of
 from vllm_mtp.torch_host.new_drafter import bind_layers, new_config
 
 # Of the small model that the ways of a family are learnt from.

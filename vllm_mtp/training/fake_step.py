@@ -19,7 +19,9 @@ from transformers.initialization import no_init_weights
 
 from vllm_mtp.drafter.model import Drafter
 from vllm_mtp.torch_host.at_once import as_on_gpu
-from vllm_mtp.torch_host.hf_target import HFTarget, TargetStates, class_of
+from vllm_mtp.torch_host.hf_target import HFTarget
+from vllm_mtp.torch_host.load import class_of
+from vllm_mtp.torch_host.target_states import TargetStates
 from vllm_mtp.torch_host.without_weights import BareTarget, drafter_config, small_host
 from vllm_mtp.training.arguments import DrafterTrainingArguments
 from vllm_mtp.training.loss_module import LossModule

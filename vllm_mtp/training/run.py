@@ -25,7 +25,8 @@ from vllm_mtp.engine import has_tokenizer, tokenizer_of
 from vllm_mtp.errors import MTPError
 from vllm_mtp.files import writing
 from vllm_mtp.interrupts import deferred
-from vllm_mtp.torch_host.hf_target import HFTarget, load_frozen
+from vllm_mtp.torch_host.hf_target import HFTarget
+from vllm_mtp.torch_host.load import load_frozen
 from vllm_mtp.torch_host.new_drafter import new_drafter
 from vllm_mtp.training.arguments import DrafterTrainingArguments
 from vllm_mtp.training.bridges import bridged_layers, fit_bridges
@@ -66,8 +67,8 @@ class TrainingRun:
         dtype = "bfloat16" if args.bf16 else "float32"
         device_map = None if args.target_device_map == "one" else args.target_device_map
         model = load_frozen(target, dtype, args.device, device_map)
-        self.host = HFTarget(model, args.device)
-        self.host.by_flex = args.block_attention == "flex"
+        by_flex = args.block_attention == "flex"
+        self.host = HFTarget(model, args.device, by_flex=by_flex)
 
     @cached_property
     def _counts(self) -> Counter[int]:

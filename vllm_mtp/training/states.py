@@ -11,7 +11,8 @@ from dataclasses import fields
 import torch
 
 from vllm_mtp.errors import MTPError
-from vllm_mtp.torch_host.hf_target import HFTarget, TargetStates
+from vllm_mtp.torch_host.hf_target import HFTarget
+from vllm_mtp.torch_host.target_states import TargetStates
 
 
 class TrainingInputError(MTPError):

@@ -22,14 +22,15 @@ class StepLabels(NamedTuple):
 
     counts: torch.Tensor  # [k] int64, labels that are scored at each position
     total: torch.Tensor  # [] int64, labels of all positions, scored or not
-    tokens: torch.Tensor  # [m] int64, the scored labels, each once
+    # [m] int64, each once: the scored labels, where these become candidates; else none
+    tokens: torch.Tensor
 
 
 def step_labels(
     labels: torch.Tensor,
     first: int,
     candidates: LossVocabulary | None,
-    all_are_scored: bool,
+    adds_labels: bool,
     vocab_size: int,
     sum_over_processes: Callable[[torch.Tensor], torch.Tensor],
 ) -> StepLabels:
@@ -39,16 +40,16 @@ def step_labels(
         labels: ``[B, k]`` int64, those of this process.
         first: The first position that is scored.
         candidates: Tokens that are scored; None for all.
-        all_are_scored: Whether labels are added to the candidates.
+        adds_labels: Whether labels are added to the candidates.
         vocab_size: Of the target.
         sum_over_processes: Takes and gives an int64 tensor ``[n]``.
     """
     scored = labels[:, first:]
-    if candidates is not None and not all_are_scored:
+    if candidates is not None and not adds_labels:
         scored = candidates.columns(scored)
     valid = scored != IGNORE_LABEL
     counts = torch.cat([valid.sum(0), (labels != IGNORE_LABEL).sum()[None]])
-    seen = counts.new_zeros(vocab_size if candidates and all_are_scored else 0)
+    seen = counts.new_zeros(vocab_size if candidates and adds_labels else 0)
     if len(seen):
         seen[scored[valid]] = 1
     summed = sum_over_processes(torch.cat([counts, seen]))

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vllm_mtp.drafter.config import DrafterConfig
 from vllm_mtp.drafter.model import Drafter
-from vllm_mtp.torch_host.hf_target import decoder_of
+from vllm_mtp.torch_host.load import decoder_of
 from vllm_mtp.torch_host.texts import anchors_are_exact
 from vllm_mtp.torch_host.without_weights import BareTarget, drafter_config
 from vllm_mtp.training.arguments import DrafterTrainingArguments

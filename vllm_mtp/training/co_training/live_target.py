@@ -9,7 +9,8 @@ import torch
 
 from vllm_mtp.drafter.transformers_layers import depends_on_text_length
 from vllm_mtp.errors import UnsupportedTargetError
-from vllm_mtp.torch_host.hf_target import HFTarget, decoder_of
+from vllm_mtp.torch_host.hf_target import HFTarget
+from vllm_mtp.torch_host.load import decoder_of
 from vllm_mtp.training.states import TrainingInputError
 
 
