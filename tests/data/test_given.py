@@ -151,7 +151,7 @@ def test_rows_that_have_no_answer_are_odd(
     assert counts.too_long_dropped == 1
     assert counts.odd_skipped == {
         "the last turn is not the assistant's": 3,
-        "no conversation": 1,
+        "no turn before the answer": 1,
         "the answer is empty": 1,
         "content is null or missing": 1,
         "the last turn is not the user's or a tool's": 1,

@@ -357,7 +357,7 @@ class TestNoise:
     @pytest.mark.parametrize(
         ("flags", "expected"),
         [
-            (["--noise-ids", "3"], "noise_ids: got 1, expected 3, one less than"),
+            (["--noise-ids", "3"], "noise_ids: got 1 ids, expected 3, one less than"),
             (["--noise-ids", "3", "0", "4"], "noise_ids: got 0, expected 1 to 511"),
             (["--mask-token-id", "513"], "mask_token_id: got 513, expected 1 to 512"),
             (["--mask-token-id", "1"], "noise_low: got 1, expected 0 to 0"),

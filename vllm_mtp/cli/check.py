@@ -64,7 +64,9 @@ class Check:
 
     positional: ClassVar[str] = "drafter"
 
-    drafter: str = flag("the drafter's folder; the flag's name can be left out")
+    drafter: str = flag(
+        "the drafter's folder; where it comes first, the flag's name can be left out"
+    )
     target: str = flag("the target's Hugging Face folder")
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = flag(
         "type to run the target in (auto: as in training, else as stored)", "auto"

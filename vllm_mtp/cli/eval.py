@@ -30,7 +30,9 @@ class Eval:
 
     positional: ClassVar[str] = "drafter"
 
-    drafter: str = flag("the drafter's folder; the flag's name can be left out")
+    drafter: str = flag(
+        "the drafter's folder; where it comes first, the flag's name can be left out"
+    )
     target: str = flag("the target's Hugging Face folder or hub name")
     data: str = flag("folder that `vllm-mtp generate` wrote with this target")
     split: str = flag("its part to use: held_out or train", "held_out")

@@ -18,7 +18,9 @@ class ExportAdapter:
 
     positional: ClassVar[str] = "drafter"
 
-    drafter: str = flag("the drafter's folder; the flag's name can be left out")
+    drafter: str = flag(
+        "the drafter's folder; where it comes first, the flag's name can be left out"
+    )
     target: str = flag("the target's folder or hub name")
     out: str = flag("folder to write; must not hold an adapter yet")
 

@@ -171,6 +171,7 @@ class Generate:
         from vllm_mtp.engine import front_end
 
         _require_datasets()
+        self._require_shard()
         self._require_one_replica()
         if self.answers == "given":
             self._require_no_engine()
@@ -247,6 +248,14 @@ class Generate:
                 f"read; {reasons}. Name a source with prompts that the target takes"
             )
         return requests, counts
+
+    def _require_shard(self) -> None:
+        from vllm_mtp.data.shard import Shard
+
+        try:
+            Shard.parse(self.shard)
+        except ValueError as error:
+            raise DataError(f"--shard: got {self.shard!r}, {error}") from None
 
     def _require_one_replica(self) -> None:
         if self.data_parallel_size != 1:
@@ -392,12 +401,18 @@ class Generate:
         config = hf_config_of(target).get_text_config()
         longest = getattr(config, "max_position_embeddings", None) or needed
         found = self.max_model_len or needed
+        what = (
+            f"--max-prompt-tokens {self.max_prompt_tokens} and --max-tokens "
+            f"{max_tokens} need a context of {needed} tokens"
+        )
+        if needed > longest:
+            raise DataError(
+                f"{what}, but the target's own limit is {longest}; lower them"
+            )
         if not needed <= found <= longest:
             raise DataError(
-                f"--max-prompt-tokens {self.max_prompt_tokens} and --max-tokens "
-                f"{max_tokens} need a context of {needed} tokens; --max-model-len "
-                f"is {found}, and the target's own limit is {longest}. Lower the first "
-                "two, or set the third between"
+                f"--max-model-len: got {found}, expected {needed} to {longest}: "
+                f"{what}, and the target has no more"
             )
         return found
 

@@ -23,7 +23,8 @@ class ImportAdapter:
     positional: ClassVar[str] = "adapter"
 
     adapter: str = flag(
-        "the adapter's folder or hub name; the flag's name can be left out"
+        "the adapter's folder or hub name; where it comes first, the flag's name can "
+        "be left out"
     )
     target: str = flag("the target's folder or hub name")
     num_speculative_tokens: int | None = flag(
@@ -71,7 +72,13 @@ class ImportAdapter:
         k = self.num_speculative_tokens
         if k is None and adapter.noise is not None:
             k = len(adapter.noise.token_ids) + 1
-        if k is None or not 2 <= k <= MAX_SPECULATIVE_TOKENS:
+        if k is None:
+            raise MTPError(
+                "num_speculative_tokens: got nothing, and the adapter has no "
+                "noise.json that would say it; expected the tokens drafted per step, "
+                "such as 4"
+            )
+        if not 2 <= k <= MAX_SPECULATIVE_TOKENS:
             raise MTPError(
                 f"num_speculative_tokens: got {k}, expected 2 to "
                 f"{MAX_SPECULATIVE_TOKENS}: a row without noise, and those with noise, "
@@ -87,9 +94,16 @@ class ImportAdapter:
             drafter, out, imported(drafter.config, target, self.target, record)
         )
         print(describe(drafter.config))
+        base = record.base_model or "nothing"
+        if Path(base).name != Path(self.target).name:
+            print(
+                f"\nWARNING: the adapter names {base} as its base model, and --target "
+                f"is {self.target}: if these are not the same weights, its drafts are "
+                "bad"
+            )
         print(
-            f"\ndrafter written to {out}; the adapter names {record.base_model} as its "
-            f"base model\ncheck it:  vllm-mtp check {out} --target {self.target}\n"
+            f"\ndrafter written to {out}\n"
+            f"check it:  vllm-mtp check {out} --target {self.target}\n"
             f"serve it:  vllm serve {self.target} --speculative-config "
             f'\'{{"method":"mtp_placeholder","model":"{out}"}}\''
         )
@@ -129,7 +143,7 @@ class ImportAdapter:
             )
         if len(ids) != k - 1:
             raise MTPError(
-                f"noise_ids: got {len(ids)}, expected {k - 1}, one less than "
+                f"noise_ids: got {len(ids)} ids, expected {k - 1}, one less than "
                 "num_speculative_tokens"
             )
         return NoiseConfig(low=low, high=high, token_ids=ids)

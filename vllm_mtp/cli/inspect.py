@@ -18,7 +18,9 @@ class Inspect:
 
     positional: ClassVar[str] = "drafter"
 
-    drafter: str = flag("the drafter's folder; the flag's name can be left out")
+    drafter: str = flag(
+        "the drafter's folder; where it comes first, the flag's name can be left out"
+    )
 
     def run(self) -> int:
         from vllm_mtp.drafter.checkpoint import load_drafter

@@ -16,7 +16,9 @@ class Push:
 
     positional: ClassVar[str] = "drafter"
 
-    drafter: str = flag("the drafter's folder; the flag's name can be left out")
+    drafter: str = flag(
+        "the drafter's folder; where it comes first, the flag's name can be left out"
+    )
     repo_id: str = flag("the repository, such as owner/name; made if need be")
     private: bool = flag("make a new repository private", False)
     revision: str | None = flag("branch; made if need be (default: the main one)", None)

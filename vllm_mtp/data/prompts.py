@@ -244,6 +244,8 @@ def _without_answer(value: Any, where: str) -> tuple[Any, Message]:
             f"got {_short(value if last is None else last)}; with --answers given a "
             "row is a list of turns and ends with the answer",
         )
+    if len(value) == 1:
+        raise OddRowError("no turn before the answer", where, "expected one to answer")
     answer = _turn_of(last, where)
     says = text_of(answer["content"]).strip() or set(answer) - {"role", "content"}
     if not says:

@@ -118,9 +118,13 @@ def differences(
     """
     first, lines = _of_text(settings[0]), []
     for folder, other in zip(folders[1:], map(_of_text, settings[1:]), strict=True):
+        # Answers that were given were not sampled, so there is nothing to compare.
+        keys = dict.fromkeys([*first, *other])
+        if first["policy"] != other["policy"]:
+            keys = {key: None for key in first if key in other}
         found = [
             f"{key} {other.get(key)!r} (there {first.get(key)!r})"
-            for key in dict.fromkeys([*first, *other])
+            for key in keys
             if first.get(key) != other.get(key)
         ]
         if found:

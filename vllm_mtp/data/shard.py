@@ -33,7 +33,10 @@ class Shard:
             return cls()
         found = _FORM.fullmatch(text)
         if found is None or int(found[1]) > int(found[2]):
-            raise ValueError("expected such as 3/8, for the third of eight parts")
+            raise ValueError(
+                "expected such as 3/8, for the third of eight parts: the first number "
+                "is 1 to the second"
+            )
         return cls(int(found[1]), int(found[2]))
 
     def holds(self, index: int) -> bool:

@@ -42,7 +42,7 @@ class Objective:
         if wrong or not any(weights.values()):
             raise MTPError(
                 f"objective weights: got {weights}; expected numbers of 0 or more, and "
-                "one of them above 0 (--ce-weight, --kl-weight, --tv-weight)"
+                "one of them above 0 (ce_weight, kl_weight, tv_weight)"
             )
         if self.position_decay is not None and not self.position_decay > 0:
             raise MTPError(
