@@ -82,7 +82,19 @@ def test_a_flag_of_0_is_null(tiny_llama: Path) -> None:
             4,
             "mask_token_id: got -1, expected 1 to",
         ),
-        ({"noise_low": -1}, 4, "noise_low: got -1, expected 0 to"),
+        ({"mask_token_id": 0}, 4, "mask_token_id: got 0, but placeholder_kind is"),
+        (
+            {"placeholder_kind": "noise", "mask_token_id": 0},
+            4,
+            "mask_token_id: got 0, expected 1 to",
+        ),
+        ({"noise_low": 0}, 4, "noise_low: got 0, but placeholder_kind is 'trained'"),
+        ({"noise_low": 5}, 4, "noise_low: got 5, but placeholder_kind is 'trained'"),
+        (
+            {"placeholder_kind": "noise", "noise_low": -1},
+            4,
+            "noise_low: got -1, expected 0 to",
+        ),
         (
             {"placeholder_kind": "noise", "noise_low": 9, "mask_token_id": 9},
             4,

@@ -68,6 +68,7 @@ _LIMITED = {
     for name, info in DrafterConfig.model_fields.items()
     if name == "num_speculative_tokens" or name in _KNOBS
 }
+_NOISE_LOW = 1  # default
 _Limits: Any = create_model("_Limits", __base__=Strict, **_LIMITED)  # type: ignore[call-overload]
 
 
@@ -113,7 +114,7 @@ class DrafterOptions(_Knobs):
         "which training draws anew for every block",
         "trained",
     )
-    noise_low: int = flag("least id of these tokens", 1)
+    noise_low: int = flag("least id of these tokens", _NOISE_LOW)
     mask_token_id: int | None = flag(
         "their ids are below this one (default: the target's vocabulary size)", None
     )
@@ -154,9 +155,12 @@ class DrafterOptions(_Knobs):
         """
         if self.placeholder_kind == "trained" or not count:
             return None
-        high = self.mask_token_id or vocab_size
+        high = self._noise_high(vocab_size)
         require_noise_range(self.noise_low, high, vocab_size)
         return draw_noise_config(self.noise_low, high, count, self.seed)
+
+    def _noise_high(self, vocab_size: int) -> int:
+        return vocab_size if self.mask_token_id is None else self.mask_token_id
 
     def require_valid(self, num_speculative_tokens: int) -> None:
         """Hold every value to the limits of the config's fields.
@@ -168,13 +172,15 @@ class DrafterOptions(_Knobs):
         _valid(_Limits, "", num_speculative_tokens=k, **self.knobs())
         self.lora_config()
         self.markov_config()
-        if self.placeholder_kind == "trained" and self.mask_token_id:
-            raise MTPError(
-                f"mask_token_id: got {self.mask_token_id}, but placeholder_kind is "
-                "'trained'; write noise there, or leave mask_token_id out"
-            )
+        if self.placeholder_kind == "trained":
+            for name, default in (("mask_token_id", None), ("noise_low", _NOISE_LOW)):
+                if (value := getattr(self, name)) != default:
+                    raise MTPError(
+                        f"{name}: got {value}, but placeholder_kind is 'trained'; "
+                        f"write noise there, or leave {name} out"
+                    )
         # With a limit of the vocabulary alone, which is not known yet.
-        require_noise_range(self.noise_low, self.mask_token_id or MAX_SIZE, MAX_SIZE)
+        require_noise_range(self.noise_low, self._noise_high(MAX_SIZE), MAX_SIZE)
 
 
 def require_noise_range(low: int, high: int, vocab_size: int) -> None:
