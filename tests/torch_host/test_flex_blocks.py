@@ -5,11 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._dynamo.exc import FailOnRecompileLimitHit
 
 from checkpoints_spec.goldens import fill_weights
 from tests.tiny_targets import VOCAB_SIZE
 from tests.torch_host.test_block_attention import HEADS, KV_HEADS, LENS, SIZE, K
 from vllm_mtp.drafter.model import BoundDrafter
+from vllm_mtp.torch_host import flex_blocks
 from vllm_mtp.torch_host.block_attention import Scoring, attend_blocks, block_slices
 from vllm_mtp.torch_host.flex_blocks import attend_blocks_by_flex, flex_mask
 from vllm_mtp.torch_host.hf_target import HFTarget
@@ -59,3 +61,42 @@ def test_same_forward(windows: tuple[int | None, int | None], scoring: Scoring) 
         attend_blocks_by_flex(*inputs, *past, mask, scoring),
         attend_blocks(*inputs, *past, slices, scoring),
     )
+
+
+class TestCompiled:
+    """By what a GPU runs, but for the kernel: dynamo is the same on a CPU."""
+
+    # Prefix lengths of one, of few and of many blocks, over one block of the mask and
+    # over several.
+    TEXTS = ([20], [9, 14], [300], [90, 140], [200] * 50, [20] * 50, [900] * 33)
+
+    def attend(self, monkeypatch: pytest.MonkeyPatch, most_kinds: int) -> None:
+        compiled = flex_blocks._compiled("eager", most_kinds)
+        monkeypatch.setattr(flex_blocks, "flex_attention", compiled)
+        for text in self.TEXTS:
+            for with_grad in (False, True):
+                lens = torch.tensor(text)
+                query = torch.randn(HEADS, len(text) * K, SIZE)
+                own = torch.randn(2, KV_HEADS, len(text) * K, SIZE)
+                past = torch.randn(2, KV_HEADS, max(text) + 1, SIZE)
+                with torch.set_grad_enabled(with_grad):
+                    found = attend_blocks_by_flex(
+                        query, *own, *past, flex_mask(lens, K), Scoring(0.4)
+                    )
+                slices = block_slices(lens, K, HEADS)
+                wanted = attend_blocks(query, *own, *past, slices, Scoring(0.4))
+                torch.testing.assert_close(found, wanted)
+
+    def test_texts_of_all_lengths_stay_compiled(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        torch.compiler.reset()
+        self.attend(monkeypatch, 128)
+
+    def test_what_is_compiled_no_more_is_an_error(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Else all scores would be kept, and nobody told."""
+        torch.compiler.reset()
+        with pytest.raises(FailOnRecompileLimitHit):
+            self.attend(monkeypatch, 2)

@@ -92,5 +92,12 @@ def attend_blocks_by_flex(
 
 
 @cache
-def _compiled() -> Any:
-    return torch.compile(flex_attention)
+def _compiled(backend: str = "inductor", most_kinds: int = 128) -> Any:
+    # Where torch gives up on compiling, it attends by plain products and keeps all
+    # scores: fullgraph makes that an error. It gives up after 8 kinds of input, and
+    # texts of all lengths, with and without gradients, come to about 16 for each
+    # kind of layer. (torch.compile's own argument for this is not in every torch.)
+    with_more_kinds = torch._dynamo.config.patch(recompile_limit=most_kinds)
+    return with_more_kinds(
+        torch.compile(flex_attention, backend=backend, fullgraph=True)
+    )
