@@ -2,6 +2,7 @@
 """PEFT adapters as drafters: what peft computes on noise rows, and back again."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -463,7 +464,9 @@ class TestExport:
         lora_modules=["q_proj", "down_proj"],
     )
 
-    def test_the_way_back_is_exact(self, tiny_llama: Path, tmp_path: Path) -> None:
+    def test_the_way_back_is_exact(
+        self, tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
         drafter = new_drafter(tiny_llama, "shared:all", K, self.OPTIONS)
         fill_weights(torch.nn.ModuleList(drafter.layers), 0.2)
         first = save_drafter(drafter, tmp_path / "first")
@@ -471,6 +474,14 @@ class TestExport:
         # K and the tokens stand beside the adapter.
         command = ["import", str(tmp_path / "adapter"), "--target", str(tiny_llama)]
         assert main([*command, "--out", str(tmp_path / "again")]) == 0
+        # Neither way writes over what is there.
+        for folder, again in (
+            ("adapter", ["export", str(first), "--target", str(tiny_llama)]),
+            ("again", command),
+        ):
+            assert main([*again, "--out", str(tmp_path / folder)]) == 1
+            said = rf"--out .*{folder}: holds a \w+\.json already; name another"
+            assert re.search(said, refusal(capsys))
         assert (tmp_path / "again" / "config.json").read_bytes() == (
             first / "config.json"
         ).read_bytes()

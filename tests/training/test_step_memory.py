@@ -17,7 +17,7 @@ from vllm_mtp.errors import UnsupportedTargetError
 from vllm_mtp.torch_host.without_weights import BareTarget
 from vllm_mtp.training.fake_step import DRAFTER, OPTIMIZER, fake_step
 from vllm_mtp.training.fake_step import TARGET as TARGETS_WEIGHTS
-from vllm_mtp.training.step_memory import BUCKETS, KEPT, step_memory
+from vllm_mtp.training.step_memory import BUCKETS, GRADIENTS, KEPT, step_memory
 from vllm_mtp.training.step_shape import step_shape
 
 CHEAPEST = "two own layers"
@@ -106,6 +106,28 @@ def test_what_cannot_be_traced_can_be_planned(
     assert sum(step_memory(step_shape(target, args)).values()) > 0
     with pytest.raises(UnsupportedTargetError, match="leave --trace out"):
         fake_step(target, args)
+
+
+def test_weights_that_are_not_trained_leave_the_gradients_of_others(
+    target: BareTarget,
+) -> None:
+    """A frozen placeholder is no reason to count a step as one without gradients."""
+    # Its peak is in the backward of the first layer, when LoRA's gradients are there.
+    noise = replace(
+        settings_of("LoRA on noise tokens"),
+        gradient_checkpointing=True,
+        loss_vocab_size=1024,
+        teacher_tokens=64,
+        anchors_per_text=64,
+    )
+    frozen, trained = (
+        step_shape(target, replace(noise, placeholder_kind=kind))
+        for kind in ("noise", "trained")
+    )
+    assert frozen.trained_parameters < frozen.drafter_parameters
+    assert trained.trained_parameters == trained.drafter_parameters
+    found = step_memory(frozen)[GRADIENTS]
+    assert found == step_memory(trained)[GRADIENTS] > 0
 
 
 def test_states_that_are_kept_count(target: BareTarget) -> None:

@@ -2,11 +2,10 @@
 """``vllm-mtp export``."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar
 
+from vllm_mtp.cli.folders import new_folder
 from vllm_mtp.cli.targets import target_folder
-from vllm_mtp.errors import MTPError
 from vllm_mtp.flags import flag
 
 
@@ -30,12 +29,7 @@ class ExportAdapter:
         from vllm_mtp.sharing.peft_folder import CONFIG_FILE, write_adapter
         from vllm_mtp.sharing.uno import adapter_of_drafter
 
-        out = Path(self.out)
-        if (out / CONFIG_FILE).exists():
-            raise MTPError(
-                f"--out {out}: holds a {CONFIG_FILE} already; name another folder, or "
-                "remove it first"
-            )
+        out = new_folder(self.out, CONFIG_FILE)
         drafter = load_drafter(self.drafter)
         target = target_folder(self.target)
         config, pairs, noise = adapter_of_drafter(

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
+from vllm_mtp.cli.folders import new_folder
 from vllm_mtp.cli.targets import target_folder
 from vllm_mtp.errors import MTPError
 from vllm_mtp.flags import flag
@@ -61,12 +62,7 @@ class ImportAdapter:
         from vllm_mtp.sharing.provenance import adapter_record, imported
         from vllm_mtp.sharing.uno import drafter_of_adapter
 
-        out = Path(self.out)
-        if (out / CONFIG_FILE).exists():
-            raise MTPError(
-                f"--out {out}: holds a {CONFIG_FILE} already; name another folder, or "
-                "remove it first"
-            )
+        out = new_folder(self.out, CONFIG_FILE)
         root = _adapter_folder(self.adapter, self.subfolder, self.revision)
         adapter = read_adapter(root / self.subfolder)
         k = self.num_speculative_tokens

@@ -4,6 +4,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from vllm_mtp.cli.folders import new_folder
 from vllm_mtp.cli.targets import target_folder
 from vllm_mtp.drafter.config import DrafterConfig
 from vllm_mtp.drafter.layer_spec import EXAMPLES
@@ -37,12 +38,7 @@ class Init(DrafterOptions):
         from vllm_mtp.sharing.provenance import untrained
         from vllm_mtp.torch_host.new_drafter import new_drafter
 
-        out = Path(self.out)
-        if (out / CONFIG_FILE).exists():
-            raise MTPError(
-                f"--out {out}: holds a {CONFIG_FILE} already; name another folder, or "
-                "remove it first"
-            )
+        out = new_folder(self.out, CONFIG_FILE)
         target = target_folder(self.target)
         drafter = new_drafter(
             target,
