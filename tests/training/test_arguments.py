@@ -211,6 +211,14 @@ class TestTheBest:
             },
             "does not go with stages",
         ),
+        (
+            {
+                "train_only": "new_positions",
+                "warm_start": "d",
+                "curriculum_steps": 2,
+            },
+            "new_positions does not go with curriculum_steps .got 2.",
+        ),
         ({"feature_weight": 1.0}, "needs an own layer, .*'shared:all'"),
         (
             {

@@ -17,8 +17,9 @@ import yaml
 from tests.data.conftest import make_tokenizer
 from tests.full_disk import no_file_above
 from tests.tiny_answers import MakeArguments, write_answers
-from vllm_mtp.drafter.checkpoint import load_drafter, read_config
+from vllm_mtp.drafter.checkpoint import load_drafter, read_config, save_drafter
 from vllm_mtp.errors import CheckpointError, DataError, MTPError, OutputError
+from vllm_mtp.torch_host.new_drafter import DrafterOptions, new_drafter
 from vllm_mtp.training.resume import newest_whole
 from vllm_mtp.training.run import train
 from vllm_mtp.training.states import TrainingInputError
@@ -226,6 +227,15 @@ class TestFaults:
         [
             ({"layers": "shared:all", "num_speculative_tokens": 1}, "nothing to train"),
             ({"layers": "shared:all", "train_places": 1}, "nothing to train"),
+            # LoRA, placeholders and the correction act behind the first position.
+            *(
+                (
+                    {"layers": layers, "train_places": 1, **weights},
+                    "nothing to train at 1 taught position",
+                )
+                for layers in ("shared:all", "shared:0-2")
+                for weights in (LORA, {"markov_rank": 4}, {"prefix_window": 8})
+            ),
             ({"layers": "own:3", "max_text_tokens": 4}, "none of .* texts"),
         ],
     )
@@ -238,6 +248,42 @@ class TestFaults:
     ) -> None:
         with pytest.raises(TrainingInputError, match=reason):
             train(arguments(**design), tiny_llama)
+
+    def test_an_own_layer_is_trained_at_one_position(
+        self, arguments: MakeArguments, tiny_llama: Path
+    ) -> None:
+        args = arguments(layers="shared:0,own:3", train_places=1, **LORA, max_steps=1)
+        train(args, tiny_llama)
+        trained = load_drafter(str(args.output_dir)).state_dict()
+        start = new_drafter(tiny_llama, args.layers, 3, args).state_dict()
+        moved = {name for name in start if not start[name].equal(trained[name])}
+        assert moved == {name for name in start if name.startswith("layers.1.")}
+
+    def test_new_positions_that_are_not_taught_are_refused(
+        self, arguments: MakeArguments, tiny_llama: Path, tmp_path: Path
+    ) -> None:
+        options = DrafterOptions(dtype="float32")
+        drafter = new_drafter(tiny_llama, "shared:0-2", 3, options)
+        start = save_drafter(drafter, tmp_path / "start")
+        extension: dict[str, Any] = {
+            "layers": "shared:0-2",
+            "num_speculative_tokens": 5,
+            "train_only": "new_positions",
+            "warm_start": str(start),
+            "max_steps": 1,
+        }
+        with pytest.raises(
+            TrainingInputError, match="train_places: got 3, .*write 4 or more"
+        ):
+            train(arguments(**extension, train_places=3), tiny_llama)
+        args = arguments(**extension, train_places=4)
+        train(args, tiny_llama)
+        before = load_drafter(start).placeholders
+        after = load_drafter(str(args.output_dir)).placeholders
+        assert before is not None
+        assert after is not None
+        assert after[:2].equal(before)
+        assert not after[2].equal(before[0])
 
     def test_a_stage_of_other_settings_is_refused(
         self, arguments: MakeArguments, tiny_llama: Path

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is taught when: a start of cross-entropy, and a curriculum of positions."""
 
+import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +11,14 @@ import torch
 from transformers.models.auto import AutoModelForCausalLM
 
 from checkpoints_spec.goldens import fill_weights
-from tests.tiny_answers import MakeArguments
+from tests.tiny_answers import MakeArguments, training_log
 from tests.tiny_targets import VOCAB_SIZE
 from vllm_mtp.errors import MTPError
 from vllm_mtp.torch_host.hf_target import HFTarget
 from vllm_mtp.torch_host.new_drafter import DrafterOptions, new_drafter
 from vllm_mtp.training.loss_module import LossModule, LossPlan
 from vllm_mtp.training.objective import Objective
+from vllm_mtp.training.run import train
 from vllm_mtp.training.schedule import Schedule
 
 TEXT: dict[str, Any] = {
@@ -91,3 +94,69 @@ def test_what_would_do_nothing_is_refused(
 ) -> None:
     with pytest.raises(MTPError, match=reason):
         arguments(**settings)
+
+
+LATE: dict[str, Any] = {"curriculum_steps": 4, "num_speculative_tokens": 3}
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        # The fifth step is the first one of three positions.
+        (LATE | {"max_steps": 4}, ["a run of 4 steps never teaches all 3 positions"]),
+        (LATE | {"max_steps": 5}, []),
+        # 18 texts, two at a time.
+        (LATE | {"max_steps": -1, "num_train_epochs": 0.4}, ["a run of 4 steps"]),
+        (
+            LATE | {"max_steps": 5, "stages": ["own:0,3"], "stage_steps": 1},
+            ["a run of 1 steps"],
+        ),
+        (
+            {"ce_start_steps": 2, "tv_weight": 1.0, "max_steps": 2},
+            ["ce_start_steps: got 2, .* never comes to the loss"],
+        ),
+    ],
+)
+def test_a_run_that_ends_too_early_says_so(
+    settings: dict[str, Any],
+    said: list[str],
+    arguments: MakeArguments,
+    tiny_llama: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    args = arguments(layers="own:3", eval_texts=1, **settings)
+    with training_log(caplog):
+        train(args, tiny_llama)
+    # Once each, though a logger that propagates shows them twice.
+    lines = list(dict.fromkeys(m for m in caplog.messages if "_steps: got" in m))
+    assert len(lines) == len(said)
+    for line, expected in zip(lines, said, strict=True):
+        assert re.search(expected, line)
+
+
+def test_a_part_of_the_loss_is_a_mean_over_the_steps_that_have_it(
+    arguments: MakeArguments, tiny_llama: Path
+) -> None:
+    """Also in a line of the log over steps with it and without."""
+
+    def logged(logging_steps: int) -> list[dict[str, float]]:
+        args = arguments(
+            layers="own:3",
+            ce_start_steps=3,
+            ce_weight=0.5,
+            tv_weight=0.5,
+            max_steps=4,
+            gradient_accumulation_steps=2,
+            eval_texts=1,
+            logging_steps=logging_steps,
+        )
+        train(args, tiny_llama)
+        file = Path(str(args.output_dir), "trainer_state.json")
+        history = json.loads(file.read_text("utf-8"))["log_history"]
+        return [line for line in history if "loss" in line]
+
+    each, (whole,) = logged(1), logged(4)
+    assert ["loss_tv" in line for line in each] == [False] * 3 + [True]
+    assert whole["loss_tv"] == pytest.approx(each[3]["loss_tv"])
+    mean = sum(line["loss_ce"] for line in each) / 4
+    assert whole["loss_ce"] == pytest.approx(mean)

@@ -72,8 +72,8 @@ class DrafterTrainingArguments(DrafterOptions, TrainingArguments):
         "gamma of position weights exp(-(i-1)/gamma)", None
     )
     ce_start_steps: int = flag(
-        "for so many optimizer steps the loss is cross-entropy alone, then what the "
-        "weights say",
+        "for so many optimizer steps (of each stage) the loss is cross-entropy alone, "
+        "then what the weights say",
         0,
     )
 
@@ -84,7 +84,7 @@ class DrafterTrainingArguments(DrafterOptions, TrainingArguments):
     )
     curriculum_steps: int = flag(
         "begin with two positions and teach one more after every so many optimizer "
-        "steps (0: all from the start)",
+        "steps, in each stage anew (0: all from the start)",
         0,
     )
     anchors_per_text: int = flag("most blocks behind one text in one step", 64)
@@ -204,7 +204,7 @@ class DrafterTrainingArguments(DrafterOptions, TrainingArguments):
             self._n_gpu = 1
 
     def plan(self) -> LossPlan:
-        """How texts become lessons."""
+        """What a step learns from texts."""
         return LossPlan(
             objective=Objective(
                 self.ce_weight,
@@ -407,6 +407,12 @@ def _require_start(args: DrafterTrainingArguments) -> None:
         raise MTPError(
             f"train_only: new_positions does not go with stages (got {args.stages}), "
             "which train every layer; leave one of them out"
+        )
+    if args.curriculum_steps:
+        raise MTPError(
+            "train_only: new_positions does not go with curriculum_steps (got "
+            f"{args.curriculum_steps}), which begins with two positions that are not "
+            "new; leave one of them out"
         )
     if not args.warm_start:
         raise MTPError("train_only: new_positions needs warm_start, a trained drafter")

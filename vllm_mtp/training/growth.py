@@ -139,14 +139,21 @@ def _name_in_source(name: str, taken: dict[int, int]) -> str:
     return "" if origin is None else f"layers.{origin}.{rest}"
 
 
-def freeze_all_but_new_positions(drafter: Drafter, num_old: int) -> None:
+def freeze_all_but_new_positions(
+    drafter: Drafter, num_old: int, num_taught: int | None = None
+) -> None:
     """Train the placeholders behind the first ``num_old`` positions alone.
+
+    Args:
+        drafter: The drafter.
+        num_old: Positions that it had before.
+        num_taught: Positions that are taught; None for all.
 
     Rows of a causal block do not read later ones, so the first positions draft
     exactly what they drafted before.
 
     Raises:
-        TrainingInputError: There is no new position.
+        TrainingInputError: There is no new position, or none is taught.
     """
     drafter.requires_grad_(False)
     if drafter.placeholders is None or len(drafter.placeholders) < num_old:
@@ -154,6 +161,12 @@ def freeze_all_but_new_positions(drafter: Drafter, num_old: int) -> None:
             f"train_only: new_positions, but num_speculative_tokens "
             f"({drafter.config.num_speculative_tokens}) adds no position to the "
             f"{num_old} of warm_start; ask for more"
+        )
+    if num_taught is not None and num_taught <= num_old:
+        raise TrainingInputError(
+            f"train_places: got {num_taught}, but train_only: new_positions trains "
+            f"those behind the {num_old} of warm_start alone; write {num_old + 1} or "
+            "more, or leave it out"
         )
     drafter.placeholders.requires_grad_(True)
     mask = torch.ones_like(drafter.placeholders)

@@ -30,7 +30,7 @@ from vllm_mtp.training.token_loss import TokenLoss
 
 @dataclass(frozen=True)
 class LossPlan:
-    """How texts become lessons.
+    """What a step learns from texts.
 
     Attributes:
         objective: The losses.
@@ -38,8 +38,8 @@ class LossPlan:
         feature_weight: Weight of the feature loss; 0 for none.
         states_budget: Bytes for keeping the target's states.
         seed: Seed of the anchors.
-        num_draft_tokens: Teach only the first so many positions; None for all.
-        schedule: What is taught otherwise in a run's first steps.
+        num_draft_tokens: Only the first so many positions are learnt; None for all.
+        schedule: What is learnt otherwise in a run's first steps.
     """
 
     objective: Objective = Objective()
@@ -52,7 +52,7 @@ class LossPlan:
 
 
 class LossModule(nn.Module):
-    """A drafter with all that is needed to teach it.
+    """A drafter with all that is needed to train it.
 
     Only the drafter's weights are its parameters. The target is no submodule: it is
     neither trained, nor saved, nor copied to other processes.
@@ -60,7 +60,7 @@ class LossModule(nn.Module):
     Args:
         drafter: Trained in place.
         host: Its frozen target.
-        plan: How to teach.
+        plan: What is learnt.
         candidates: Tokens that are scored; None for the whole output vocabulary. A
             drafter with a reduced vocabulary scores that.
     """
@@ -92,13 +92,13 @@ class LossModule(nn.Module):
         step: int,
         whole: StepLabels | None = None,
     ) -> dict[str, torch.Tensor]:
-        """One lesson.
+        """The loss of some texts.
 
         Args:
             texts: Rows of a data set with ``index`` (its number), ``input_ids``
                 (``[T]`` int64 tensor) and ``loss_spans``.
             step: The optimizer's step; it decides where the blocks stand, and what is
-                taught by `LossPlan.schedule`.
+                learnt by `LossPlan.schedule`.
             whole: From `labels_of_step`, where these texts are a part of the step's.
 
         Returns:
@@ -185,7 +185,7 @@ class LossModule(nn.Module):
             objective = self.plan.schedule.objective(objective, step)
         hidden = forward_texts(self.bound, texts, num_draft_tokens)
         labels = torch.cat([text.labels(num_draft_tokens) for text in texts])
-        # Where the first position is the target's own, there is nothing to teach.
+        # Where the first position is the target's own, there is nothing to learn.
         first = int(self.first_position_is_exact)
         loss, parts = self.token_loss(objective, texts, hidden, labels, first, whole)
         if self.features is not None:
@@ -203,11 +203,11 @@ class LossModule(nn.Module):
 
     @property
     def num_draft_tokens(self) -> int:
-        """Positions that are taught in the end."""
+        """Positions that are learnt in the end."""
         return self.plan.num_draft_tokens or self.drafter.config.num_speculative_tokens
 
     def _positions(self, step: int | None) -> int:
-        """Positions that are taught in a step, or in the end."""
+        """Positions that are learnt in a step, or in the end."""
         most = self.num_draft_tokens
         return most if step is None else self.plan.schedule.positions(most, step)
 

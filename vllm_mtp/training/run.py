@@ -3,7 +3,7 @@
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
 from functools import cached_property
@@ -12,12 +12,14 @@ from typing import NamedTuple
 
 import torch
 from datasets import Dataset
+from torch import nn
 
 from vllm_mtp.data.served_sampling import difference_from_served
 from vllm_mtp.data.settings import OFF_POLICY
 from vllm_mtp.data.several import Answers, differences, read_answers
 from vllm_mtp.drafter.checkpoint import CONFIG_FILE, load_drafter, read_config
 from vllm_mtp.drafter.cost import draft_cost
+from vllm_mtp.drafter.layers import OwnLayer
 from vllm_mtp.drafter.model import Drafter
 from vllm_mtp.drafter.target_facts import TargetFacts
 from vllm_mtp.drafter.vocabulary import frequent_tokens, tokens_of
@@ -274,15 +276,18 @@ def require_trainable(loss_module: LossModule) -> None:
     Raises:
         TrainingInputError: With what to add.
     """
-    drafter = loss_module.drafter
-    exact_alone = (
-        drafter.config.shares_whole_target and loss_module.num_draft_tokens == 1
-    )
-    if exact_alone or not any(p.requires_grad for p in drafter.parameters()):
+    drafter, num_taught = loss_module.drafter, loss_module.num_draft_tokens
+    weights: Iterable[nn.Parameter] = drafter.parameters()
+    if num_taught == 1:
+        # Placeholders, LoRA and the Markov correction act behind the first position.
+        own = [layer for layer in drafter.layers if isinstance(layer, OwnLayer)]
+        weights = nn.ModuleList(own).parameters()
+    if not any(weight.requires_grad for weight in weights):
         raise TrainingInputError(
-            "layers: nothing to train; shared layers without LoRA have no weights, and "
-            "the first position of a wholly shared target is exact. Ask for more "
-            "num_speculative_tokens, own layers, lora_rank or markov_rank"
+            f"layers: nothing to train at {num_taught} taught position(s); shared "
+            "layers without LoRA have no weights, and on the first position only own "
+            "layers have any that act. Ask for own layers, or for more "
+            "num_speculative_tokens (or train_places), lora_rank or markov_rank"
         )
 
 
@@ -302,4 +307,5 @@ def _warm_start(drafter: Drafter, args: DrafterTrainingArguments) -> None:
     logger.info("warm start from %s; new: %s", args.warm_start, left or "nothing")
     if args.train_only == "new_positions":
         require_same_but_positions(drafter, source)
-        freeze_all_but_new_positions(drafter, source.config.num_speculative_tokens)
+        num_old = source.config.num_speculative_tokens
+        freeze_all_but_new_positions(drafter, num_old, args.train_places)

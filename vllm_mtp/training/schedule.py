@@ -24,6 +24,8 @@ class Schedule:
         curriculum_steps: Begin with two positions and teach one more after every so
             many steps (Uno, arXiv 2609.04010, lets its blocks grow); 0 teaches all
             from the start.
+
+    A stage of a run counts its steps anew, and so each goes through all of this.
     """
 
     ce_start_steps: int = 0
@@ -50,3 +52,15 @@ class Schedule:
         if not self.curriculum_steps:
             return most
         return min(most, _FIRST_POSITIONS + step // self.curriculum_steps)
+
+    def last_change(self, most: int) -> tuple[str, int]:
+        """What comes last, and the step from which on nothing changes any more.
+
+        Args:
+            most: How many positions are taught in the end.
+        """
+        changes = [
+            ("ce_start_steps", self.ce_start_steps),
+            ("curriculum_steps", self.curriculum_steps * (most - _FIRST_POSITIONS)),
+        ]
+        return max(changes, key=lambda change: change[1])

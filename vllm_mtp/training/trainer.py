@@ -25,6 +25,7 @@ from vllm_mtp.training.optimizer import make_optimizer
 from vllm_mtp.training.resume import write_checkpoint_config
 from vllm_mtp.training.states import TrainingInputError
 from vllm_mtp.training.step_labels import StepLabels
+from vllm_mtp.training.too_short import WarnOfTooFewSteps
 
 
 class Texts(torch.utils.data.Dataset[dict[str, Any]]):
@@ -80,11 +81,14 @@ class DrafterTrainer(Trainer):
 
     def __init__(self, loss_module: LossModule, **kwargs: Any) -> None:
         super().__init__(model=loss_module, data_collator=collate, **kwargs)
+        self.add_callback(WarnOfTooFewSteps())
         # The loss is divided by the counts of the whole step (`get_batch_samples`):
         # Trainer must sum over accumulated batches.
         self.model_accepts_loss_kwargs = True
+        # Since the last line of the log, by name: a part's values, and the steps that
+        # have it. A schedule may bring one in between two lines.
         self._parts: dict[str, list[torch.Tensor]] = {}
-        self._steps = 0  # since the last line of the log
+        self._part_steps: dict[str, set[int]] = {}
 
     @property
     def loss_module(self) -> LossModule:
@@ -105,7 +109,6 @@ class DrafterTrainer(Trainer):
             KeyboardInterrupt: Ctrl-C was pressed in some process.
         """
         self._stop_together()
-        self._steps += 1
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         texts = [text for batch in batches for text in batch["texts"]]
         labels = self.loss_module.labels_of_step(
@@ -151,6 +154,7 @@ class DrafterTrainer(Trainer):
         for name, value in outputs.items():
             if name != "loss":
                 self._parts.setdefault(name, []).append(value)
+                self._part_steps.setdefault(name, set()).add(self.state.global_step)
         return (loss, outputs) if return_outputs else loss
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
@@ -179,8 +183,8 @@ class DrafterTrainer(Trainer):
         if "loss" in logs:
             for name, values in self._parts.items():
                 total = self.accelerator.reduce(torch.stack(values).sum())
-                logs[f"loss_{name}"] = total.item() / self._steps
-            self._parts, self._steps = {}, 0
+                logs[f"loss_{name}"] = total.item() / len(self._part_steps[name])
+            self._parts, self._part_steps = {}, {}
         super().log(logs, *args, **kwargs)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
