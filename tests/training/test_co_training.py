@@ -14,11 +14,13 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerFast, TrainerCallback
 
 from tests.tiny_targets import VOCAB_SIZE, make_tiny
 from tests.training.co_trained import (
     ARGUMENTS,
+    ROWS,
     SETTINGS,
     model_of,
     plain_trainer,
@@ -39,8 +41,11 @@ from vllm_mtp.torch_host.new_drafter import new_drafter
 from vllm_mtp.training.co_training.batch_texts import texts_of
 from vllm_mtp.training.co_training.callback import CoTraining
 from vllm_mtp.training.co_training.folder import STATE_FILE
+from vllm_mtp.training.co_training.measures import measure
+from vllm_mtp.training.loss_module import LossModule, LossPlan
 
 K = 3
+TEACHER_OF_ALL = {"learning_rate": 1e-2, "teacher_tokens": 0}
 
 
 @pytest.fixture(scope="module")
@@ -157,9 +162,9 @@ def test_the_trainer_does_not_notice(
         kept.pop("train_runtime", None)
         assert {name: line[name] for name in kept} == kept
     assert all(torch.isfinite(torch.tensor(losses(trainer))))
-    for measure in ("teacher_forced", "loss", "entropy"):
+    for name in ("teacher_forced", "loss", "entropy"):
         for position in range(1, K + 1):
-            assert losses(trainer, f"drafter/{measure}_position_{position}")
+            assert losses(trainer, f"drafter/{name}_position_{position}")
     assert all(parameter.requires_grad for parameter in trainer.model.parameters())
 
 
@@ -283,6 +288,160 @@ def test_adapters_of_the_target_are_read(
     then, now = outcomes(folder, merged)
     assert_same_run(now, then)
     read_config(folder).target.require_same(TargetFacts.from_folder(tiny_llama))
+
+
+@pytest.fixture(scope="module")
+def noise_drafter(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    options = DrafterOptions(
+        placeholder_kind="noise", lora_rank=2, lora_modules=["q_proj"], dtype="float32"
+    )
+    made = new_drafter(tiny_llama, "shared:all", K, options)
+    return save_drafter(made, tmp_path_factory.mktemp("drafters") / "noise")
+
+
+@pytest.mark.parametrize(("checkpointing", "bf16"), [(False, True), (True, False)])
+def test_a_model_that_was_trained_before(
+    checkpointing: bool, bf16: bool, tiny_llama: Path, drafter: Path, tmp_path: Path
+) -> None:
+    """LoRA acts in copies of the target's modules, made when training is on."""
+    model = model_of(tiny_llama).train()
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    trainer = plain_trainer(model, tmp_path, max_steps=1, logging_steps=1, bf16=bf16)
+    co_train(trainer, drafter, **SETTINGS)
+    assert model.training
+    trainer.train()
+    assert len(losses(trainer)) == 1
+
+
+def test_noise_tokens_follow_the_target(
+    tiny_llama: Path, noise_drafter: Path, tmp_path: Path
+) -> None:
+    model = model_of(tiny_llama)
+    trainer = plain_trainer(
+        model, tmp_path / "out", learning_rate=0.1, logging_steps=1, max_steps=2
+    )
+    made = co_train(trainer, noise_drafter, **TEACHER_OF_ALL)
+    assert made.drafter.placeholders is not None
+    assert not made.drafter.placeholders.requires_grad
+    before = weights(made.drafter.layers)
+    trainer.train()
+    assert not same(weights(made.drafter.layers), before)
+
+    folder = tmp_path / "out" / "checkpoint-2"
+    saved = load_drafter(folder / "mtp_placeholder")
+    noise, placeholders = saved.config.noise, saved.placeholders
+    assert noise is not None
+    assert placeholders is not None
+    target = HFTarget(load_frozen(folder, "float32", "cpu"))
+    now = target.embed(torch.tensor(noise.token_ids))
+    assert torch.equal(placeholders, now)
+    old = load_drafter(noise_drafter).placeholders
+    assert old is not None
+    assert not torch.allclose(placeholders, old)
+
+
+def test_measures_use_the_noise_that_is_kept(
+    tiny_llama: Path, noise_drafter: Path
+) -> None:
+    made = load_drafter(noise_drafter)
+    host = HFTarget(load_frozen(tiny_llama, "float32", "cpu"))
+    text = {
+        "index": 0,
+        "input_ids": torch.tensor(ROWS[0]["input_ids"]),
+        "loss_spans": [(4, 16)],
+    }
+    # Other steps draw other noise; with all anchors nothing else is drawn.
+    first, second = (
+        measure(LossModule(made, host, LossPlan()), [text], n) for n in (1, 2)
+    )
+    assert torch.equal(first, second)
+
+
+def test_what_is_frozen_in_a_drafter_stays_so(tiny_llama: Path, tmp_path: Path) -> None:
+    mine = new_drafter(tiny_llama, "own:3", K)
+    assert mine.placeholders is not None
+    mine.placeholders.requires_grad_(False)
+    frozen, other = mine.placeholders.clone().float(), weights(mine.layers)
+    trainer = plain_trainer(model_of(tiny_llama), tmp_path / "out", max_steps=1)
+    co_train(trainer, mine, weight_decay=0.1)
+    trainer.train()
+    assert torch.equal(mine.placeholders, frozen)
+    assert not same(weights(mine.layers), [w.float() for w in other])
+
+
+def test_a_step_without_a_text_is_none(
+    tiny_llama: Path, drafter: Path, tmp_path: Path
+) -> None:
+    trainer = plain_trainer(model_of(tiny_llama), tmp_path / "out", max_steps=1)
+    made = co_train(trainer, drafter, **SETTINGS | {"max_text_tokens": 4})
+    before = weights(made.drafter)
+    trainer.train()
+    assert same(weights(made.drafter), before)
+    papers = read_provenance(tmp_path / "out" / "checkpoint-1" / "mtp_placeholder")
+    assert papers is not None
+    assert papers.training is not None
+    assert papers.training.optimizer_steps == 0
+
+
+def test_accumulated_batches_are_one(
+    tiny_llama: Path, drafter: Path, tmp_path: Path
+) -> None:
+    """Also where one has fewer labels than the other."""
+    rows = [text[: 16 - 3 * (n % 3)] for n, text in enumerate(ROWS["input_ids"])]
+
+    def run(batch: int, batches: int) -> tuple[list[float], list[torch.Tensor]]:
+        trainer = plain_trainer(
+            model_of(tiny_llama, dropout=0.0),
+            tmp_path / str(batch),
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=batches,
+            max_steps=1,
+            logging_steps=1,
+            save_strategy="no",
+            train_sampling_strategy="sequential",
+        )
+        trainer.train_dataset = Dataset.from_list([{"input_ids": r} for r in rows])
+        trainer.data_collator = padded
+        made = co_train(trainer, drafter, learning_rate=1e-3, max_grad_norm=1e9)
+        kept: list[torch.Tensor] = []
+
+        def keep(*_: Any) -> None:
+            kept.extend(w.grad.clone() for w in made.drafter.parameters())
+
+        trainer.add_callback(
+            Begun(lambda: made._optimizer.register_step_pre_hook(keep))
+        )
+        trainer.train()
+        return losses(trainer), kept
+
+    (at_once, gradients), (in_parts, others) = run(4, 1), run(1, 4)
+    assert in_parts == pytest.approx(at_once, rel=1e-4)
+    for found, expected in zip(others, gradients, strict=True):
+        assert (found - expected).norm() <= 1e-3 * expected.norm()
+
+
+class Begun(TrainerCallback):
+    """Calls something once training has begun."""
+
+    def __init__(self, call: Callable[[], Any]) -> None:
+        self._call = call
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        self._call()
+
+
+def padded(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """As `Causal`, with texts of several lengths."""
+    ids = [torch.tensor(row["input_ids"]) for row in rows]
+    mask = pad_sequence([torch.ones_like(i) for i in ids], batch_first=True)
+    labels = pad_sequence(ids, batch_first=True, padding_value=-100)
+    labels[:, :4] = -100
+    return {
+        "input_ids": pad_sequence(ids, batch_first=True),
+        "labels": labels,
+        "attention_mask": mask,
+    }
 
 
 @pytest.mark.slow  # two processes import everything anew
@@ -410,6 +569,7 @@ class TestRefused:
             ({"every": 0}, "every: got 0"),
             ({"ce_weight": 0, "kl_weight": 0}, "one of them above 0"),
             ({"teacher_tokens": 201}, "at most the 200 tokens"),
+            ({"teacher_tokens": -1}, "teacher_tokens: got -1"),
         ],
     )
     def test_settings(
@@ -438,6 +598,37 @@ class TestRefused:
             co_train(trainer, new_drafter(tiny_qwen3, "own:3", K))
         with pytest.raises(MTPError, match="nothing to train"):
             co_train(trainer, new_drafter(tiny_llama, "shared:all", 1))
+        noise = DrafterOptions(placeholder_kind="noise")
+        only_noise = new_drafter(tiny_llama, "shared:all", K, noise).requires_grad_()
+        for without_lora in (only_noise, save_drafter(only_noise, tmp_path / "noise")):
+            with pytest.raises(MTPError, match="nothing to train"):
+                co_train(trainer, without_lora)
+
+    @pytest.mark.parametrize(
+        ("layers", "settings", "message"),
+        [
+            ("own:3", {"teacher_tokens": 10**6}, "teacher_tokens: got 1000000"),
+            ("shared:all", {"own_optimizer": "muon"}, "no own layer to train"),
+            ("own:3", {}, "all of its weights are frozen"),
+        ],
+    )
+    def test_a_refused_drafter_is_as_it_was(
+        self,
+        layers: str,
+        settings: dict[str, Any],
+        message: str,
+        tiny_llama: Path,
+        tmp_path: Path,
+    ) -> None:
+        mine = new_drafter(tiny_llama, layers, K, DrafterOptions(dtype="bfloat16"))
+        mine = mine.bfloat16().requires_grad_(bool(settings))
+        config = mine.config
+        trainer = plain_trainer(model_of(tiny_llama), tmp_path)
+        with pytest.raises(MTPError, match=message):
+            co_train(trainer, mine, **settings)
+        assert mine.config is config
+        kinds = {(w.dtype, w.requires_grad) for w in mine.parameters()}
+        assert kinds == {(torch.bfloat16, bool(settings))}
 
     @pytest.mark.parametrize(
         ("change", "message"),

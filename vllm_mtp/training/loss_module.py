@@ -117,11 +117,13 @@ class LossModule(nn.Module):
         """What every part of a step has to know, found without running the target.
 
         Args:
-            texts: All of this process in the step; as in `forward`.
+            texts: All of this process in the step, or none; as in `forward`.
             step: The step.
             sum_over_processes: Takes and gives an int64 tensor ``[n]``.
         """
-        labels = torch.cat([self._labels(text, step) for text in texts])
+        shape = 0, self._positions(step)
+        none = torch.empty(shape, dtype=torch.int64, device=self.host.device)
+        labels = torch.cat([none, *(self._labels(text, step) for text in texts)])
         return step_labels(
             labels,
             int(self.first_position_is_exact),

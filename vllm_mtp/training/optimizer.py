@@ -3,6 +3,7 @@
 for the matrices of own layers where it is asked for."""
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +14,7 @@ from vllm_mtp.drafter.layers import OwnLayer
 
 if TYPE_CHECKING:
     from vllm_mtp.training.arguments import DrafterTrainingArguments
+    from vllm_mtp.training.co_training.settings import CoTrainingSettings
 
 Group = dict[str, Any]
 
@@ -113,9 +115,24 @@ def make_optimizer(
         args: The settings.
     """
     kind, settings = Trainer.get_optimizer_cls_and_kwargs(args)
+    return optimizer_of(loss_module, args, partial(kind, **settings))
+
+
+def optimizer_of(
+    module: nn.Module,
+    args: "DrafterTrainingArguments | CoTrainingSettings",
+    kind: Callable[[list[Group]], torch.optim.Optimizer],
+) -> torch.optim.Optimizer:
+    """An optimizer of the weights that require gradients.
+
+    Args:
+        module: The drafter, or what holds it as ``drafter``.
+        args: The learning rates, and whether Muon is asked for.
+        kind: Makes the optimizer of all that Muon does not train.
+    """
     weights = [
         (name.removeprefix("drafter."), weight)
-        for name, weight in loss_module.named_parameters()
+        for name, weight in module.named_parameters()
         if weight.requires_grad
     ]
 
@@ -126,11 +143,10 @@ def make_optimizer(
         }
         return groups_of(chosen, args.learning_rate, args.weight_decay, scales)
 
-    matrices = own_matrices(loss_module) if args.own_optimizer == "muon" else ()
-    optimizer = kind(
-        groups((n, w) for n, w in weights if w not in matrices), **settings
-    )
-    if not matrices:
-        return optimizer
+    matrices = own_matrices(module) if args.own_optimizer == "muon" else ()
     of_matrices = groups((n, w) for n, w in weights if w in matrices)
-    return JointOptimizer([muon(of_matrices), optimizer])
+    others = groups((n, w) for n, w in weights if w not in matrices)
+    if not of_matrices:
+        return kind(others)
+    parts: list[torch.optim.Optimizer] = [muon(of_matrices)]
+    return JointOptimizer([*parts, kind(others)] if others else parts)

@@ -277,7 +277,7 @@ def require_trainable(loss_module: LossModule) -> None:
         TrainingInputError: With what to add.
     """
     drafter, num_taught = loss_module.drafter, loss_module.num_draft_tokens
-    weights: Iterable[nn.Parameter] = drafter.parameters()
+    weights: Iterable[nn.Parameter] = trainable_weights(drafter)
     if num_taught == 1:
         # Placeholders, LoRA and the Markov correction act behind the first position.
         own = [layer for layer in drafter.layers if isinstance(layer, OwnLayer)]
@@ -289,6 +289,12 @@ def require_trainable(loss_module: LossModule) -> None:
             "layers have any that act. Ask for own layers, or for more "
             "num_speculative_tokens (or train_places), lora_rank or markov_rank"
         )
+
+
+def trainable_weights(drafter: Drafter) -> list[nn.Parameter]:
+    """All that can be trained: noise placeholders are the target's embeddings."""
+    noise = drafter.placeholders if drafter.config.noise else None
+    return [weight for weight in drafter.parameters() if weight is not noise]
 
 
 def _costs(drafter: Drafter) -> dict[str, float]:

@@ -33,7 +33,8 @@ from vllm_mtp.training.co_training.live_target import LiveTarget
 from vllm_mtp.training.co_training.measures import measure, named
 from vllm_mtp.training.co_training.settings import CoTrainingSettings, checked
 from vllm_mtp.training.loss_module import LossModule
-from vllm_mtp.training.run import require_trainable
+from vllm_mtp.training.optimizer import own_matrices
+from vllm_mtp.training.run import require_trainable, trainable_weights
 from vllm_mtp.training.states import TrainingInputError
 
 
@@ -52,7 +53,8 @@ def co_train(
         trainer: SFTTrainer, GRPOTrainer, or another of transformers' `Trainer`s whose
             batches `batch_texts.texts_of` knows.
         drafter: Made for the model: its folder, or a `Drafter`, which is trained in
-            place. It must be the same in all processes.
+            place, without the weights that are frozen in it. It must be the same in
+            all processes.
         settings: See `CoTrainingSettings`.
 
     Raises:
@@ -86,13 +88,20 @@ class CoTraining(TrainerCallback):
         if not isinstance(drafter, Drafter):
             folder, drafter = drafter, load_drafter(drafter)
             self._parent = parent_record(Path(folder), str(folder))
+            for weight in trainable_weights(drafter):
+                weight.requires_grad_(True)
         self._target = LiveTarget(trainer)
         self.drafter = drafter
-        self._take_facts()
-        self.drafter.float().to(trainer.args.device).requires_grad_(True)
-        self._loss_module = LossModule(drafter, self._target.host, settings.plan())
-        require_trainable(self._loss_module)
+        facts = self._facts()
+        self._require_weights()
         self._require_heads()
+        # A user's drafter is changed only once nothing refuses it.
+        require_trainable(self._new_loss_module())
+        drafter.config = drafter.config.model_copy(update={"target": facts})
+        drafter.float().to(trainer.args.device)
+        self._loss_module = self._new_loss_module()
+        if settings.gradient_checkpointing:
+            self._loss_module.gradient_checkpointing_enable()
         self._optimizer: Any = None
         self._schedule: Any = None
         self._started = datetime.now(timezone.utc)
@@ -126,7 +135,7 @@ class CoTraining(TrainerCallback):
             resumed_from_step=self._resumed_from_step,
         )
         with self._target.as_read(), self._target.autocast():
-            self._follow_head()
+            self._follow_copies()
             return write_folder(
                 Path(folder),
                 None if target is None else Path(target),
@@ -135,16 +144,37 @@ class CoTraining(TrainerCallback):
                 self._last,
             )
 
-    def _take_facts(self) -> None:
-        """From now on the drafter is of this target, which has a name of its own."""
+    def _new_loss_module(self) -> LossModule:
+        host, plan = self._target.host, self._settings.plan()
+        # What LoRA acts in are copies of the target's modules: they keep their mode.
+        with self._target.as_read():
+            return LossModule(self.drafter, host, plan)
+
+    def _facts(self) -> TargetFacts:
+        """Of this target, which has a name of its own and which the drafter fits."""
         config = self.drafter.config
         name = Path(self._trainer.args.output_dir).resolve().name
         facts = TargetFacts.from_hf_config(self._target.model.config, name=name)
         config.target.require_same(facts)
         # Of names and shapes alone, which training does not change.
         known = {"weights_fingerprint": config.target.weights_fingerprint}
-        facts = facts.model_copy(update=known)
-        self.drafter.config = config.model_copy(update={"target": facts})
+        return facts.model_copy(update=known)
+
+    def _require_weights(self) -> None:
+        weights = trainable_weights(self.drafter)
+        if weights and not any(weight.requires_grad for weight in weights):
+            raise TrainingInputError(
+                "co_train: drafter: all of its weights are frozen, as load_drafter "
+                "gives them; call requires_grad_() on what is to be trained, or give "
+                "the drafter's folder"
+            )
+        matrices = own_matrices(self.drafter)
+        is_muon = self._settings.own_optimizer == "muon"
+        if is_muon and not any(weight.requires_grad for weight in matrices):
+            raise TrainingInputError(
+                "co_train: own_optimizer: got 'muon', but the drafter has no own layer "
+                "to train; leave it out, or use a drafter with own layers"
+            )
 
     def _require_heads(self) -> None:
         head = self._target.model.get_output_embeddings()
@@ -157,7 +187,7 @@ class CoTraining(TrainerCallback):
             )
         facts, most = self.drafter.config.target, self._settings.teacher_tokens
         scored = facts.vocab_size if vocab is None else len(vocab.token_ids)
-        if self._loss_module.plan.objective.needs_teacher and most > scored:
+        if self._settings.plan().objective.needs_teacher and most > scored:
             raise TrainingInputError(
                 f"co_train: teacher_tokens: got {most}, expected at most the {scored} "
                 "tokens that the drafter scores"
@@ -259,7 +289,7 @@ class CoTraining(TrainerCallback):
         batches, self._batches = [b for b in self._batches if b], []
         if state.global_step % self._settings.every == 0:
             with self._target.as_read(), torch.enable_grad():
-                self._follow_head()
+                self._follow_copies()
                 self._step(batches, state.global_step)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -267,11 +297,17 @@ class CoTraining(TrainerCallback):
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             self._load_state(Path(state.best_model_checkpoint))
 
-    def _follow_head(self) -> None:
-        """Take the rows anew that a reduced vocabulary copies of the target's head."""
+    @torch.no_grad()
+    def _follow_copies(self) -> None:
+        """Take anew what the drafter copies of the target: the head's rows of a reduced
+        vocabulary, and the embeddings of noise tokens."""
         bound, vocab = self._loss_module.bound, self.drafter.draft_vocab
         if vocab is not None:
             bound.small_head = bound.target.logits_of_tokens(vocab.token_ids)
+        noise, placeholders = self.drafter.config.noise, self.drafter.placeholders
+        if noise is not None and placeholders is not None:
+            ids = torch.tensor(noise.token_ids, device=placeholders.device)
+            placeholders.copy_(bound.target.embed(ids))
 
     def _step(self, batches: list[list[dict[str, Any]]], step: int) -> None:
         if batches:
@@ -280,10 +316,13 @@ class CoTraining(TrainerCallback):
                 with self._target.autocast():
                     self._sums += measure(self._loss_module, self._last, step).cpu()
                 self._is_measured = True
-            self._losses[1] += 1
+        all_texts = [text for texts in batches for text in texts]
+        whole = self._loss_module.labels_of_step(all_texts, step, self._sum)
+        if not whole.total.item():
+            return  # no process has a text
         for texts in batches:
             with self._target.autocast():
-                loss = self._loss_module(texts, step)["loss"] / len(batches)
+                loss = self._loss_module(texts, step, whole)["loss"]
             if not math.isfinite(loss.item()):
                 raise TrainingInputError(
                     f"co_train: step {step}: the drafter's loss is not finite; lower "
@@ -291,40 +330,35 @@ class CoTraining(TrainerCallback):
                     "checkpoint"
                 )
             loss.backward()
-            self._losses[0] += loss.item()
-        if self._average_gradients(bool(batches)):
-            weights = self.drafter.parameters()
-            torch.nn.utils.clip_grad_norm_(weights, self._settings.max_grad_norm)
-            self._optimizer.step()
-            self._schedule.step()
-            self._steps += 1
+            self._loss += loss.item()
+        self._logged_steps += 1
+        weights = [w for group in self._optimizer.param_groups for w in group["params"]]
+        if self._trainer.accelerator.num_processes > 1:
+            for weight in weights:
+                # Every process has to take part, whatever it has.
+                own = torch.zeros_like(weight) if weight.grad is None else weight.grad
+                weight.grad = self._sum(own)
+        torch.nn.utils.clip_grad_norm_(weights, self._settings.max_grad_norm)
+        self._optimizer.step()
+        self._schedule.step()
+        self._steps += 1
         self._optimizer.zero_grad()
 
-    def _average_gradients(self, has_texts: bool) -> bool:
-        """Over the processes that had texts; whether there was one."""
-        accelerator = self._trainer.accelerator
-        if accelerator.num_processes == 1:
-            return has_texts
-        have = torch.tensor(float(has_texts), device=accelerator.device)
-        count = max(1.0, accelerator.reduce(have, "sum").item())
-        for weight in self.drafter.parameters():
-            # Every process has to take part, whatever it has.
-            own = torch.zeros_like(weight) if weight.grad is None else weight.grad
-            weight.grad = accelerator.reduce(own, "sum") / count
-        return True
+    def _sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Over all processes."""
+        return self._trainer.accelerator.reduce(tensor, "sum")
 
     def _forget_measures(self) -> None:
-        self._losses = torch.zeros(2, dtype=torch.float64)  # sum; steps
+        self._loss = torch.zeros((), dtype=torch.float64)  # this process's part
+        self._logged_steps = 0  # since the last line, the same in all processes
         positions = self._loss_module.num_draft_tokens
         self._sums = torch.zeros(5, positions, dtype=torch.float64)
         self._is_measured = False
 
     def _measures(self) -> dict[str, float]:
         """Since the last line of the log, over all processes."""
-        accelerator = self._trainer.accelerator
-        losses, sums = (
-            accelerator.reduce(tensor.to(accelerator.device), "sum").cpu()
-            for tensor in (self._losses, self._sums)
+        device, steps = self._trainer.accelerator.device, self._logged_steps
+        total, sums = (
+            self._sum(tensor.to(device)).cpu() for tensor in (self._loss, self._sums)
         )
-        total, steps = losses.tolist()
-        return ({"loss": total / steps} if steps else {}) | named(sums)
+        return ({"loss": total.item() / steps} if steps else {}) | named(sums)

@@ -54,6 +54,7 @@ class LiveTarget:
                 "drafter overflow; load it in bfloat16 or float32"
             )
         self._autocasts = trainer.args.bf16 or self.model.dtype == torch.bfloat16
+        # Without autocast, whose rounding is more than `require_followed` lets pass.
         with self.as_read():
             self.host = HFTarget(self.model)
 

@@ -35,7 +35,9 @@ def measure(
         that the drafter could draft; their cross-entropy; the entropy of the drafts.
     """
     # One text at a time: the scores of all would take more room than the loss does.
-    sums = [_of_text(loss_module, loss_module.blocks(text, step)) for text in texts]
+    # Noise is what the drafter keeps, as when it serves.
+    blocks = (loss_module.blocks(text, step) for text in texts)
+    sums = [_of_text(loss_module, text._replace(noise_ids=None)) for text in blocks]
     return torch.stack(sums).sum(0)
 
 

@@ -10,7 +10,7 @@ from vllm_mtp.drafter.model import Drafter
 from vllm_mtp.errors import refusal_of
 from vllm_mtp.training.loss_module import LossPlan
 from vllm_mtp.training.objective import Objective
-from vllm_mtp.training.optimizer import JointOptimizer, groups_of, muon, own_matrices
+from vllm_mtp.training.optimizer import optimizer_of
 from vllm_mtp.training.states import TrainingInputError
 
 
@@ -33,10 +33,11 @@ class CoTrainingSettings(BaseModel):
     ce_weight: float = Field(0.5, ge=0)
     kl_weight: float = Field(0.5, ge=0)
     tv_weight: float = Field(0.0, ge=0)
-    teacher_tokens: int = Field(64, ge=1)
+    teacher_tokens: int = Field(64, ge=0, description="0 for all that are scored.")
     position_decay: float | None = Field(None, gt=0)
     anchors_per_text: int = Field(64, ge=1)
     max_text_tokens: int = Field(2048, ge=3)
+    gradient_checkpointing: bool = True
     seed: int = Field(42, ge=0)
 
     def plan(self) -> LossPlan:
@@ -55,23 +56,7 @@ class CoTrainingSettings(BaseModel):
 
     def optimizer(self, drafter: Drafter) -> torch.optim.Optimizer:
         """AdamW, or Muon for the matrices of own layers and AdamW for the rest."""
-        scales = {
-            "placeholders": self.placeholder_lr_scale,
-            "markov": self.markov_lr_scale,
-        }
-        matrices = own_matrices(drafter) if self.own_optimizer == "muon" else set()
-        weights = list(drafter.named_parameters())
-        both = [[(n, w) for n, w in weights if (w in matrices) == of] for of in (1, 0)]
-        in_matrices, others = (
-            groups_of(part, self.learning_rate, self.weight_decay, scales)
-            for part in both
-        )
-        parts: list[torch.optim.Optimizer] = []
-        if in_matrices:
-            parts.append(muon(in_matrices))
-        if others:
-            parts.append(torch.optim.AdamW(others))
-        return JointOptimizer(parts)
+        return optimizer_of(drafter, self, torch.optim.AdamW)
 
 
 def checked(settings: dict[str, Any]) -> CoTrainingSettings:
