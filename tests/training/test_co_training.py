@@ -3,6 +3,8 @@
 
 import json
 import os
+import runpy
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -233,6 +235,10 @@ def test_a_resumed_run_equals_an_unbroken_one(
     assert papers.training.resumed_from_step == 2
     assert papers.training.optimizer_steps == 4
 
+    trainer = plain_trainer(model_of(tiny_llama), tmp_path / "adamw")
+    co_train(trainer, drafter)
+    with pytest.raises(MTPError, match=r"checkpoint-2: its optimizer trains other"):
+        trainer.train(str(half))
     other = save_drafter(new_drafter(tiny_llama, "own:3", K), tmp_path / "drafter")
     trainer = plain_trainer(model_of(tiny_llama), tmp_path / "third")
     co_train(trainer, other)
@@ -419,6 +425,33 @@ def test_accumulated_batches_are_one(
     assert in_parts == pytest.approx(at_once, rel=1e-4)
     for found, expected in zip(others, gradients, strict=True):
         assert (found - expected).norm() <= 1e-3 * expected.norm()
+
+
+def test_the_example_trains_both(
+    tiny_llama: Path,
+    drafter: Path,
+    tokenizer: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its training alone, on a small target; what is gained needs an engine."""
+    target = Path(shutil.copytree(tiny_llama, tmp_path / "target"))
+    tokenizer.save_pretrained(target)
+    template = "{% for message in messages %}{{ message.content }} {% endfor %}"
+    (target / "chat_template.jinja").write_text(template, "utf-8")
+    monkeypatch.setenv("VLLM_LOGGING_LEVEL", "WARNING")  # the example sets it for good
+    path = Path(__file__).parents[2] / "examples" / "co_train.py"
+    example = runpy.run_path(str(path))
+    pairs = [(pair["prompt"], pair["completion"]) for pair in PAIRS[:4]]
+    out = tmp_path / "out"
+    example["fine_tune"](target, drafter, pairs, out, 2)
+    saved = out / example["METHOD"]
+    assert not same(weights(load_drafter(saved)), weights(load_drafter(drafter)))
+    read_config(saved).target.require_same(TargetFacts.from_folder(out))
+    papers = read_provenance(saved)
+    assert papers is not None
+    assert papers.training is not None
+    assert papers.training.optimizer_steps == 2
 
 
 class Begun(TrainerCallback):

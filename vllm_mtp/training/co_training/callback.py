@@ -263,7 +263,15 @@ class CoTraining(TrainerCallback):
     def _load_state(self, checkpoint: Path) -> None:
         state = self._read_state(checkpoint)
         self.drafter.load_state_dict(state["drafter"])
-        self._optimizer.load_state_dict(state["optimizer"])
+        try:
+            self._optimizer.load_state_dict(state["optimizer"])
+        except ValueError:  # torch's word for other groups
+            raise TrainingInputError(
+                f"co_train: {checkpoint}: its optimizer trains other weights, or in "
+                "other groups; use the settings (own_optimizer, placeholder_lr_scale, "
+                "markov_lr_scale, weight_decay) and the frozen weights that the run "
+                "began with"
+            ) from None
         self._schedule.load_state_dict(state["schedule"])
         self._steps = state["steps"]
 
