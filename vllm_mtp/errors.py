@@ -48,6 +48,12 @@ class OutputError(MTPError):
     """A file cannot be written: no room, no permission, or no such place."""
 
 
+def in_one_line(error: Exception) -> str:
+    """The kind of an error of a library, and what it says, whose lines are many at
+    times."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
 def refusal_of(error: "ValidationError", prefix: str = "") -> str:
     """The first thing that pydantic found, in one line.
 

@@ -54,3 +54,30 @@ def test_a_folder_with_such_a_config(
     assert error.startswith(f"vllm-mtp {command}: ")
     assert str(target) in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["check", "DRAFTER", "--target", "nobody/nothing"],
+        ["import", "nobody/nothing", "--target", "TARGET", "--out", "OUT"],
+    ],
+    ids=["a target", "an adapter"],
+)
+def test_what_the_hub_says_is_one_line(
+    arguments: list[str],
+    drafter: Path,
+    tiny_llama: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError("it is not there.\nCheck your connection.\n")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
+    places = {"DRAFTER": drafter, "TARGET": tiny_llama, "OUT": tmp_path / "out"}
+    assert main([str(places.get(word, word)) for word in arguments]) == 1
+    error = capsys.readouterr().err
+    assert "OSError: it is not there. Check your connection.)" in error
+    assert error.count("\n") == 1

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from vllm_mtp.cli.folders import new_folder
 from vllm_mtp.cli.targets import target_folder
-from vllm_mtp.errors import MTPError
+from vllm_mtp.errors import MTPError, in_one_line
 from vllm_mtp.flags import flag
 
 if TYPE_CHECKING:
@@ -173,5 +173,5 @@ def _adapter_folder(adapter: str, subfolder: str, revision: str | None) -> Path:
     except Exception as error:  # the hub client raises many kinds
         raise MTPError(
             f"--adapter {adapter!r}: no such folder here, and it could not be fetched "
-            f"from the hub ({type(error).__name__}: {error})"
+            f"from the hub ({in_one_line(error)})"
         ) from None

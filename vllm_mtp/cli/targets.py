@@ -3,7 +3,7 @@
 
 from pathlib import Path
 
-from vllm_mtp.errors import MTPError
+from vllm_mtp.errors import MTPError, in_one_line
 
 
 def target_folder(target: str) -> Path:
@@ -22,5 +22,5 @@ def target_folder(target: str) -> Path:
     except Exception as error:  # the hub client raises many kinds
         raise MTPError(
             f"--target {target!r}: no such folder here, and it could not be fetched "
-            f"from the hub ({type(error).__name__}: {error})"
+            f"from the hub ({in_one_line(error)})"
         ) from None

@@ -12,7 +12,7 @@ from typing import Any
 from vllm_mtp.data.odd_rows import OddRowError, OddRows
 from vllm_mtp.data.settings import SourceSettings
 from vllm_mtp.data.split import Message, prompt_id
-from vllm_mtp.errors import DataError
+from vllm_mtp.errors import DataError, in_one_line
 
 _HF = "hf:"
 _READ = ("prompt", "messages", "category", "tools")  # of a row's fields
@@ -198,7 +198,7 @@ def _hf_dataset(source: SourceSettings) -> Any:
     except Exception as error:  # the library raises many kinds
         raise DataError(
             f"--prompts {source.prompts}: split {source.split!r} could not be loaded "
-            f"({type(error).__name__}: {error}); check the name and --prompts-split"
+            f"({in_one_line(error)}); check the name and --prompts-split"
         ) from None
 
 

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 
 from vllm_mtp.drafter.config import DrafterConfig
 from vllm_mtp.drafter.model import BoundDrafter, Drafter
-from vllm_mtp.errors import CheckpointError
+from vllm_mtp.errors import CheckpointError, in_one_line
 from vllm_mtp.evaluation.blocks import (
     MAX_TEXT_TOKENS,
     Outcome,
@@ -131,8 +131,7 @@ def read_probe(folder: Path | str) -> Probe | None:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(
-            f"{path}: not a whole probe ({type(error).__name__}: {error}); copy the "
-            "drafter again"
+            f"{path}: not a whole probe ({in_one_line(error)}); copy the drafter again"
         ) from None
 
 

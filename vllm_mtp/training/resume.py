@@ -10,6 +10,7 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_N
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from vllm_mtp.drafter.config import DrafterConfig
+from vllm_mtp.errors import in_one_line
 from vllm_mtp.training.loss_module import LossModule
 from vllm_mtp.training.states import TrainingInputError
 
@@ -52,7 +53,7 @@ def checkpoint_to_resume(
         problem = _difference(checkpoint, loss_module)
     except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
         raise TrainingInputError(
-            f"{checkpoint}: cannot be read ({type(error).__name__}: {error}); name "
+            f"{checkpoint}: cannot be read ({in_one_line(error)}); name "
             "another checkpoint, or begin anew"
         ) from None
     if problem:
