@@ -18,7 +18,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from vllm_mtp.errors import MTPError
+from vllm_mtp.errors import MTPError, in_one_line
 
 if TYPE_CHECKING:
     from vllm import LLM as LLM
@@ -113,8 +113,7 @@ def front_end(
             return FrontEnd(config)
     except Exception as error:  # of configs, pydantic, tokenizers, the hub ...
         raise MTPError(
-            f"--target {target}: {what} "
-            f"({type(error).__name__}: {' '.join(str(error).split())[:300]})"
+            f"--target {target}: {what} ({in_one_line(error, 300)})"
         ) from None
 
 
@@ -275,7 +274,7 @@ def tokenizer_of(target: str | os.PathLike[str], mode: str = "auto") -> Any:
     except Exception as error:  # of tokenizers, sentencepiece, the hub ...
         raise MTPError(
             f"--target {target}: its tokenizer cannot be loaded "
-            f"({type(error).__name__}: {' '.join(str(error).split())[:300]})"
+            f"({in_one_line(error, 300)})"
         ) from None
 
 

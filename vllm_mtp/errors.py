@@ -48,10 +48,15 @@ class OutputError(MTPError):
     """A file cannot be written: no room, no permission, or no such place."""
 
 
-def in_one_line(error: Exception) -> str:
+def in_one_line(error: Exception, most: int | None = None) -> str:
     """The kind of an error of a library, and what it says, whose lines are many at
-    times."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+    times.
+
+    Args:
+        error: The error.
+        most: Characters of what it says that are told; None for all.
+    """
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:most]}"
 
 
 def refusal_of(error: "ValidationError", prefix: str = "") -> str:

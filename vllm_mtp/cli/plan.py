@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from vllm_mtp.errors import MTPError
+from vllm_mtp.errors import MTPError, in_one_line
 from vllm_mtp.flags import flag
 from vllm_mtp.training.arguments import DrafterTrainingArguments
 
@@ -141,10 +141,9 @@ def bare_target(target: str) -> "BareTarget":
         # Of a hub name only this file is fetched.
         config = AutoConfig.from_pretrained(path if path.is_file() else target)
     except Exception as error:  # of the hub's client, of the config's class ...
-        said = " ".join(str(error).split())[:200]
         raise MTPError(
             f"--target {target!r}: expected a Hugging Face folder, its config.json or "
-            f"a hub name ({type(error).__name__}: {said})"
+            f"a hub name ({in_one_line(error, 200)})"
         ) from None
     return BareTarget(config)
 

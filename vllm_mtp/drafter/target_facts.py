@@ -11,7 +11,12 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 
-from vllm_mtp.errors import MTPError, TargetMismatchError, UnsupportedTargetError
+from vllm_mtp.errors import (
+    MTPError,
+    TargetMismatchError,
+    UnsupportedTargetError,
+    in_one_line,
+)
 
 # Far above any model; below it, no product of sizes leaves 64 bits.
 MAX_SIZE = 1 << 24
@@ -173,9 +178,8 @@ def hf_config_of(folder: Path | str) -> Any:
     try:
         return AutoConfig.from_pretrained(folder)
     except Exception as error:  # each config class has its own
-        said = " ".join(str(error).split())[:300]
         raise UnsupportedTargetError(
-            f"{path}: transformers does not take it ({type(error).__name__}: {said}); "
+            f"{path}: transformers does not take it ({in_one_line(error, 300)}); "
             "repair the file, or install a transformers that knows the model"
         ) from None
 
@@ -267,10 +271,9 @@ def _named_config_errors(config: Any) -> Iterator[None]:
     except Exception as error:
         fields = vars(type(config)) | vars(config)
         name = fields.get("model_type", type(config).__name__)
-        reason = " ".join(str(error).split())[:300]
         raise UnsupportedTargetError(
             f"target {name!r}: its config does not give what drafters need "
-            f"({type(error).__name__}: {reason}). Use another target."
+            f"({in_one_line(error, 300)}). Use another target."
         ) from None
 
 

@@ -26,7 +26,7 @@ from vllm_mtp.drafter.target_facts import (
     sliding_windows,
 )
 from vllm_mtp.drafter.transformers_layers import Rope, attention_of, run_rows
-from vllm_mtp.errors import MTPError, UnsupportedTargetError
+from vllm_mtp.errors import MTPError, UnsupportedTargetError, in_one_line
 from vllm_mtp.torch_host.block_attention import (
     Scoring,
     attend_blocks,
@@ -90,10 +90,9 @@ class HFTarget(OneRank):
         except MTPError:
             raise
         except Exception as error:  # of the model's own code
-            reason = " ".join(str(error).split())[:300]
             raise UnsupportedTargetError(
                 f"target {config.model_type!r} cannot be run layer by layer "
-                f"({type(error).__name__}: {reason}), so the torch drafter does not "
+                f"({in_one_line(error, 300)}), so the torch drafter does not "
                 "support it; use another target"
             ) from None
 

@@ -11,7 +11,7 @@ from transformers.initialization import no_init_weights
 from vllm_mtp.drafter.config import DrafterConfig
 from vllm_mtp.drafter.options import DrafterOptions
 from vllm_mtp.drafter.target_facts import TargetFacts
-from vllm_mtp.errors import UnsupportedTargetError
+from vllm_mtp.errors import UnsupportedTargetError, in_one_line
 from vllm_mtp.torch_host.hf_target import HFTarget
 from vllm_mtp.torch_host.layer_copy import readings
 from vllm_mtp.torch_host.load import class_of, decoder_of
@@ -42,10 +42,9 @@ class BareTarget:
             with torch.device("meta"), no_init_weights():
                 return class_of(self.config).from_config(self.config)
         except Exception as error:  # of the model's own code
-            reason = " ".join(str(error).split())[:300]
             raise UnsupportedTargetError(
                 f"target {self.config.model_type!r}: transformers cannot build a model "
-                f"from its config ({type(error).__name__}: {reason}); repair its "
+                f"from its config ({in_one_line(error, 300)}); repair its "
                 "config.json"
             ) from None
 
@@ -110,9 +109,8 @@ def small_host(hf_config: Any) -> HFTarget:
             model = class_of(small).from_config(small, dtype=torch.float32)
         return HFTarget(model.eval().requires_grad_(False))
     except Exception as error:  # of the config's and the model's own code
-        reason = " ".join(str(error).split())[:300]
         raise UnsupportedTargetError(
             f"target {hf_config.model_type!r}: no small model of its family can be "
             "made, to learn from how its layers are called "
-            f"({type(error).__name__}: {reason}); leave --trace out"
+            f"({in_one_line(error, 300)}); leave --trace out"
         ) from None

@@ -206,13 +206,7 @@ class DrafterTrainingArguments(DrafterOptions, TrainingArguments):
     def plan(self) -> LossPlan:
         """What a step learns from texts."""
         return LossPlan(
-            objective=Objective(
-                self.ce_weight,
-                self.kl_weight,
-                self.tv_weight,
-                self.teacher_tokens,
-                self.position_decay,
-            ),
+            objective=Objective.of_settings(self),
             anchors_per_text=self.anchors_per_text,
             feature_weight=self.feature_weight,
             states_budget=self._states_budget(),

@@ -6,7 +6,7 @@ Dimensions: B blocks, k positions, C candidate tokens, N teacher tokens.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -49,6 +49,17 @@ class Objective:
                 f"--position-decay: got {self.position_decay}, expected more than 0, "
                 "or nothing for equal weights"
             )
+
+    @classmethod
+    def of_settings(cls, settings: Any) -> "Objective":
+        """The objective that a run's settings name, `train`'s or `co_train`'s."""
+        return cls(
+            settings.ce_weight,
+            settings.kl_weight,
+            settings.tv_weight,
+            settings.teacher_tokens,
+            settings.position_decay,
+        )
 
     @property
     def needs_teacher(self) -> bool:

@@ -41,15 +41,9 @@ class CoTrainingSettings(BaseModel):
     seed: int = Field(42, ge=0)
 
     def plan(self) -> LossPlan:
-        """How texts become lessons. States are never kept: the target moves on."""
+        """What a step learns from texts. States are never kept: the target moves on."""
         return LossPlan(
-            objective=Objective(
-                self.ce_weight,
-                self.kl_weight,
-                self.tv_weight,
-                self.teacher_tokens,
-                self.position_decay,
-            ),
+            objective=Objective.of_settings(self),
             anchors_per_text=self.anchors_per_text,
             seed=self.seed,
         )
