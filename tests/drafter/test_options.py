@@ -18,6 +18,7 @@ from vllm_mtp.torch_host.new_drafter import new_drafter
 NO_KNOBS = {
     *("model_type", "format_version", "target"),
     *("layers", "num_speculative_tokens", "markov", "noise"),
+    *("chain", "boundary_layers"),
 }
 KNOBS = {
     name

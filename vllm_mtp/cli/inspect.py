@@ -4,7 +4,13 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from vllm_mtp.drafter.config import DrafterConfig, SharedLayerConfig
+from vllm_mtp.drafter.config import (
+    DrafterConfig,
+    LayerConfig,
+    MLPLayerConfig,
+    OwnLayerConfig,
+    SharedLayerConfig,
+)
 from vllm_mtp.flags import flag
 
 if TYPE_CHECKING:
@@ -78,14 +84,27 @@ def _layer_lines(config: DrafterConfig) -> list[str]:
             extra = (
                 f", LoRA rank {lora.rank} on {', '.join(lora.modules)}" if lora else ""
             )
+            if layer.full_rank:
+                extra += f", full rank on {', '.join(layer.full_rank)}"
+        elif isinstance(layer, MLPLayerConfig):
+            extra = f", {layer.form}"
         else:
             extra = ", bridge" if layer.bridge else ""
-            extra += ", boundary hidden" if layer.boundary_hidden else ""
-        lines.append(
-            f"layer {index:<10} {layer.kind}, reads target layer "
-            f"{layer.target_layer}{extra}"
-        )
+            if layer.boundary_hidden:
+                of = layer.target_layer if layer.boundary_of == "bound" else None
+                extra += ", boundary hidden" + ("" if of is None else f" of layer {of}")
+        if not isinstance(layer, SharedLayerConfig) and layer.per_position:
+            extra += ", weights for each position"
+        lines.append(f"layer {index:<10} {layer.kind}, {_reads(layer)}{extra}")
     return lines
+
+
+def _reads(layer: LayerConfig) -> str:
+    if isinstance(layer, MLPLayerConfig):
+        return "reads no cache"
+    if isinstance(layer, OwnLayerConfig) and layer.attention == "block":
+        return f"reads the block alone, RoPE of target layer {layer.target_layer}"
+    return f"reads target layer {layer.target_layer}"
 
 
 def _cost_lines(config: DrafterConfig) -> list[str]:

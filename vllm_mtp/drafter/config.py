@@ -85,6 +85,19 @@ class SharedLayerConfig(Strict):
         description="Trained change for the placeholder rows. The anchor's row "
         "never sees it.",
     )
+    full_rank: tuple[LinearName, ...] = Field(
+        default=(),
+        description="Linear modules of which the placeholder rows have weights of "
+        "their own, stored as the difference to the target's (Orthrus).",
+    )
+
+    @model_validator(mode="after")
+    def _changed_once(self) -> "SharedLayerConfig":
+        if len(set(self.full_rank)) != len(self.full_rank):
+            raise ValueError(f"full_rank: named twice in {list(self.full_rank)}")
+        if both := set(self.full_rank) & set(self.lora.modules if self.lora else ()):
+            raise ValueError(f"full_rank: {sorted(both)} are in lora.modules too")
+        return self
 
 
 class OwnLayerConfig(Strict):
@@ -153,10 +166,27 @@ class OwnLayerConfig(Strict):
         description="Whether a projection of the target's last hidden state at "
         "the last position of the prefix is added to the layer's input.",
     )
+    boundary_of: Literal["last", "bound"] = Field(
+        default="last",
+        description="Which hidden state that is: the target's last one (or the mix of "
+        "`boundary_layers`), or the stream behind the target layer that this one is "
+        "bound to.",
+    )
     bridge: bool = Field(
         default=False,
         description="Whether the stream passes a linear map before the layer, in "
         "place of the target layers that are left out there.",
+    )
+    attention: Literal["prefix", "block"] = Field(
+        default="prefix",
+        description="What is attended to: the prefix in the bound layer's cache and "
+        "the block, or the block alone. In the latter case the bound layer gives RoPE "
+        "and the heads' shape, and no cache is read.",
+    )
+    per_position: bool = Field(
+        default=False,
+        description="Whether each position of the block has linear maps of its own. "
+        "They are stored as one tensor, positions first.",
     )
 
     @model_validator(mode="after")
@@ -169,10 +199,78 @@ class OwnLayerConfig(Strict):
         for name in ("qk_norm_whole", "qk_norm_after_rope"):
             if getattr(self, name) and not self.qk_norm:
                 raise ValueError(f"{name}: got true, expected false without qk_norm")
+        if self.boundary_of == "bound" and not self.boundary_hidden:
+            raise ValueError(
+                "boundary_of: got 'bound', expected 'last' without boundary_hidden"
+            )
+        if self.per_position and (self.qkv_bias or self.o_bias):
+            raise ValueError("per_position: got true, expected false with biases")
         return self
 
 
-LayerConfig = Annotated[SharedLayerConfig | OwnLayerConfig, Field(discriminator="kind")]
+class MLPLayerConfig(Strict):
+    """A layer without attention, which reads no cache."""
+
+    kind: Literal["mlp"] = Field(
+        default="mlp", description="A layer without attention."
+    )
+    form: Literal["gated", "plain", "square"] = Field(
+        description="What is added to the stream. gated: RMSNorm and SwiGLU; plain: "
+        "two linear maps with biases and ReLU between them (blockwise parallel "
+        "decoding); square: one linear map with a bias, and SiLU (Medusa).",
+    )
+    intermediate_size: int | None = Field(
+        default=None,
+        ge=1,
+        le=MAX_SIZE,
+        description="Width between its linear maps; null for square.",
+    )
+    rms_norm_eps: float | None = Field(
+        default=None, gt=0, le=1, description="Epsilon of its norm; null if not gated."
+    )
+    per_position: bool = Field(
+        default=False,
+        description="Whether each position of the block has weights of its own. They "
+        "are stored as one tensor, positions first.",
+    )
+
+    @model_validator(mode="after")
+    def _goes_together(self) -> "MLPLayerConfig":
+        for name, wanted in (
+            ("intermediate_size", self.form != "square"),
+            ("rms_norm_eps", self.form == "gated"),
+        ):
+            if (value := getattr(self, name)) is None == wanted:
+                expected = "a number" if wanted else "null"
+                raise ValueError(
+                    f"{name}: got {value}, expected {expected} where form is "
+                    f"{self.form!r}"
+                )
+        return self
+
+
+LayerConfig = Annotated[
+    SharedLayerConfig | OwnLayerConfig | MLPLayerConfig, Field(discriminator="kind")
+]
+BoundLayerConfig = SharedLayerConfig | OwnLayerConfig
+"""A layer that refers to a target layer."""
+
+
+def needs_blocks(layer: SharedLayerConfig | OwnLayerConfig | MLPLayerConfig) -> bool:
+    """Whether a layer computes something else for rows of other blocks or positions."""
+    if isinstance(layer, SharedLayerConfig):
+        return False
+    attends = isinstance(layer, OwnLayerConfig) and layer.attention == "block"
+    return layer.per_position or attends
+
+
+class ChainConfig(Strict):
+    """Rows that run one after the other, each on the token drafted before it and on the
+    last hidden state behind it, in place of a block at once (DeepSeek-V3)."""
+
+    rms_norm_eps: float = Field(
+        gt=0, le=1, description="Epsilon of the norms of token and hidden state."
+    )
 
 
 class MarkovConfig(Strict):
@@ -240,6 +338,41 @@ class DrafterConfig(Strict):
         description="Tokens whose embeddings the placeholders are, or null for trained "
         "placeholders.",
     )
+    chain: ChainConfig | None = Field(
+        default=None,
+        description="Positions one after the other, or null for all of them at once.",
+    )
+    input: Annotated[Literal["block", "boundary"], Knob()] = Field(
+        default="block",
+        description="What enters the first layer: the block (the anchor's embedding "
+        "and the placeholders), or at every position the target's last hidden state "
+        "at the last position of the prefix, as in heads. Behind MLP layers alone it "
+        "then goes to the LM head as it is, since it has passed the final norm.",
+    )
+    block_mask: Annotated[Literal["causal", "bidirectional"], Knob()] = Field(
+        default="causal",
+        description="Which rows of its own block a row attends to: those before it "
+        "and itself, or all.",
+    )
+    lm_head: Annotated[Literal["target", "own"], Knob()] = Field(
+        default="target",
+        description="What makes logits of hidden states: the target's LM head, or one "
+        "of the drafter's for each position (Medusa).",
+    )
+    extra_rows: Annotated[int, Knob()] = Field(
+        default=0,
+        ge=0,
+        le=MAX_SPECULATIVE_TOKENS,
+        description="Trained rows between the anchor and the placeholders, which "
+        "predict nothing and are read by what stands behind them. Not served yet.",
+    )
+    boundary_layers: tuple[int, ...] = Field(
+        default=(),
+        max_length=MAX_LAYERS,
+        description="Take for the boundary hidden state a learnt mix of the streams "
+        "behind these target layers; empty for the target's last hidden state. Not "
+        "served yet.",
+    )
     draft_vocab_size: Annotated[int | None, Knob()] = Field(
         default=None,
         ge=1,
@@ -268,7 +401,8 @@ class DrafterConfig(Strict):
     @model_validator(mode="after")
     def _fits_its_target(self) -> "DrafterConfig":
         for index, layer in enumerate(self.layers):
-            _check_layer(index, layer, self.target)
+            if not isinstance(layer, MLPLayerConfig):
+                _check_layer(index, layer, self.target)
         size, vocab = self.draft_vocab_size, self.target.vocab_size
         if size is not None and size > vocab:
             raise ValueError(
@@ -276,13 +410,33 @@ class DrafterConfig(Strict):
                 f"{vocab} tokens; use a smaller size or null"
             )
         if self.noise is not None:
-            _check_noise(self.noise, self.num_speculative_tokens - 1, vocab)
+            _check_noise(self.noise, self.num_placeholders, vocab)
+        _check_boundary_layers(self.boundary_layers, self)
+        _check_input(self)
+        if self.chain is not None:
+            _check_chain(self)
         return self
 
     @property
     def bound_layers(self) -> tuple[int, ...]:
-        """Target layers whose KV is read, ascending and without repeats."""
-        return tuple(sorted({layer.target_layer for layer in self.layers}))
+        """Target layers that some layer refers to, ascending and without repeats."""
+        bound = (x for x in self.layers if not isinstance(x, MLPLayerConfig))
+        return tuple(sorted({layer.target_layer for layer in bound}))
+
+    @property
+    def read_layers(self) -> tuple[int, ...]:
+        """Those of the bound layers whose KV is read."""
+        return tuple(sorted({x.target_layer for x in self.readers}))
+
+    @property
+    def readers(self) -> tuple[BoundLayerConfig, ...]:
+        """The layers that read the KV cache of the target layer they are bound to."""
+        return tuple(
+            layer
+            for layer in self.layers
+            if isinstance(layer, SharedLayerConfig)
+            or (isinstance(layer, OwnLayerConfig) and layer.attention == "prefix")
+        )
 
     @property
     def shared_layers(self) -> tuple[int, ...]:
@@ -301,11 +455,40 @@ class DrafterConfig(Strict):
 
     @property
     def uses_boundary_hidden(self) -> bool:
-        """Whether some layer reads the target's last hidden state."""
-        return any(
-            isinstance(layer, OwnLayerConfig) and layer.boundary_hidden
-            for layer in self.layers
-        )
+        """Whether the drafter reads hidden states of the target."""
+        return bool(self.boundary_sources)
+
+    @property
+    def boundary_sources(self) -> tuple[int, ...]:
+        """The target layers behind which hidden states are read, in the order in which
+        `BoundDrafter` takes them; `LAST_HIDDEN` for the target's last one."""
+        own = [layer for layer in self.layers if isinstance(layer, OwnLayerConfig)]
+        readers = [layer for layer in own if layer.boundary_hidden]
+        sources: list[int] = []
+        if (
+            self.input == "boundary"
+            or self.chain is not None
+            or any(layer.boundary_of == "last" for layer in readers)
+        ):
+            sources += self.boundary_layers or (LAST_HIDDEN,)
+        bound = (x.target_layer for x in readers if x.boundary_of == "bound")
+        return tuple(dict.fromkeys([*sources, *bound]))
+
+    @property
+    def are_heads(self) -> bool:
+        """Whether it is made of heads on a hidden state."""
+        plain = all(isinstance(layer, MLPLayerConfig) for layer in self.layers)
+        return self.input == "boundary" and plain
+
+    @property
+    def num_placeholders(self) -> int:
+        """Trained rows that ask for tokens."""
+        parallel = self.chain is None and self.input == "block"
+        return self.num_speculative_tokens - 1 if parallel else 0
+
+
+LAST_HIDDEN = -1
+"""In `DrafterConfig.boundary_sources`: behind the final norm."""
 
 
 def require_window(
@@ -318,9 +501,18 @@ def require_window(
         sliding_window: Tokens that a target layer attends to; None for all.
 
     Raises:
-        TargetMismatchError: ``prefix_window`` is shorter than one of them.
+        TargetMismatchError: ``prefix_window`` is shorter than one of them, or the rows
+            of a block are not one after the other, as such a window counts them.
     """
-    least = max(sliding_window(index) or 0 for index in config.bound_layers)
+    windows = [sliding_window(index) or 0 for index in config.read_layers]
+    least = max(windows, default=0)
+    for name, plain in (("block_mask", "causal"), ("extra_rows", 0)):
+        if least and (value := getattr(config, name)) != plain:
+            raise TargetMismatchError(
+                f"{name}: got {value!r}, but a target layer that the drafter reads has "
+                f"a sliding window ({least} tokens); expected {plain!r}, or layers "
+                "without one"
+            )
     if config.prefix_window is not None and config.prefix_window < least:
         raise TargetMismatchError(
             f"prefix_window: got {config.prefix_window}, but a target layer that the "
@@ -342,6 +534,76 @@ def _check_noise(noise: NoiseConfig, num_placeholders: int, vocab_size: int) -> 
         )
 
 
+def _check_boundary_layers(layers: tuple[int, ...], config: DrafterConfig) -> None:
+    last = config.target.num_hidden_layers - 1
+    if wrong := [i for i in layers if not 0 <= i <= last]:
+        raise ValueError(
+            f"boundary_layers: got {wrong[0]}, the target has layers 0 to {last}"
+        )
+    if len(set(layers)) != len(layers):
+        raise ValueError(f"boundary_layers: named twice in {list(layers)}")
+    if layers and not set(layers) <= set(config.boundary_sources):
+        raise ValueError(
+            f"boundary_layers: got {list(layers)}, but nothing reads a boundary hidden "
+            "state; set boundary_hidden of a layer, input or chain"
+        )
+
+
+def _check_input(config: DrafterConfig) -> None:
+    """Refuse what does not go with rows that are all the boundary hidden state, or with
+    rows in between."""
+    alike = [layer for layer in config.layers if getattr(layer, "per_position", False)]
+    if config.extra_rows and (alike or config.lm_head == "own"):
+        raise ValueError(
+            f"extra_rows: got {config.extra_rows}, expected 0 with per_position or an "
+            "own lm_head, which have weights for positions alone"
+        )
+    if config.input == "block":
+        return
+    for name in ("noise", "chain", "extra_rows"):
+        if value := getattr(config, name):
+            raise ValueError(
+                f"{name}: got {value!r}, which does not go with input 'boundary'"
+            )
+    told_apart = alike or config.lm_head == "own" or config.markov is not None
+    attention = any(not isinstance(x, MLPLayerConfig) for x in config.layers)
+    if config.num_speculative_tokens > 1 and not (told_apart or attention):
+        raise ValueError(
+            "input: got 'boundary', with which all positions would draft the same; "
+            "expected per_position in a layer, or lm_head 'own'"
+        )
+
+
+def _check_chain(config: DrafterConfig) -> None:
+    for name, expected in (
+        ("markov", None),
+        ("noise", None),
+        ("extra_rows", 0),
+        ("block_mask", "causal"),
+        ("lm_head", "target"),
+    ):
+        if (value := getattr(config, name)) != expected:
+            raise ValueError(
+                f"{name}: got {value!r}, expected {expected!r} where chain is not null"
+            )
+    read: set[int] = set()
+    for index, layer in enumerate(config.layers):
+        if isinstance(layer, OwnLayerConfig) and layer.attention == "block":
+            raise ValueError(
+                f"layers.{index}.attention: got 'block', expected 'prefix' where chain "
+                "is not null"
+            )
+        if isinstance(layer, MLPLayerConfig):
+            continue
+        if layer.target_layer in read:
+            raise ValueError(
+                f"layers.{index}.target_layer: got {layer.target_layer} again; where "
+                "chain is not null, each layer needs a cache of its own for the rows "
+                "before"
+            )
+        read.add(layer.target_layer)
+
+
 def _check_layer(
     index: int, layer: SharedLayerConfig | OwnLayerConfig, target: TargetFacts
 ) -> None:
@@ -357,10 +619,13 @@ def _check_layer(
             f"layers.{index}.target_layer: got {layer.target_layer}, which has no keys "
             f"and values per token to read; the target's layers {list(cached)} have"
         )
-    lora = layer.lora if isinstance(layer, SharedLayerConfig) else None
-    if lora and target.intermediate_size is None and MLP_LINEARS & set(lora.modules):
-        raise ValueError(
-            f"layers.{index}.lora.modules: {list(lora.modules)} names MLP modules, "
-            "but target.intermediate_size is null (no dense MLP); name attention "
-            "modules only"
-        )
+    if not isinstance(layer, SharedLayerConfig) or target.intermediate_size is not None:
+        return
+    lora = layer.lora.modules if layer.lora else ()
+    for key, modules in (("lora.modules", lora), ("full_rank", layer.full_rank)):
+        if MLP_LINEARS & set(modules):
+            raise ValueError(
+                f"layers.{index}.{key}: {list(modules)} names MLP modules, but "
+                "target.intermediate_size is null (no dense MLP); name attention "
+                "modules only"
+            )

@@ -100,7 +100,7 @@ def draft_cost(config: DrafterConfig) -> DraftCost:
         head_parameters=out_size * facts.hidden_size,
         target_parameters=sum(_layer_parameters(facts, i) for i in all_layers) + head,
         kv_bytes_read_per_token=sum(
-            _kv_bytes(facts, layer.target_layer) for layer in config.layers
+            _kv_bytes(facts, layer.target_layer) for layer in config.readers
         ),
         target_kv_bytes_per_token=sum(
             _kv_bytes(facts, i) for i in facts.cached_layers or all_layers

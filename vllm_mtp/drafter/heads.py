@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from vllm_mtp.drafter.layers import Norm
+
 Pick = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor | None]]
 """Choose tokens from logits ``[B, V]``: token indices ``[B]`` int64, and their
 distributions ``[B, V]`` where the sampler keeps them."""
@@ -71,6 +73,67 @@ class MarkovCorrection(nn.Module):
         nn.init.normal_(self.gate.weight, std=0.02, generator=generator)
         nn.init.zeros_(self.gate.bias)
         nn.init.zeros_(self.unembed.weight)
+
+
+class OwnHeads(nn.Module):
+    """An LM head of the drafter's own for each position of the block (Medusa).
+
+    They give logits as they are, also where the target scales or caps its own.
+    """
+
+    def __init__(self, num_positions: int, hidden_size: int, out_size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_positions, out_size, hidden_size))
+
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        first: int = 0,
+        columns: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Logits of positions one after the other.
+
+        Args:
+            hidden: ``[B, positions, hidden_size]``.
+            first: Which position comes first.
+            columns: ``[C]`` int64; only these of the output vocabulary.
+
+        Returns:
+            ``[B, positions, V]``, or ``[B, positions, C]``.
+        """
+        weight = self.weight[first : first + hidden.shape[1]]
+        if columns is not None:
+            weight = weight[:, columns]
+        return (hidden.transpose(0, 1) @ weight.to(hidden.dtype).mT).transpose(0, 1)
+
+    def init_weights(self, generator: torch.Generator) -> None:
+        nn.init.normal_(self.weight, std=0.02, generator=generator)
+
+
+class ChainInput(nn.Module):
+    """What enters a row of a chain: the token before it, and the last hidden state.
+
+    ``W [norm(E(token)); norm(h)]`` as in DeepSeek-V3 (2412.19437).
+    """
+
+    def __init__(self, hidden_size: int, eps: float) -> None:
+        super().__init__()
+        self.token_norm = Norm(hidden_size, eps)
+        self.hidden_norm = Norm(hidden_size, eps)
+        self.fuse = nn.Linear(2 * hidden_size, hidden_size, bias=False)
+
+    def forward(self, embedded: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """Both ``[B, hidden_size]``, and so is what it gives."""
+        both = self.token_norm(embedded), self.hidden_norm(hidden.to(embedded.dtype))
+        return self.fuse(torch.cat(both, dim=-1))
+
+    def init_weights(self, _: torch.Generator) -> None:
+        """Their sum, so that layers that come as copies have something to work on."""
+        nn.init.ones_(self.token_norm.weight)
+        nn.init.ones_(self.hidden_norm.weight)
+        with torch.no_grad():
+            eye = torch.eye(self.fuse.weight.shape[0])
+            self.fuse.weight.copy_(torch.cat([eye, eye], dim=1))
 
 
 class DraftVocab(nn.Module):

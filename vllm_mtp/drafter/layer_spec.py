@@ -1,26 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The short text that lists a drafter's layers, as in ``shared:0-9,own:28,29``."""
+"""The short text that lists a drafter's layers, as in ``shared:0-9,own:28,29``.
+
+``mlp:2`` are two layers without attention, which no target layer belongs to.
+"""
 
 import re
 from typing import Literal, NamedTuple
 
+from vllm_mtp.drafter.config import MAX_LAYERS
 from vllm_mtp.errors import LayerSpecError
 
 _ITEM = re.compile(
-    r"(?:(?P<kind>shared|own):)?(?:(?P<all>all)|(?P<first>\d+)(?:-(?P<last>\d+))?)"
+    r"(?:(?P<kind>shared|own|mlp):)?(?:(?P<all>all)|(?P<first>\d+)(?:-(?P<last>\d+))?)"
 )
 EXAMPLES = "'shared:all', 'own:0,7,14' or 'shared:0-9,own:28,29'"
 _HELP = f"expected something like {EXAMPLES}"
 
 
-class BoundLayer(NamedTuple):
-    """One draft layer: its kind and the target layer that it reads."""
+class ListedLayer(NamedTuple):
+    """One draft layer: its kind, and the target layer that it is bound to."""
 
-    kind: Literal["shared", "own"]
-    target_layer: int
+    kind: Literal["shared", "own", "mlp"]
+    target_layer: int | None
 
 
-def parse_layers(spec: str, num_target_layers: int) -> list[BoundLayer]:
+def parse_layers(spec: str, num_target_layers: int) -> list[ListedLayer]:
     """Read a layer list.
 
     A kind holds until the next one is named; ``a-b`` includes both ends.
@@ -32,7 +36,7 @@ def parse_layers(spec: str, num_target_layers: int) -> list[BoundLayer]:
     Raises:
         LayerSpecError: The text cannot be read or names a layer out of range.
     """
-    layers: list[BoundLayer] = []
+    layers: list[ListedLayer] = []
     kind: str | None = None
     for item in spec.replace(" ", "").split(","):
         match = _ITEM.fullmatch(item)
@@ -43,9 +47,22 @@ def parse_layers(spec: str, num_target_layers: int) -> list[BoundLayer]:
             raise LayerSpecError(
                 f"--layers {spec!r}: {item!r} stands before any kind; {_HELP}"
             )
+        if kind == "mlp":
+            layers += [ListedLayer("mlp", None)] * _count(match, spec)
+            continue
         indices = _indices(match, num_target_layers, spec)
-        layers += [BoundLayer(kind, index) for index in indices]  # type: ignore[arg-type]
+        layers += [ListedLayer(kind, index) for index in indices]  # type: ignore[arg-type]
     return layers
+
+
+def _count(match: re.Match[str], spec: str) -> int:
+    count = 0 if match["all"] or match["last"] else int(match["first"])
+    if not 1 <= count <= MAX_LAYERS:
+        raise LayerSpecError(
+            f"--layers {spec!r}: {match[0]!r} is no number of layers; expected "
+            f"something like mlp:2, at most {MAX_LAYERS}"
+        )
+    return count
 
 
 def _indices(match: re.Match[str], num_target_layers: int, spec: str) -> range:

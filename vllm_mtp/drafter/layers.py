@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The two kinds of draft layer: shared with the target, or the drafter's own."""
+"""The kinds of draft layer: shared with the target, the drafter's own, or an MLP."""
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -7,8 +7,19 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vllm_mtp.drafter.config import OwnLayerConfig, SharedLayerConfig
-from vllm_mtp.drafter.lora import LowRankPair, gated, linear_sizes, with_lora
+from vllm_mtp.drafter.config import (
+    MLPLayerConfig,
+    OwnLayerConfig,
+    SharedLayerConfig,
+)
+from vllm_mtp.drafter.lora import (
+    Change,
+    FullRankChange,
+    LowRankPair,
+    gated,
+    linear_sizes,
+    with_lora,
+)
 from vllm_mtp.drafter.target_facts import TargetFacts
 
 if TYPE_CHECKING:
@@ -30,6 +41,43 @@ class Stream(NamedTuple):
         if self.residual is None:
             return self.hidden
         return self.hidden + self.residual
+
+
+class BlockRows(NamedTuple):
+    """How rows belong to blocks, one block after the other."""
+
+    num_positions: int  # of each block
+    first: int = 0  # which position of its block a block's first row is
+    causal: bool = True  # whether a row reads only rows of its block that stand before
+
+    def by_block(self, rows: torch.Tensor) -> torch.Tensor:
+        """``[rows, ...]`` to ``[B, num_positions, ...]``."""
+        return rows.unflatten(0, (-1, self.num_positions))
+
+
+class PositionLinear(nn.Module):
+    """A linear map for each position of a block."""
+
+    def __init__(
+        self, num_positions: int, inputs: int, outputs: int, *, bias: bool = False
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_positions, outputs, inputs))
+        self.bias = nn.Parameter(torch.empty(num_positions, outputs)) if bias else None
+
+    def forward(self, x: torch.Tensor, rows: BlockRows) -> torch.Tensor:
+        """``[rows, inputs]`` to ``[rows, outputs]``."""
+        which = slice(rows.first, rows.first + rows.num_positions)
+        blocks = rows.by_block(x).transpose(0, 1)  # [positions, B, inputs]
+        out = blocks @ self.weight[which].to(x.dtype).mT
+        if self.bias is not None:
+            out = out + self.bias[which, None].to(x.dtype)
+        return out.transpose(0, 1).flatten(0, 1)
+
+
+def project(linear: nn.Module, x: torch.Tensor, rows: BlockRows) -> torch.Tensor:
+    """``[rows, inputs]`` to ``[rows, outputs]``, by one map or by each position's."""
+    return linear(x, rows) if isinstance(linear, PositionLinear) else linear(x)
 
 
 class Norm(nn.Module):
@@ -74,7 +122,7 @@ def _unit_rms(wide: torch.Tensor, eps: float) -> torch.Tensor:
 
 
 class SharedLayer(nn.Module):
-    """The target's own layer; only the optional LoRA has weights here."""
+    """The target's own layer; only what placeholder rows change has weights here."""
 
     def __init__(self, config: SharedLayerConfig, facts: TargetFacts) -> None:
         super().__init__()
@@ -84,15 +132,22 @@ class SharedLayer(nn.Module):
         if lora := config.lora:
             for name in lora.modules:
                 self.lora[name] = LowRankPair(linear_sizes(facts, name), lora)
+        self.full_rank = nn.ModuleDict(
+            {n: FullRankChange(linear_sizes(facts, n)) for n in config.full_rank}
+        )
 
     def bind(self, target: "TargetHost") -> nn.Module:
-        """The module to run on ``target``: its own layer, or a shadow with LoRA."""
+        """The module to run on ``target``: its own layer, or a shadow with changes."""
         layer = target.layer(self.target_layer)
-        if not self.lora:
+        if not self.changes:
             return layer
-        pairs: Any = self.lora.items()
         same = target.keys_are_values(self.target_layer)
-        return with_lora(layer, pairs, self.facts, target, keys_are_values=same)
+        return with_lora(layer, self.changes, self.facts, target, keys_are_values=same)
+
+    @property
+    def changes(self) -> list[tuple[Any, Change]]:
+        """What placeholder rows change, by the linear module."""
+        return [*self.lora.items(), *self.full_rank.items()]  # type: ignore[list-item]
 
     def forward(
         self,
@@ -109,20 +164,22 @@ class SharedLayer(nn.Module):
             bound: From `bind`.
             stream: ``[rows, hidden_size]``.
             positions: ``[rows]`` int64.
-            gate: ``[rows, 1]``; 1 where LoRA acts.
+            gate: ``[rows, 1]``; 1 where the changes act.
         """
-        layer = gated(bound, gate) if self.lora else bound
+        layer = gated(bound, gate) if len(self.lora) + len(self.full_rank) else bound
         return target.run_layer(layer, self.target_layer, stream, positions)
 
     def init_weights(self, generator: torch.Generator) -> None:
-        for pair in self.lora.values():
-            pair.init_weights(generator)  # type: ignore[operator]
+        for _, change in self.changes:
+            change.init_weights(generator)
 
 
 class OwnLayer(nn.Module):
     """A layer that reads the KV cache of the target layer it is bound to."""
 
-    def __init__(self, config: OwnLayerConfig, facts: TargetFacts) -> None:
+    def __init__(
+        self, config: OwnLayerConfig, facts: TargetFacts, num_positions: int
+    ) -> None:
         super().__init__()
         self.target_layer = config.target_layer
         self.config = config
@@ -136,7 +193,9 @@ class OwnLayer(nn.Module):
             eps = config.rms_norm_eps
             return Norm(size, eps, centered=centered) if wanted else None
 
-        def linear(inputs: int, outputs: int, *, bias: bool = False) -> nn.Linear:
+        def linear(inputs: int, outputs: int, *, bias: bool = False) -> Any:
+            if config.per_position:
+                return PositionLinear(num_positions, inputs, outputs, bias=bias)
             return nn.Linear(inputs, outputs, bias=bias)
 
         centered, placement = config.norm == "layer", config.norm_placement
@@ -173,6 +232,7 @@ class OwnLayer(nn.Module):
         stream: Stream,
         positions: torch.Tensor,
         boundary: torch.Tensor | None,
+        rows: BlockRows,
     ) -> Stream:
         """One layer.
 
@@ -182,30 +242,38 @@ class OwnLayer(nn.Module):
             positions: ``[rows]`` int64.
             boundary: ``[rows, hidden_size]``, the boundary hidden state of each
                 row's block; needed only where the layer reads it.
+            rows: How they belong to blocks.
         """
         if self.bridge is not None:
-            stream = Stream(self.bridge(stream.summed()))
+            stream = Stream(project(self.bridge, stream.summed(), rows))
         if self.boundary_proj is not None:
             assert boundary is not None, "the caller gives what the config asks for"
-            added = stream.hidden + self.boundary_proj(boundary)
+            added = stream.hidden + project(self.boundary_proj, boundary, rows)
             stream = Stream(added, stream.residual)
         x, residual = _normed(self.input_norm, stream)
-        attended = self._attention(target, x, positions)
+        attended = self._attention(target, x, positions, rows)
         if self.attention_out_norm is not None:
             attended = self.attention_out_norm(attended)
         if self.config.parallel:
-            stream = Stream(attended + self._mlp(target, x), residual)
+            stream = Stream(attended + self._mlp(target, x, rows), residual)
         else:
             x, residual = _normed(self.mlp_norm, Stream(attended, residual))
-            stream = Stream(self._mlp(target, x), residual)
+            stream = Stream(self._mlp(target, x, rows), residual)
         if self.output_scale is not None:
             stream = Stream(stream.summed() * self.output_scale)
         return stream
 
     def _attention(
-        self, target: "TargetHost", x: torch.Tensor, positions: torch.Tensor
+        self,
+        target: "TargetHost",
+        x: torch.Tensor,
+        positions: torch.Tensor,
+        rows: BlockRows,
     ) -> torch.Tensor:
-        query, key, value = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        query, key, value = (
+            project(linear, x, rows)
+            for linear in (self.q_proj, self.k_proj, self.v_proj)
+        )
         if not self.config.qk_norm_after_rope:
             query, key = self._qk_normed(query, key)
         query, key = target.rotate(self.target_layer, positions, query, key)
@@ -216,11 +284,35 @@ class OwnLayer(nn.Module):
             value = (
                 _unit_rms(heads, self.config.rms_norm_eps).to(value.dtype).flatten(-2)
             )
-        attended = target.attend(self.target_layer, query, key, value)
+        if self.config.attention == "prefix":
+            attended = target.attend(self.target_layer, query, key, value)
+        else:
+            attended = self._attend_block(query, key, value, rows)
         if self.output_gate_proj is not None:
-            attended = attended * torch.sigmoid(self.output_gate_proj(x))
-        out = target.all_reduce(self.o_proj(attended))
+            gate = project(self.output_gate_proj, x, rows)
+            attended = attended * torch.sigmoid(gate)
+        out = target.all_reduce(project(self.o_proj, attended, rows))
         return out if self.o_bias is None else out + self.o_bias
+
+    def _attend_block(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        rows: BlockRows,
+    ) -> torch.Tensor:
+        """Ordinary attention within each block, whatever the target's layer adds.
+
+        ``[rows, heads * head_dim]`` each, to ``[rows, heads * head_dim]``.
+        """
+        query, key, value = (
+            rows.by_block(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for x in (query, key, value)
+        )  # [B, heads, positions, head_dim]
+        attended = F.scaled_dot_product_attention(
+            query, key.to(query.dtype), value, is_causal=rows.causal, enable_gqa=True
+        )
+        return attended.transpose(1, 2).flatten(2).flatten(0, 1)
 
     def _qk_normed(
         self, query: torch.Tensor, key: torch.Tensor
@@ -235,13 +327,16 @@ class OwnLayer(nn.Module):
             self.k_norm(key.unflatten(-1, per_head)).flatten(-2),
         )
 
-    def _mlp(self, target: "TargetHost", x: torch.Tensor) -> torch.Tensor:
-        gate = self.gate_proj(x)
+    def _mlp(
+        self, target: "TargetHost", x: torch.Tensor, rows: BlockRows
+    ) -> torch.Tensor:
+        gate = project(self.gate_proj, x, rows)
         if self.config.activation == "silu":
             gate = F.silu(gate)
         else:
             gate = F.gelu(gate, approximate="tanh")
-        out = target.all_reduce(self.down_proj(gate * self.up_proj(x)))
+        inner = gate * project(self.up_proj, x, rows)
+        out = target.all_reduce(project(self.down_proj, inner, rows))
         return out if self.mlp_out_norm is None else self.mlp_out_norm(out)
 
     def init_weights(self, generator: torch.Generator) -> None:
@@ -251,13 +346,91 @@ class OwnLayer(nn.Module):
             if "norm" in name or name == "output_scale":
                 nn.init.ones_(weight)
             elif name == "bridge.weight":
-                nn.init.eye_(weight)
+                set_identity(weight)
             elif name.startswith(("o_proj", "down_proj", "boundary_proj")) or (
                 name.endswith("bias")
             ):
                 nn.init.zeros_(weight)
             else:
                 nn.init.normal_(weight, std=0.02, generator=generator)
+
+
+class MLPLayer(nn.Module):
+    """A layer without attention."""
+
+    def __init__(
+        self, config: MLPLayerConfig, hidden_size: int, num_positions: int
+    ) -> None:
+        super().__init__()
+        self.config = config
+
+        def linear(inputs: int, outputs: int, *, bias: bool) -> Any:
+            if config.per_position:
+                return PositionLinear(num_positions, inputs, outputs, bias=bias)
+            return nn.Linear(inputs, outputs, bias=bias)
+
+        if config.form == "square":
+            self.proj = linear(hidden_size, hidden_size, bias=True)
+            return
+        assert config.intermediate_size is not None, "the config was checked"
+        size, plain = config.intermediate_size, config.form == "plain"
+        if not plain:
+            assert config.rms_norm_eps is not None, "the config was checked"
+            self.norm = Norm(hidden_size, config.rms_norm_eps)
+            self.gate_proj = linear(hidden_size, size, bias=False)
+        self.up_proj = linear(hidden_size, size, bias=plain)
+        self.down_proj = linear(size, hidden_size, bias=False)
+        # Apart, since the projection's parts are summed over ranks first.
+        shape = (num_positions, hidden_size) if config.per_position else (hidden_size,)
+        self.down_bias = nn.Parameter(torch.empty(shape)) if plain else None
+
+    def forward(self, target: "TargetHost", stream: Stream, rows: BlockRows) -> Stream:
+        """One layer.
+
+        Args:
+            target: Sums over ranks.
+            stream: ``[rows, hidden_size]``.
+            rows: How they belong to blocks.
+        """
+        if self.config.form == "square":
+            x = stream.summed()
+            return Stream(F.silu(project(self.proj, x, rows)), x)
+        if self.config.form == "gated":
+            x, residual = self.norm.of_stream(stream)
+            inner = F.silu(project(self.gate_proj, x, rows))
+            inner = inner * project(self.up_proj, x, rows)
+        else:
+            x = residual = stream.summed()
+            inner = F.relu(project(self.up_proj, x, rows))
+        out = target.all_reduce(project(self.down_proj, inner, rows))
+        if self.down_bias is not None:
+            out = out + self._bias_of(out, rows)
+        return Stream(out, residual)
+
+    def _bias_of(self, out: torch.Tensor, rows: BlockRows) -> torch.Tensor:
+        assert self.down_bias is not None
+        bias = self.down_bias.to(out.dtype)
+        if not self.config.per_position:
+            return bias
+        bias = bias[rows.first : rows.first + rows.num_positions]
+        return bias.expand(rows.by_block(out).shape).flatten(0, 1)
+
+    def init_weights(self, generator: torch.Generator) -> None:
+        """Small random weights; what is added to the stream starts at zero."""
+        for name, weight in self.named_parameters():
+            if name == "norm.weight":
+                nn.init.ones_(weight)
+            elif name.startswith(("down_proj", "proj")) or name.endswith("bias"):
+                nn.init.zeros_(weight)
+            else:
+                nn.init.normal_(weight, std=0.02, generator=generator)
+
+
+@torch.no_grad()
+def set_identity(weight: torch.Tensor) -> None:
+    """Make a square map ``[size, size]``, or each of ``[k, size, size]``, pass on what
+    it gets."""
+    weight.copy_(torch.eye(weight.shape[-1]))
 
 
 def _normed(norm: Any, stream: Stream) -> tuple[torch.Tensor, torch.Tensor]:

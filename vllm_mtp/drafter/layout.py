@@ -350,8 +350,10 @@ def block_reads_itself(
     num_draft_tokens: int,
     device: torch.device | str,
     window: int | None = None,
+    *,
+    causal: bool = True,
 ) -> torch.Tensor:
-    """Which positions of its own block each position reads: none behind it.
+    """Which positions of its own block each position reads: none behind it, if causal.
 
     Returns:
         ``[k, k]`` bool; row i is what position i reads.
@@ -361,4 +363,4 @@ def block_reads_itself(
     )
     if window is not None:
         readable = readable.triu(1 - window)
-    return readable.tril()
+    return readable.tril() if causal else readable

@@ -48,6 +48,27 @@ class LowRankPair(nn.Module):
         return (x @ a.t()) * (gate * self.scale) @ b.t()
 
 
+class FullRankChange(nn.Module):
+    """``x -> D x``, the difference between the placeholder rows' weights and the
+    target's. It starts at zero."""
+
+    def __init__(self, sizes: tuple[int, int]) -> None:
+        super().__init__()
+        in_size, out_size = sizes
+        self.weight = nn.Parameter(torch.empty(out_size, in_size))
+
+    def init_weights(self, _: torch.Generator) -> None:
+        nn.init.zeros_(self.weight)
+
+    def forward(self, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+        """``[rows, in]`` and the gate ``[rows, 1]`` to ``[rows, out]``."""
+        weight, gate = self.weight.to(x.device), gate.to(x.device)
+        return (x * gate) @ weight.t()
+
+
+Change = LowRankPair | FullRankChange
+
+
 class _Site(NamedTuple):
     """Where a linear module's output lies in the target's (merged) module."""
 
@@ -68,7 +89,7 @@ class GatedLinear(nn.Module):
     def __init__(
         self,
         base: nn.Module,
-        branches: list[tuple[_Site, LowRankPair]],
+        branches: list[tuple[_Site, Change]],
         target: "TargetHost",
     ) -> None:
         super().__init__()
@@ -101,10 +122,11 @@ class GatedLinear(nn.Module):
             return getattr(super().__getattr__("base"), name)
 
 
-def _require_size(base: nn.Module, branches: list[tuple[_Site, LowRankPair]]) -> None:
+def _require_size(base: nn.Module, branches: list[tuple[_Site, Change]]) -> None:
     """An unexpected width (a shared expert?) would put changes in the wrong place."""
     site, pair = branches[0]
-    expected = (pair.a.shape[1], site.total)
+    narrow = pair.a if isinstance(pair, LowRankPair) else pair.weight
+    expected = (narrow.shape[1], site.total)
     got = _sizes(base)
     if got != expected:
         raise UnsupportedTargetError(
@@ -150,7 +172,7 @@ _MERGED: dict[str, tuple[LinearName, ...]] = {
 
 def with_lora(
     layer: nn.Module,
-    pairs: Iterable[tuple[LinearName, LowRankPair]],
+    pairs: Iterable[tuple[LinearName, Change]],
     facts: TargetFacts,
     target: "TargetHost",
     *,
@@ -169,7 +191,7 @@ def with_lora(
     Raises:
         UnsupportedTargetError: The layer has no such module.
     """
-    by_path: dict[str, list[tuple[_Site, LowRankPair]]] = {}
+    by_path: dict[str, list[tuple[_Site, Change]]] = {}
     for name, pair in pairs:
         site = _find_site(layer, name, facts)
         branches = by_path.setdefault(site.path, [])

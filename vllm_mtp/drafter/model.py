@@ -1,18 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
 """The drafter: placeholders, a list of bound layers, and the heads around them."""
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from enum import IntEnum
 
 import torch
 from torch import nn
 from torch.profiler import record_function
 
-from vllm_mtp.drafter.config import DrafterConfig, SharedLayerConfig, require_window
-from vllm_mtp.drafter.heads import DraftVocab, MarkovCorrection, Pick, pick_block
+from vllm_mtp.drafter.boundary import Boundary, BoundaryReader
+from vllm_mtp.drafter.config import (
+    DrafterConfig,
+    LayerConfig,
+    MLPLayerConfig,
+    SharedLayerConfig,
+    require_window,
+)
+from vllm_mtp.drafter.heads import (
+    ChainInput,
+    DraftVocab,
+    MarkovCorrection,
+    OwnHeads,
+    Pick,
+    pick_block,
+)
 from vllm_mtp.drafter.host import TargetHost
-from vllm_mtp.drafter.layers import OwnLayer, SharedLayer, Stream
+from vllm_mtp.drafter.layers import BlockRows, MLPLayer, OwnLayer, SharedLayer, Stream
 from vllm_mtp.drafter.layout import is_placeholder
 from vllm_mtp.drafter.scopes import CHOICE, HEAD, LAYERS
 
@@ -33,11 +47,18 @@ with each of `Traced`; positions first, drafts last."""
 
 
 RunLayers = Callable[
-    [torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor], torch.Tensor
+    [torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor, BlockRows],
+    torch.Tensor,
 ]
 """From the embedded rows ``[rows, hidden_size]``, their positions ``[rows]`` int64, the
-boundary hidden state of each row's block ``[rows, hidden_size]`` or None, and LoRA's
-gate ``[rows, 1]``, to the last hidden states ``[rows, hidden_size]``."""
+boundary hidden states of each row's block (``[rows, hidden_size]``, ``[rows, readers,
+hidden_size]`` or None), the gate of what placeholder rows change ``[rows, 1]``, and how
+rows belong to blocks, to the last hidden states ``[rows, hidden_size]``."""
+
+Step = Callable[[int], AbstractContextManager[object]]
+"""What the forward that begins at a position of the blocks runs in: attention metadata,
+for one. Blocks that run at once have one that begins at 0; of a chain each row has
+one."""
 
 
 def scope(name: str) -> AbstractContextManager[object]:
@@ -64,23 +85,41 @@ class Drafter(nn.Module):
         super().__init__()
         self.config = config
         facts = config.target
-        num_placeholders = config.num_speculative_tokens - 1
+        positions, hidden = config.num_speculative_tokens, facts.hidden_size
         self.placeholders = (
             nn.Parameter(
-                torch.empty(num_placeholders, facts.hidden_size),
+                torch.empty(config.num_placeholders, hidden),
                 # The target's own embeddings are not trained.
                 requires_grad=config.noise is None,
             )
-            if num_placeholders
+            if config.num_placeholders
             else None
         )
-        self.layers = nn.ModuleList(
-            SharedLayer(layer, facts)
-            if isinstance(layer, SharedLayerConfig)
-            else OwnLayer(layer, facts)
-            for layer in config.layers
+        self.extra_rows = (
+            nn.Parameter(torch.empty(config.extra_rows, hidden))
+            if config.extra_rows
+            else None
         )
+        mixed = len(config.boundary_layers)
+        self.boundary_mix = nn.Parameter(torch.empty(mixed)) if mixed > 1 else None
+        self.chain = (
+            ChainInput(hidden, config.chain.rms_norm_eps) if config.chain else None
+        )
+
+        def layer_of(layer: LayerConfig) -> nn.Module:
+            if isinstance(layer, SharedLayerConfig):
+                return SharedLayer(layer, facts)
+            if isinstance(layer, MLPLayerConfig):
+                return MLPLayer(layer, hidden, positions)
+            return OwnLayer(layer, facts, positions)
+
+        self.layers = nn.ModuleList(map(layer_of, config.layers))
         size = config.draft_vocab_size
+        self.lm_heads = (
+            OwnHeads(positions, hidden, size or facts.vocab_size)
+            if config.lm_head == "own"
+            else None
+        )
         self.draft_vocab = DraftVocab(size) if size else None
         self.markov = (
             MarkovCorrection(
@@ -95,9 +134,12 @@ class Drafter(nn.Module):
 
     def init_weights(self, generator: torch.Generator) -> None:
         """Start values of all that is not copied from the target."""
-        for module in (*self.layers, self.markov):
+        for module in (*self.layers, self.markov, self.lm_heads, self.chain):
             if module is not None:
                 module.init_weights(generator)  # type: ignore[operator]
+        for weight in (self.extra_rows, self.boundary_mix):
+            if weight is not None:
+                nn.init.zeros_(weight)
 
 
 class BoundDrafter:
@@ -130,7 +172,11 @@ class BoundDrafter:
             if isinstance(layer, SharedLayer)
         }
         vocab = drafter.draft_vocab
-        self.small_head = target.logits_of_tokens(vocab.token_ids) if vocab else None
+        needs_head = vocab is not None and drafter.lm_heads is None
+        self.small_head = (
+            target.logits_of_tokens(vocab.token_ids) if vocab and needs_head else None
+        )
+        self._boundary = BoundaryReader(drafter.config, target)
 
     @property
     def weights(self) -> list[nn.Module]:
@@ -150,9 +196,10 @@ class BoundDrafter:
             anchor_ids: ``[B]`` integer; the token just sampled. None for blocks of
                 placeholders alone, whose anchor is part of the prefix.
             positions: ``[B, k]`` int64; k at most what the drafter was made for.
-            boundary: ``[B, hidden_size]``; the target's last hidden state (after
-                its final norm) at the last prefix position. Needed only when
-                ``config.uses_boundary_hidden``.
+            boundary: Needed only when ``config.uses_boundary_hidden``: the target's
+                hidden states at the last prefix position. ``[B, hidden_size]``, the
+                last one (after its final norm), or ``[B, sources, hidden_size]`` where
+                ``config.boundary_sources`` names others.
             placeholder_ids: ``[B, placeholders]`` int64; tokens whose embeddings stand
                 in place of the drafter's own placeholders. Training draws them anew
                 for each block.
@@ -160,27 +207,202 @@ class BoundDrafter:
         Returns:
             Last hidden states ``[B, k, hidden_size]``, after the final norm.
         """
+        config = self.drafter.config
         with scope(LAYERS):
-            num_draft_tokens = positions.shape[1]
-            rows = positions.reshape(-1)
-            embedded = self._embed(anchor_ids, placeholder_ids, *positions.shape)
-            # LoRA acts on placeholders.
-            if anchor_ids is None:
-                gate = torch.ones_like(embedded[:, :1])
+            read = self.read_boundary(boundary)
+            if config.input == "boundary":
+                assert read.last is not None, (
+                    "the caller gives what the config asks for"
+                )
+                block = read.last[:, None].expand(-1, positions.shape[1], -1)
+                gate = torch.ones_like(block[..., :1])
             else:
-                gate = is_placeholder(len(rows), num_draft_tokens, rows.device)
-                gate = gate[:, None].to(embedded.dtype)
-            if boundary is not None:
-                boundary = boundary.repeat_interleave(num_draft_tokens, dim=0)
-            run = self.layers_runner
+                block, gate = self._block(anchor_ids, placeholder_ids, *positions.shape)
+            extra = config.extra_rows
+            before = int(anchor_ids is not None)
+            if extra:
+                # They stand where the anchor does.
+                at_anchor = positions[:, :1] - (1 - before)
+                where = positions[:, :before], positions[:, before:]
+                positions = torch.cat(
+                    [where[0], at_anchor.expand(-1, extra), where[1]], dim=1
+                )
+            rows = BlockRows(block.shape[1], causal=config.block_mask == "causal")
             if self.trace is not None:
                 self.trace(Traced.POSITIONS, positions)
                 if anchor_ids is not None:
                     self.trace(Traced.ANCHORS, anchor_ids)
-                self.trace(Traced.INPUT, embedded)
-                run = self._run_layers  # it is called from between the layers
-            hidden = run(embedded, rows, boundary, gate)
-            return hidden.unflatten(0, (-1, num_draft_tokens))
+            hidden = self._run(
+                block.flatten(0, 1), positions.flatten(), read.of_layers, gate, rows
+            )
+            hidden = rows.by_block(hidden)
+            if extra:
+                parts = hidden[:, :before], hidden[:, before + extra :]
+                hidden = torch.cat(parts, dim=1)
+            return hidden
+
+    def chain_row(
+        self,
+        position: int,
+        token_ids: torch.Tensor,
+        positions: torch.Tensor,
+        hidden: torch.Tensor,
+        boundary: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """One row of each chain.
+
+        Args:
+            position: Which of the chain, from 0.
+            token_ids: ``[B]`` integer; the anchor, or the token drafted before.
+            positions: ``[B]`` int64.
+            hidden: ``[B, hidden_size]``; the boundary hidden state, or what the row
+                before gave.
+            boundary: As in `forward`.
+
+        Returns:
+            Last hidden states ``[B, hidden_size]``, after the final norm.
+        """
+        assert self.drafter.chain is not None, "a drafter with a chain"
+        with scope(LAYERS):
+            embedded = self.target.embed(token_ids)
+            entering = self.drafter.chain(embedded, hidden)
+            # The anchor's row comes first, and changes act on the others.
+            gate = torch.full_like(embedded[:, :1], float(position > 0))
+            read = self.read_boundary(boundary).of_layers
+            rows = BlockRows(1, first=position)
+            entering = entering.to(embedded.dtype)
+            return self._run(entering, positions, read, gate[:, None], rows)
+
+    def known_chain(
+        self,
+        token_ids: torch.Tensor,
+        positions: torch.Tensor,
+        boundary: torch.Tensor,
+    ) -> torch.Tensor:
+        """Chains on tokens that are known: the anchors, and the true tokens behind.
+
+        Args:
+            token_ids: ``[B, k]`` int64.
+            positions: ``[B, k]`` int64.
+            boundary: As in `forward`.
+
+        Returns:
+            ``[B, k, hidden_size]``, as `forward`.
+        """
+        hidden, found = self.first_hidden(boundary), []
+        for position in range(positions.shape[1]):
+            tokens, where = token_ids[:, position], positions[:, position]
+            hidden = self.chain_row(position, tokens, where, hidden, boundary)
+            found.append(hidden)
+        return torch.stack(found, dim=1)
+
+    def first_hidden(self, boundary: torch.Tensor) -> torch.Tensor:
+        """What the first row of a chain reads. ``[B, hidden_size]``."""
+        last = self.read_boundary(boundary).last
+        assert last is not None, "a chain begins with a hidden state"
+        return last
+
+    def read_boundary(self, boundary: torch.Tensor | None) -> Boundary:
+        """What is read of hidden states as in `forward`."""
+        return self._boundary.read(boundary, self.drafter.boundary_mix)
+
+    def propose(
+        self,
+        anchor_ids: torch.Tensor,
+        positions: torch.Tensor,
+        boundary: torch.Tensor | None,
+        pick: Pick,
+        *,
+        step: Step | None = None,
+        whole_vocab: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Draft k tokens behind each anchor.
+
+        Args:
+            anchor_ids: ``[B]`` integer.
+            positions: ``[B, k]`` int64.
+            boundary: As in `forward`.
+            pick: As in `draft`.
+            step: What each forward runs in.
+            whole_vocab: As in `draft`.
+
+        Returns:
+            As `draft`.
+        """
+        step = step or (lambda _: nullcontext())
+        if self.drafter.chain is None:
+            with step(0):
+                hidden = self.forward(anchor_ids, positions, boundary)
+                return self.draft(hidden, pick, whole_vocab=whole_vocab)
+        assert boundary is not None, "the caller gives what the config asks for"
+        tokens, hidden = anchor_ids, self.first_hidden(boundary)
+        drafted: list[torch.Tensor] = []
+        kept: list[torch.Tensor] = []
+        with self._one_trace(positions, anchor_ids) as trace_drafts:
+            for position in range(positions.shape[1]):
+                with step(position):
+                    hidden = self.chain_row(
+                        position, tokens, positions[:, position], hidden, boundary
+                    )
+                    chosen, distribution = self.draft(
+                        hidden[:, None], pick, whole_vocab=whole_vocab
+                    )
+                tokens = chosen[:, 0]
+                drafted.append(tokens)
+                if distribution is not None:
+                    kept.append(distribution[:, 0])
+        trace_drafts(torch.stack(drafted, dim=1))
+        return (
+            torch.stack(drafted, dim=1),
+            torch.stack(kept, dim=1) if kept else None,
+        )
+
+    @contextmanager
+    def _one_trace(
+        self, positions: torch.Tensor, anchor_ids: torch.Tensor
+    ) -> Iterator[Callable[[torch.Tensor], None]]:
+        """Show a chain's rows to the trace as those of blocks that ran at once.
+
+        Gives what shows the drafts, to be called behind it.
+        """
+        trace, seen = self.trace, dict[int, list[torch.Tensor]]()
+        if trace is None:
+            yield lambda _: None
+            return
+        self.trace = lambda stage, rows: seen.setdefault(stage, []).append(rows)
+        try:
+            yield lambda drafts: trace(Traced.DRAFTS, drafts)
+        finally:
+            self.trace = trace
+        trace(Traced.POSITIONS, positions)
+        trace(Traced.ANCHORS, anchor_ids)
+        seen.pop(Traced.DRAFTS, None)
+        for stage, rows in seen.items():
+            trace(stage, torch.stack(rows, dim=1).flatten(0, 1))
+
+    def boundary_of_layer(
+        self, layer: OwnLayer, of_layers: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        """What one layer reads of `Boundary.of_layers`. ``[rows, hidden_size]``."""
+        return self._boundary.of_layer(layer.config, of_layers)
+
+    def _run(
+        self,
+        embedded: torch.Tensor,
+        positions: torch.Tensor,
+        boundary: torch.Tensor | None,
+        gate: torch.Tensor,
+        rows: BlockRows,
+    ) -> torch.Tensor:
+        """The layers on rows ``[B * n, ..]`` of blocks whose boundary hidden states and
+        gates are ``[B, ..]`` and ``[B, n, 1]``."""
+        if boundary is not None:
+            boundary = boundary.repeat_interleave(rows.num_positions, dim=0)
+        run = self.layers_runner
+        if self.trace is not None:
+            self.trace(Traced.INPUT, embedded)
+            run = self._run_layers  # it is called from between the layers
+        return run(embedded, positions, boundary, gate.flatten(0, 1), rows)
 
     def _run_layers(
         self,
@@ -188,45 +410,60 @@ class BoundDrafter:
         positions: torch.Tensor,
         boundary: torch.Tensor | None,
         gate: torch.Tensor,
+        rows: BlockRows,
     ) -> torch.Tensor:
         """See `RunLayers`."""
         stream, call = Stream(embedded), self.layer_call
         for index, layer in enumerate(self.drafter.layers):
             if isinstance(layer, OwnLayer):
-                stream = call(layer, self.target, stream, positions, boundary)
+                read = self.boundary_of_layer(layer, boundary)
+                stream = call(layer, self.target, stream, positions, read, rows)
+            elif isinstance(layer, MLPLayer):
+                stream = call(layer, self.target, stream, rows)
             else:
                 shared = self._shared[index]
                 stream = call(layer, self.target, shared, stream, positions, gate)
             if self.trace is not None:
                 self.trace(index, stream.summed())
-        hidden = self.target.final_norm(stream)
+        if self.drafter.config.are_heads:
+            hidden = stream.summed()  # what entered has passed the norm
+        else:
+            hidden = self.target.final_norm(stream)
         if self.trace is not None:
             self.trace(Traced.FINAL_NORM, hidden)
         return hidden
 
-    def _embed(
+    def _block(
         self,
         anchor_ids: torch.Tensor | None,
         placeholder_ids: torch.Tensor | None,
         num_blocks: int,
         num_draft_tokens: int,
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Each block's rows ``[B, rows, hidden_size]``, and which of them are not the
+        anchor's ``[B, rows, 1]``, 0 or 1."""
         anchors = None if anchor_ids is None else self.target.embed(anchor_ids)
         num_placeholders = num_draft_tokens - (anchors is not None)
-        if num_placeholders == 0:
-            assert anchors is not None, "a block has at least one row"
-            return anchors
-        if placeholder_ids is not None:
+        parts: list[torch.Tensor] = []
+        if self.drafter.extra_rows is not None:
+            parts.append(self.drafter.extra_rows.expand(num_blocks, -1, -1))
+        if num_placeholders and placeholder_ids is not None:
             ids = placeholder_ids[:, :num_placeholders]
-            block = self.target.embed(ids.flatten()).unflatten(0, ids.shape)
-        else:
+            parts.append(self.target.embed(ids.flatten()).unflatten(0, ids.shape))
+        elif num_placeholders:
             assert self.drafter.placeholders is not None, "k is at most the trained one"
             block = self.drafter.placeholders[:num_placeholders]
-            block = block.expand(num_blocks, -1, -1)
+            parts.append(block.expand(num_blocks, -1, -1))
         if anchors is not None:
             # In the target's type, also where the trained weights are wider.
-            block = torch.cat([anchors[:, None], block.to(anchors.dtype)], dim=1)
-        return block.flatten(0, 1)
+            parts = [anchors[:, None], *(part.to(anchors.dtype) for part in parts)]
+        assert parts, "a block has at least one row"
+        block = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        if anchors is None:
+            return block, torch.ones_like(block[..., :1])
+        size = block.shape[1]
+        gate = is_placeholder(num_blocks * size, size, block.device)
+        return block, gate[:, None].to(block.dtype).unflatten(0, (-1, size))
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Uncorrected logits over the output vocabulary.
@@ -237,6 +474,8 @@ class BoundDrafter:
         Returns:
             ``[B, k, V]``.
         """
+        if self.drafter.lm_heads is not None:
+            return self.drafter.lm_heads(hidden)
         head = self.target.logits if self.small_head is None else self.small_head
         return head(hidden.flatten(0, 1)).unflatten(0, hidden.shape[:2])
 

@@ -19,12 +19,15 @@ from pydantic import BaseModel, ValidationError, create_model
 from pydantic.fields import FieldInfo
 
 from vllm_mtp.drafter.config import (
+    ChainConfig,
     DrafterConfig,
     Knob,
     LoRAConfig,
     MarkovConfig,
+    MLPLayerConfig,
     NoiseConfig,
     OwnLayerConfig,
+    SharedLayerConfig,
     Strict,
 )
 from vllm_mtp.drafter.noise import draw_noise_config
@@ -92,8 +95,28 @@ class DrafterOptions(_Knobs):
     boundary_init: Literal["zero", "identity"] = flag(
         "start of that projection", "zero"
     )
+    boundary_of: Literal["last", "bound"] = flag(
+        "for these layers: " + help_of(OwnLayerConfig, "boundary_of"), "last"
+    )
+    boundary_layers: list[int] = flag(help_of(DrafterConfig, "boundary_layers"), [])
     bridges: bool = flag(
         "for all own layers: " + help_of(OwnLayerConfig, "bridge"), False
+    )
+    own_attention: Literal["prefix", "block"] = flag(
+        "for all own layers: " + help_of(OwnLayerConfig, "attention"), "prefix"
+    )
+    per_position: bool = flag(
+        "for all own and MLP layers: " + help_of(OwnLayerConfig, "per_position"), False
+    )
+    mlp_form: Literal["gated", "plain", "square"] = flag(
+        "for all MLP layers: " + help_of(MLPLayerConfig, "form"), "gated"
+    )
+    mlp_size: int | None = flag(
+        help_of(MLPLayerConfig, "intermediate_size") + " (default: the target's)", None
+    )
+    chain: bool = flag(help_of(DrafterConfig, "chain"), False)
+    full_rank_modules: list[str] = flag(
+        "for all shared layers: " + help_of(SharedLayerConfig, "full_rank"), []
     )
     lora_rank: int | None = flag(
         help_of(LoRAConfig, "rank") + ", on shared layers (0: no LoRA)", None
@@ -147,6 +170,37 @@ class DrafterOptions(_Knobs):
         rank = self.markov_rank
         return _valid(MarkovConfig, "markov_", rank=rank) if rank else None
 
+    def chain_config(self, rms_norm_eps: float) -> ChainConfig | None:
+        """The chain, if it is asked for."""
+        return ChainConfig(rms_norm_eps=rms_norm_eps) if self.chain else None
+
+    def shared_layer(self, target_layer: int) -> SharedLayerConfig:
+        """A shared layer as it is asked for; raises as `require_valid`."""
+        return _valid(
+            SharedLayerConfig,
+            "",
+            target_layer=target_layer,
+            lora=self.lora_config(),
+            full_rank=tuple(self.full_rank_modules),
+        )
+
+    def mlp_layer(self, intermediate_size: int, rms_norm_eps: float) -> MLPLayerConfig:
+        """A layer without attention as it is asked for.
+
+        Args:
+            intermediate_size: The target's.
+            rms_norm_eps: The target's.
+        """
+        size = self.mlp_size or intermediate_size
+        return _valid(
+            MLPLayerConfig,
+            "mlp_",
+            form=self.mlp_form,
+            intermediate_size=None if self.mlp_form == "square" else size,
+            rms_norm_eps=rms_norm_eps if self.mlp_form == "gated" else None,
+            per_position=self.per_position,
+        )
+
     def noise_config(self, count: int, vocab_size: int) -> NoiseConfig | None:
         """The noise tokens of ``count`` placeholders, if they are asked for.
 
@@ -170,7 +224,8 @@ class DrafterOptions(_Knobs):
         """
         k = num_speculative_tokens
         _valid(_Limits, "", num_speculative_tokens=k, **self.knobs())
-        self.lora_config()
+        self.shared_layer(0)
+        self.mlp_layer(1, 1e-6)
         self.markov_config()
         if self.placeholder_kind == "trained":
             for name, default in (("mask_token_id", None), ("noise_low", _NOISE_LOW)):

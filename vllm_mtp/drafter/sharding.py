@@ -6,8 +6,10 @@ lead back by their inputs; the latter's products are summed over the ranks
 (`TargetHost.all_reduce`). A LoRA pair is cut as the module that it changes.
 
 All else is whole on every rank. Norms and placeholders are vectors. The boundary
-projection is small beside a layer, and cutting it would cost a collective. So would the
-Markov correction, and one per drafted position, since each waits for the token before.
+projection is small beside a layer, and cutting it would cost a collective; so are what
+enters a chain and a square MLP layer. So would the Markov correction, and one per
+drafted position, since each waits for the token before. LM heads of the drafter's own
+are whole too: they give logits as they are.
 """
 
 from dataclasses import dataclass
@@ -15,7 +17,13 @@ from typing import Any
 
 import torch
 
-from vllm_mtp.drafter.config import MLP_LINEARS, DrafterConfig, OwnLayerConfig
+from vllm_mtp.drafter.config import (
+    MLP_LINEARS,
+    DrafterConfig,
+    MLPLayerConfig,
+    OwnLayerConfig,
+    SharedLayerConfig,
+)
 from vllm_mtp.drafter.model import Drafter
 from vllm_mtp.errors import UnsupportedTargetError
 
@@ -64,10 +72,12 @@ def _indivisible(config: DrafterConfig, size: int) -> list[str]:
         ]
     sizes = {f"{key}.num_attention_heads": h.num_attention_heads for key, h in heads}
     for index, layer in enumerate(config.layers):
-        if isinstance(layer, OwnLayerConfig):
+        if isinstance(layer, SharedLayerConfig):
+            changed = {*layer.full_rank, *(layer.lora.modules if layer.lora else ())}
+            if MLP_LINEARS & changed:
+                sizes["target.intermediate_size"] = facts.intermediate_size or 0
+        elif layer.intermediate_size is not None:
             sizes[f"layers.{index}.intermediate_size"] = layer.intermediate_size
-        elif layer.lora and MLP_LINEARS & set(layer.lora.modules):
-            sizes["target.intermediate_size"] = facts.intermediate_size or 0
     problems = [
         f"{key}: got {value}, expected a multiple of {size}"
         for key, value in sizes.items()
@@ -110,9 +120,9 @@ def part_of(drafter: Drafter, rank: Rank) -> Drafter:
 
     def kv_heads(name: str) -> int:
         """Of the layer that a tensor belongs to."""
-        number = name.split(".")[1] if name.startswith("layers.") else None
-        index = 0 if number is None else layers[int(number)].target_layer
-        return facts.of_layer(index).num_key_value_heads
+        layer = layers[int(name.split(".")[1])] if name.startswith("layers.") else None
+        bound = getattr(layer, "target_layer", 0)
+        return facts.of_layer(bound).num_key_value_heads
 
     weights = {
         name: _cut(name, weight, rank, kv_heads(name))
@@ -142,7 +152,8 @@ def _config_of_a_part(config: DrafterConfig, size: int) -> DrafterConfig:
         )
     layers = tuple(
         layer.model_copy(update={"intermediate_size": layer.intermediate_size // size})
-        if isinstance(layer, OwnLayerConfig)
+        if isinstance(layer, OwnLayerConfig | MLPLayerConfig)
+        and layer.intermediate_size is not None
         else layer
         for layer in config.layers
     )
@@ -154,10 +165,13 @@ def _cut(name: str, weight: torch.Tensor, rank: Rank, kv_heads: int) -> torch.Te
     """The rank's part of one tensor of the checkpoint."""
     path, _, kind = name.rpartition(".")
     module = path.rpartition(".")[2]
-    if module in _BY_OUTPUTS and kind in ("weight", "bias", "b"):
-        dim = 0
-    elif module in _BY_INPUTS and kind in ("weight", "a"):
-        dim = 1
+    # From the end: the weights of several positions stand in one tensor.
+    if module in _BY_OUTPUTS and kind in ("weight", "b"):
+        dim = -2
+    elif (module in _BY_OUTPUTS and kind == "bias") or (
+        module in _BY_INPUTS and kind in ("weight", "a")
+    ):
+        dim = -1
     else:
         return weight
     parts = min(rank.size, kv_heads) if module in _KEYS_AND_VALUES else rank.size

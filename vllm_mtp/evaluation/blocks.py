@@ -20,7 +20,7 @@ from vllm_mtp.errors import MTPError
 from vllm_mtp.evaluation.sketch import sketch
 from vllm_mtp.torch_host.hf_target import HFTarget
 from vllm_mtp.torch_host.target_states import TargetStates
-from vllm_mtp.torch_host.texts import TextBlocks, forward_texts
+from vllm_mtp.torch_host.texts import TextBlocks, draft_texts, streams_of
 
 MAX_TEXT_TOKENS = 512
 _MAX_TEXTS = 4
@@ -235,25 +235,30 @@ def run_in_torch(bound: BoundDrafter, texts: ProbeTexts) -> TorchRun:
     """
     host, config = bound.target, bound.drafter.config
     assert isinstance(host, HFTarget), "known text is run in plain torch"
-    behind = [_encode(host, *text) for text in zip(texts.token_ids, texts.prefix_lens)]  # noqa: B905
+    streams = streams_of(config)
+    pairs = zip(texts.token_ids, texts.prefix_lens, strict=True)
+    behind = [_encode(host, *text, streams) for text in pairs]
     pick = _GapPick()
     with recording(bound) as recorder:
-        hidden = forward_texts(
-            bound, behind, config.num_speculative_tokens, whole_blocks=True
+        draft_texts(
+            bound, behind, config.num_speculative_tokens, pick, whole_blocks=True
         )
-        bound.draft(hidden, pick)
     return TorchRun(
         recorder.outcome(texts.blocks(), config),
-        _sketch_states(behind, config.bound_layers),
+        _sketch_states(behind, config.read_layers),
         torch.stack(pick.gaps, dim=1),
     )
 
 
 def _encode(
-    host: HFTarget, token_ids: tuple[int, ...], prefix_lens: tuple[int, ...]
+    host: HFTarget,
+    token_ids: tuple[int, ...],
+    prefix_lens: tuple[int, ...],
+    streams: tuple[int, ...],
 ) -> TextBlocks:
     ids = torch.tensor(token_ids, device=host.device)
-    return TextBlocks(ids, host.encode(ids), torch.tensor(prefix_lens).to(ids))
+    states = host.encode(ids, streams=streams)
+    return TextBlocks(ids, states, torch.tensor(prefix_lens).to(ids))
 
 
 def _sketch_states(

@@ -186,7 +186,8 @@ def _other_shape(probed: Outcome, now: Outcome) -> Stage | None:
 def _described(config: DrafterConfig) -> dict[str, str]:
     """What each layer is, by its stage's name."""
     return {
-        f"layer {i}": f"layer {i} ({layer.kind}, target layer {layer.target_layer})"
+        f"layer {i}": f"layer {i} ({layer.kind}"
+        + (f", target layer {layer.target_layer})" if layer.kind != "mlp" else ")")
         for i, layer in enumerate(config.layers)
     }
 

@@ -44,7 +44,7 @@ from vllm_mtp.errors import DataError, MTPError
 from vllm_mtp.metrics import AcceptanceCounts, count_accepted, mean_length
 from vllm_mtp.torch_host.hf_target import HFTarget
 from vllm_mtp.torch_host.target_states import TargetStates
-from vllm_mtp.torch_host.texts import TextBlocks, forward_texts
+from vllm_mtp.torch_host.texts import TextBlocks, draft_texts, streams_of
 
 # Blocks per forward. Their logits, 64 * k * vocabulary, are the largest tensor.
 _BLOCKS = 64
@@ -264,7 +264,7 @@ def _evaluate_row(
     result = replace(CategoryResult.nothing(k), sequences=1, tokens=tokens)
     if not any(anchors_of(span, most) for span in spans):
         return result
-    states = host.encode(token_ids)
+    states = host.encode(token_ids, streams=streams_of(bound.drafter.config))
     for span in spans:
         if anchors := anchors_of(span, most):
             lens = torch.arange(anchors.start, anchors.stop, device=token_ids.device)
@@ -319,8 +319,8 @@ def draft_everywhere(
     """
     drafts = []
     for lens in blocks.prefix_lens.split(blocks_per_forward):
-        hidden = forward_texts(bound, [blocks._replace(prefix_lens=lens)], k)
-        drafts.append(bound.draft(hidden, pick_greedy)[0])
+        some = [blocks._replace(prefix_lens=lens)]
+        drafts.append(draft_texts(bound, some, k, pick_greedy)[0])
     return torch.cat(drafts)
 
 

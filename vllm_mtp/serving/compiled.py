@@ -6,12 +6,15 @@ between them take as long as its products (docs/benchmark.md).
 """
 
 import logging
+from collections.abc import Callable
 
 import torch
 from torch._dynamo.exc import TorchDynamoException
 from vllm.config import CompilationMode, VllmConfig
 from vllm.platforms import current_platform
 
+from vllm_mtp.drafter.config import needs_blocks
+from vllm_mtp.drafter.layers import BlockRows
 from vllm_mtp.drafter.model import BoundDrafter, RunLayers
 
 logger = logging.getLogger("vllm.mtp_placeholder")
@@ -31,6 +34,8 @@ def compile_layers(bound: BoundDrafter, vllm_config: VllmConfig) -> None:
     target_is_eager = vllm_config.compilation_config.mode == CompilationMode.NONE
     if eager or target_is_eager or not current_platform.is_cpu():
         return
+    if any(needs_blocks(layer) for layer in bound.drafter.config.layers):
+        return  # numbers of blocks and positions change from draft to draft
     most_rows = (
         vllm_config.scheduler_config.max_num_seqs
         * bound.drafter.config.num_speculative_tokens
@@ -52,10 +57,20 @@ class _Compiled:
 
     def __init__(self, run: RunLayers, one_thread: bool) -> None:
         self._run = run
+
+        def run_rows(
+            embedded: torch.Tensor,
+            positions: torch.Tensor,
+            boundary: torch.Tensor | None,
+            gate: torch.Tensor,
+        ) -> torch.Tensor:
+            # No layer asks how rows belong to blocks.
+            return run(embedded, positions, boundary, gate, BlockRows(1))
+
         # Weights, layers and types are the same in every call, so nothing needs to be
         # looked at again before it (which takes milliseconds).
-        self._compiled: RunLayers | None = torch.compile(
-            run,
+        self._compiled: Callable[..., torch.Tensor] | None = torch.compile(
+            run_rows,
             fullgraph=True,
             dynamic=True,
             options={
@@ -70,16 +85,17 @@ class _Compiled:
         positions: torch.Tensor,
         boundary: torch.Tensor | None,
         gate: torch.Tensor,
+        blocks: BlockRows,
     ) -> torch.Tensor:
         # Without guards, strides must be those of the first call.
         boundary = None if boundary is None else boundary.contiguous()
         rows = embedded.contiguous(), positions.contiguous(), boundary, gate
         if self._compiled is None or len(positions) == 1:
-            return self._run(*rows)
+            return self._run(*rows, blocks)
         try:
             return self._compiled(*rows)
         except TorchDynamoException as error:  # in the first call, while vLLM starts
             reason = str(error).strip().partition("\n")[0]
             logger.warning("the drafter's layers are not compiled: %s", reason)
             self._compiled = None
-            return self._run(*rows)
+            return self._run(*rows, blocks)

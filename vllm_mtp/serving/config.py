@@ -21,6 +21,7 @@ from vllm_mtp.serving.refusals import (
     require_parts,
     require_readable,
     require_same_target,
+    require_served,
     require_supported_engine,
     require_supported_settings,
     require_supported_vllm,
@@ -153,6 +154,7 @@ def build_config(
     drafter_config = load_drafter(folder, dtype=target_model_config.dtype).config
     try:
         require_same_target(drafter_config, facts, engine_args)
+        require_served(drafter_config)
         require_readable(drafter_config, engine_args, target_model_config)
         require_parts(drafter_config, target_model_config, target_parallel_config)
         num_tokens = num_speculative_tokens(
@@ -213,15 +215,16 @@ def _takes_any_length(settings: dict[str, Any], target_parallel_config: Any) -> 
 def _log_start(
     folder: Path, config: DrafterConfig, num_tokens: int, chooses_length: bool
 ) -> None:
-    kinds = [layer.kind for layer in config.layers]
+    kinds, read = [layer.kind for layer in config.layers], config.read_layers
     logger.info(
-        "%s: drafter %s; %d shared and %d own layers, reading the KV cache of target "
-        "layers %s; %s%d tokens per step; KV cache of its own: 0 bytes",
+        "%s: drafter %s; %d shared, %d own and %d MLP layers, reading the KV cache of "
+        "%s; %s%d tokens per step; KV cache of its own: 0 bytes",
         METHOD,
         folder,
         kinds.count("shared"),
         kinds.count("own"),
-        _ranges(config.bound_layers),
+        kinds.count("mlp"),
+        f"target layers {_ranges(read)}" if read else "no target layer",
         "as many as pay off, at most " if chooses_length else "",
         num_tokens,
     )

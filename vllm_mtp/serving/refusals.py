@@ -15,6 +15,7 @@ from vllm_mtp.drafter.target_facts import (
     sliding_windows,
 )
 from vllm_mtp.errors import (
+    MethodConfigError,
     TargetMismatchError,
     UnsupportedTargetError,
     UnsupportedVLLMError,
@@ -156,6 +157,22 @@ def require_readable(config: DrafterConfig, engine_args: Any, model: Any) -> Non
     # vLLM chooses it where it is not set; then the runner looks at it.
     if engine_args.block_size:
         require_whole_blocks([engine_args.block_size])
+
+
+def require_served(config: DrafterConfig) -> None:
+    """Refuse what is trained and evaluated in plain torch only."""
+    bound = any(getattr(x, "boundary_of", "last") == "bound" for x in config.layers)
+    for name, value, plain in (
+        ("extra_rows", config.extra_rows, 0),
+        ("boundary_layers", list(config.boundary_layers), []),
+        ("boundary_of", "bound" if bound else "last", "last"),
+    ):
+        if value != plain:
+            raise MethodConfigError(
+                f"method {METHOD!r}: {name}: got {value!r}, expected {plain!r}; such "
+                "drafters are not served yet, only trained and evaluated "
+                "(vllm-mtp eval). Use a drafter without it"
+            )
 
 
 def require_parts(config: DrafterConfig, model: Any, parallel: Any) -> None:

@@ -123,6 +123,7 @@ class VllmTarget:
             for layer in config.layers
             if isinstance(layer, OwnLayerConfig)
         }
+        self._read = config.read_layers
         for index in config.bound_layers:
             self._bind(index, attention, facts, run)
         device = next(self._decoder.parameters()).device
@@ -138,7 +139,7 @@ class VllmTarget:
     @property
     def attention_layer_names(self) -> set[str]:
         """vLLM's names of the attention layers that the drafter reads."""
-        return {attention.layer_name for attention in self._attention.values()}
+        return {self._attention[index].layer_name for index in self._read}
 
     def _bind(
         self,

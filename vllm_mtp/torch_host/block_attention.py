@@ -30,10 +30,24 @@ _CPU_SCORES, GPU_SCORES = 2**21, 2**26
 class BlockSlice(NamedTuple):
     """Blocks that attend together, and what each of their rows may read."""
 
-    rows: slice
+    rows: slice  # of all queries
+    own_rows: slice  # of all keys of blocks
     tokens: slice  # all of the prefix that some row reads
     prefix: torch.Tensor  # [rows, tokens] bool
-    block: torch.Tensor  # [k, k] bool
+    block: torch.Tensor  # [queries of a block, keys of a block] bool
+
+    def of_position(self, position: int) -> "BlockSlice":
+        """The same blocks, when they have come to one of their positions."""
+        num_rows, num_keys = self.block.shape
+        blocks = slice(self.rows.start // num_rows, self.rows.stop // num_rows)
+        known = position + 1
+        return BlockSlice(
+            blocks,
+            slice(blocks.start * known, blocks.stop * known),
+            self.tokens,
+            self.prefix.unflatten(0, (-1, num_rows))[:, position],
+            self.block[position:known, :known],
+        )
 
 
 class Scoring(NamedTuple):
@@ -50,6 +64,8 @@ def block_slices(
     num_heads: int,
     window: int | None = None,
     prefix_window: int | None = None,
+    *,
+    causal: bool = True,
 ) -> list[BlockSlice]:
     """Cut the blocks behind one sequence into slices of bounded memory.
 
@@ -59,9 +75,11 @@ def block_slices(
         num_heads: H.
         window: Tokens that a row reads at most, itself included; None for all.
         prefix_window: As in `layout.skipped_tokens`; None for all.
+        causal: Whether a row reads only rows of its block that stand before it.
     """
     most = _CPU_SCORES if is_cpu(prefix_lens.device) else GPU_SCORES
-    block = block_reads_itself(num_draft_tokens, prefix_lens.device, window)
+    device = prefix_lens.device
+    block = block_reads_itself(num_draft_tokens, device, window, causal=causal)
     slices = []
     lens = prefix_lens.cpu().tolist()
     for start, end in _cuts(lens, most // (num_draft_tokens * num_heads)):
@@ -77,7 +95,7 @@ def block_slices(
         )
         rows = slice(start * num_draft_tokens, end * num_draft_tokens)
         prefix = prefix[..., tokens].flatten(0, 1)
-        slices.append(BlockSlice(rows, tokens, prefix, block))
+        slices.append(BlockSlice(rows, rows, tokens, prefix, block))
     return slices
 
 
@@ -106,8 +124,8 @@ def attend_blocks(
 
     Args:
         query: ``[H, R, D]``, RoPE applied.
-        key: ``[G, R, D]``, RoPE applied.
-        value: ``[G, R, D]``.
+        key: ``[G, R', D]``, RoPE applied; the rows that the blocks have so far.
+        value: ``[G, R', D]``.
         prefix_key: ``[G, T', D]`` with T' >= T, as the target cached it.
         prefix_value: ``[G, T', D]``.
         slices: From `block_slices`.
@@ -118,8 +136,9 @@ def attend_blocks(
     """
     outs = []
     for part in slices:
-        own = [x[:, part.rows] for x in (query, key, value)]
-        inputs: Any = (*own, prefix_key, prefix_value, part, scoring)
+        own = [x[:, part.own_rows] for x in (key, value)]
+        rows = query[:, part.rows]
+        inputs: Any = (rows, *own, prefix_key, prefix_value, part, scoring)
         if torch.is_grad_enabled():
             out = checkpoint(
                 _attend, *inputs, use_reentrant=False, preserve_rng_state=False
@@ -139,17 +158,17 @@ def _attend(
     part: BlockSlice,
     scoring: Scoring,
 ) -> torch.Tensor:
-    (num_rows, num_read), num_draft_tokens = part.prefix.shape, part.block.shape[0]
+    (num_rows, num_read), (per_block, num_own) = part.prefix.shape, part.block.shape
     query = (query * scoring.scale).unflatten(0, (key.shape[0], -1))  # [G, H/G, R, D]
     prefix_key = prefix_key[:, part.tokens].to(query.dtype)
     prefix_value = prefix_value[:, part.tokens].to(query.dtype)
     # The heads of a group share their keys, so their rows go through one product.
     past = (query.flatten(1, 2) @ prefix_key.mT).unflatten(1, (-1, num_rows))
-    blocks = (-1, num_draft_tokens)
-    own_query, own_key, own_value = (
-        rows.unflatten(-2, blocks) for rows in (query, key[:, None], value[:, None])
+    own_key, own_value = (
+        rows[:, None].unflatten(-2, (-1, num_own)) for rows in (key, value)
     )
-    own = own_query @ own_key.mT  # [G, H/G, B, k, k]
+    blocks = (-1, per_block)
+    own = query.unflatten(-2, blocks) @ own_key.mT  # [G, H/G, B, queries, keys]
     if (cap := scoring.soft_cap) is not None:
         past, own = torch.tanh(past / cap) * cap, torch.tanh(own / cap) * cap
     past = past.masked_fill(~part.prefix, float("-inf"))
@@ -160,8 +179,8 @@ def _attend(
         column = sinks[..., None, None].expand(*scores.shape[:-1], 1)
         scores = torch.cat([scores, column], dim=-1)
     weights = scores.float().softmax(-1).to(query.dtype)
-    weights = weights[..., : num_read + num_draft_tokens]
-    past_weights, own_weights = weights.split([num_read, num_draft_tokens], dim=-1)
+    weights = weights[..., : num_read + num_own]
+    past_weights, own_weights = weights.split([num_read, num_own], dim=-1)
     out = (past_weights.flatten(1, 2) @ prefix_value).unflatten(1, (-1, num_rows))
     out = out + (own_weights.unflatten(-2, blocks) @ own_value).flatten(2, 3)
     return out.permute(2, 0, 1, 3).flatten(1)

@@ -46,6 +46,10 @@ class _LayerWays(NamedTuple):
     scoring: Scoring
 
 
+# By layer, the keys and values [G, B, D] of a chain's rows so far.
+_Chained = dict[int, list[tuple[torch.Tensor, torch.Tensor]]]
+
+
 class HFTarget(OneRank):
     """A frozen causal LM of transformers as `drafter.host.TargetHost`.
 
@@ -82,6 +86,7 @@ class HFTarget(OneRank):
         self._shaping = shaping_of(config)
         self._ways: dict[int, _LayerWays] = {}
         self._reads: list[Read] = []
+        self._chained: _Chained | None = None
         self._embedding_scale = 1.0
         fix_rope(self.decoder)
         self._ropes = {index: Rope(self.decoder, index) for index in self._with_cache}
@@ -175,6 +180,9 @@ class HFTarget(OneRank):
         blocks: Sequence[tuple[TargetStates, torch.Tensor]],
         num_draft_tokens: int,
         prefix_window: int | None = None,
+        *,
+        causal: bool = True,
+        chain: bool = False,
     ) -> Iterator[None]:
         """Set what the rows of the next forward read.
 
@@ -183,16 +191,20 @@ class HFTarget(OneRank):
                 the blocks behind it. The rows come in the same order.
             num_draft_tokens: k.
             prefix_window: The drafter's; None for all of the prefix.
+            causal: Whether a row reads only rows of its block that stand before it.
+            chain: Whether each of the next k forwards has one row of each block, which
+                reads those of the forwards before.
         """
         self._reads = [
-            Read(states, lens, num_draft_tokens, prefix_window)
+            Read(states, lens, num_draft_tokens, prefix_window, causal)
             for states, lens in blocks
         ]
+        self._chained = {} if chain else None
         try:
             with attention_is_ours(self.decoder.config):
                 yield
         finally:
-            self._reads = []
+            self._reads, self._chained = [], None
 
     def recomputed(self, layer: Callable[..., Stream], *inputs: Any) -> Stream:
         """A layer's output, which keeps nothing but its inputs for the backward.
@@ -203,8 +215,8 @@ class HFTarget(OneRank):
             layer: Computes the same each time.
             inputs: Its arguments.
         """
-        if not torch.is_grad_enabled():
-            return layer(*inputs)
+        if not torch.is_grad_enabled() or self._chained is not None:
+            return layer(*inputs)  # a chain's rows keep little, one layer at a time
         reads = self._reads
 
         @contextmanager
@@ -296,17 +308,31 @@ class HFTarget(OneRank):
         """``[heads, rows, head_dim]`` each, to ``[rows, heads * head_dim]``."""
         assert self._reads, "call within HFTarget.reading()"
         counts = [read.num_rows for read in self._reads]
-        parts = [rows.split(counts, dim=1) for rows in (query, key, value)]
+        position = None
+        if self._chained is not None:
+            before = self._chained.setdefault(index, [])
+            position = len(before)
+            before.append((key, value))
+            counts = [len(read.prefix_lens) for read in self._reads]
+            key, value = (
+                torch.stack(rows, dim=2).flatten(1, 2)
+                for rows in zip(*before, strict=True)
+            )
+        own = [count * (1 if position is None else position + 1) for count in counts]
+        parts = [query.split(counts, dim=1)]
+        parts += [rows.split(own, dim=1) for rows in (key, value)]
         outputs = []
         for read, q, k, v in zip(self._reads, *parts, strict=True):
             keys = read.states.keys[index].to(q.device)
             values = read.states.values[index].to(q.device)
             window = self._windows[index]
-            if self._by_flex:
+            if self._by_flex and position is None:
                 mask = read.mask(window, q.device)
                 out = attend_blocks_by_flex(q, k, v, keys, values, mask, scoring)
             else:
                 slices = read.slices(window, len(q), q.device)
+                if position is not None:
+                    slices = [part.of_position(position) for part in slices]
                 out = attend_blocks(q, k, v, keys, values, slices, scoring)
             outputs.append(out)
         return torch.cat(outputs)

@@ -8,17 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from safetensors import safe_open
 
 from vllm_mtp.drafter.config import (
     DrafterConfig,
     LayerConfig,
     OwnLayerConfig,
-    SharedLayerConfig,
     require_window,
 )
-from vllm_mtp.drafter.layer_spec import BoundLayer, parse_layers
-from vllm_mtp.drafter.layers import OwnLayer
+from vllm_mtp.drafter.layer_spec import ListedLayer, parse_layers
+from vllm_mtp.drafter.layers import OwnLayer, set_identity
 from vllm_mtp.drafter.model import Drafter
 from vllm_mtp.drafter.options import DrafterOptions
 from vllm_mtp.drafter.target_facts import (
@@ -28,7 +28,7 @@ from vllm_mtp.drafter.target_facts import (
     safetensors_files,
     sliding_windows,
 )
-from vllm_mtp.errors import MTPError, UnsupportedTargetError
+from vllm_mtp.errors import MTPError, UnsupportedTargetError, refusal_of
 from vllm_mtp.torch_host.dequantise import dequantised
 from vllm_mtp.torch_host.layer_copy import LayerCopy
 from vllm_mtp.torch_host.load import class_of
@@ -99,7 +99,7 @@ def new_drafter(
     return drafter
 
 
-def bind_layers(layers: str, hf_config: Any) -> list[BoundLayer]:
+def bind_layers(layers: str, hf_config: Any) -> list[ListedLayer]:
     """Read a layer list for a target.
 
     Args:
@@ -118,7 +118,7 @@ def bind_layers(layers: str, hf_config: Any) -> list[BoundLayer]:
 def new_config(
     hf_config: Any,
     facts: TargetFacts,
-    bound: Sequence[BoundLayer],
+    bound: Sequence[ListedLayer],
     num_speculative_tokens: int,
     options: DrafterOptions,
     forms: Mapping[int, Mapping[str, Any]],
@@ -139,16 +139,21 @@ def new_config(
         UnsupportedTargetError: The target cannot have such layers.
         TargetMismatchError: ``prefix_window`` is shorter than the target's own.
     """
-    config = DrafterConfig(
-        model_type="mtp_placeholder",
-        format_version=1,
-        num_speculative_tokens=num_speculative_tokens,
-        layers=_layer_configs(bound, options, forms, hf_config),
-        markov=options.markov_config(),
-        noise=options.noise_config(num_speculative_tokens - 1, facts.vocab_size),
-        target=facts,
-        **knobs,
-    )
+    try:
+        config = DrafterConfig(
+            model_type="mtp_placeholder",
+            format_version=1,
+            num_speculative_tokens=num_speculative_tokens,
+            layers=_layer_configs(bound, options, forms, hf_config),
+            markov=options.markov_config(),
+            noise=options.noise_config(num_speculative_tokens - 1, facts.vocab_size),
+            chain=options.chain_config(_eps_of(hf_config)),
+            boundary_layers=tuple(options.boundary_layers),
+            target=facts,
+            **knobs,
+        )
+    except ValidationError as error:
+        raise MTPError(refusal_of(error)) from None
     require_window(config, sliding_windows(hf_config).__getitem__)
     return config
 
@@ -172,10 +177,11 @@ def _require_token_ids(
         )
 
 
-def _require_caches(layers: list[BoundLayer], hf_config: object) -> None:
+def _require_caches(layers: list[ListedLayer], hf_config: object) -> None:
     """Refuse layers without keys and values per head, as hybrid targets have."""
     readable = layers_with_attention(hf_config)
-    if odd := sorted({layer.target_layer for layer in layers} - set(readable)):
+    wanted = {i for layer in layers if (i := layer.target_layer) is not None}
+    if odd := sorted(wanted - set(readable)):
         raise UnsupportedTargetError(
             f"layers: target layers {odd} have no keys and values per token (linear "
             f"attention or mamba?), so there is no KV cache to read; bind to {readable}"
@@ -283,6 +289,23 @@ class TargetWeights:
             embedded = embedding(torch.arange(len(rows)))
         return embedded * _multiplier(hf_config.get_text_config())
 
+    def lm_head(self) -> torch.Tensor:
+        """Rows of the LM head, or of the embeddings where these are the head.
+        ``[vocab_size, hidden_size]``.
+
+        Raises:
+            UnsupportedTargetError: The folder has neither, or packed ones.
+        """
+        heads = [name for name in self._file_of if name.endswith("lm_head.weight")]
+        name = min(heads, key=len) if heads else self._embedding_name()
+        rows = self.get(name)
+        if rows is None or not rows.is_floating_point():
+            raise UnsupportedTargetError(
+                f"{self._folder}: its LM head ({name}) is not stored as numbers, and "
+                "lm_head 'own' starts from it; name a copy that is not quantised"
+            )
+        return rows
+
     def _embedding_name(self) -> str:
         if self._embedding is None:
             raise UnsupportedTargetError(
@@ -295,10 +318,10 @@ class TargetWeights:
 
 
 def _copies(
-    bound: list[BoundLayer], weights: TargetWeights, hf_config: Any, facts: TargetFacts
+    bound: list[ListedLayer], weights: TargetWeights, hf_config: Any, facts: TargetFacts
 ) -> dict[int, LayerCopy]:
     """Copies of the target layers that own layers read, by layer."""
-    wanted = {layer.target_layer for layer in bound if layer.kind == "own"}
+    wanted = own_layers(bound)
     return {
         index: copy_of_layer(
             hf_config,
@@ -312,10 +335,10 @@ def _copies(
 
 
 def _layer_configs(
-    bound: Sequence[BoundLayer],
+    bound: Sequence[ListedLayer],
     options: DrafterOptions,
     forms: Mapping[int, Mapping[str, Any]],
-    hf_config: object,
+    hf_config: Any,
 ) -> tuple[LayerConfig, ...]:
     own = [index for index, layer in enumerate(bound) if layer.kind == "own"]
     reads_boundary = {"none": [], "first": own[:1], "all": own}[options.boundary_hidden]
@@ -324,22 +347,31 @@ def _layer_configs(
             f"boundary_hidden: got {options.boundary_hidden!r}, but only own layers "
             "can read it and the layer list has none; use 'none', or own layers"
         )
-    lora = options.lora_config()
 
-    def own_layer(index: int, layer: BoundLayer) -> OwnLayerConfig:
+    def config_of(index: int, layer: ListedLayer) -> LayerConfig:
+        if layer.target_layer is None:
+            size = _mlp_size(hf_config)
+            return options.mlp_layer(size or hf_config.hidden_size, _eps_of(hf_config))
+        if layer.kind == "shared":
+            return options.shared_layer(layer.target_layer)
+        boundary = index in reads_boundary
         form = {
             **forms.get(layer.target_layer, {}),
-            "boundary_hidden": index in reads_boundary,
+            "boundary_hidden": boundary,
+            "boundary_of": options.boundary_of if boundary else "last",
             "bridge": options.bridges,
+            "attention": options.own_attention,
+            "per_position": options.per_position,
         }
         return _own_layer_config(layer.target_layer, hf_config, form)
 
-    return tuple(
-        SharedLayerConfig(target_layer=layer.target_layer, lora=lora)
-        if layer.kind == "shared"
-        else own_layer(index, layer)
-        for index, layer in enumerate(bound)
-    )
+    return tuple(config_of(index, layer) for index, layer in enumerate(bound))
+
+
+def own_layers(listed: Sequence[ListedLayer]) -> set[int]:
+    """Target layers that own layers are bound to."""
+    own = (layer.target_layer for layer in listed if layer.kind == "own")
+    return {index for index in own if index is not None}
 
 
 def _own_layer_config(
@@ -351,21 +383,36 @@ def _own_layer_config(
             f"layers: {hf_config.model_type!r} has values of another size than its "
             f"keys (v_head_dim {values}), which own layers do not. Use shared layers."
         )
-    size = getattr(hf_config, "intermediate_size", None)
-    if not size:  # of a mixture of experts: as wide as those that a token goes through
-        expert = getattr(hf_config, "moe_intermediate_size", None) or 0
-        size = expert * (getattr(hf_config, "num_experts_per_tok", None) or 1)
+    size = _mlp_size(hf_config)
     if not size:
         raise UnsupportedTargetError(
             "layers: own layers take the width of their MLP from the target's "
             "(intermediate_size or moe_intermediate_size), and "
             f"{getattr(hf_config, 'model_type', '?')!r} has none. Use shared layers."
         )
+    try:
+        return OwnLayerConfig(
+            target_layer=target_layer,
+            intermediate_size=size,
+            rms_norm_eps=_eps_of(hf_config),
+            **form,
+        )
+    except ValidationError as error:
+        raise MTPError(refusal_of(error)) from None
+
+
+def _mlp_size(hf_config: Any) -> int:
+    """Width of the target's MLP; 0 where it is not known."""
+    if size := getattr(hf_config, "intermediate_size", None):
+        return size
+    # Of a mixture of experts: as wide as those that a token goes through.
+    expert = getattr(hf_config, "moe_intermediate_size", None) or 0
+    return expert * (getattr(hf_config, "num_experts_per_tok", None) or 1)
+
+
+def _eps_of(hf_config: Any) -> float:
     names = ("rms_norm_eps", "layer_norm_eps", "norm_eps", "layer_norm_epsilon")
-    eps = next((e for name in names if (e := getattr(hf_config, name, None))), 1e-6)
-    return OwnLayerConfig(
-        target_layer=target_layer, intermediate_size=size, rms_norm_eps=eps, **form
-    )
+    return next((e for name in names if (e := getattr(hf_config, name, None))), 1e-6)
 
 
 def _embedding_scale(hf_config: Any) -> float:
@@ -396,12 +443,17 @@ def _fill(
             scale = _embedding_scale(hf_config.get_text_config())
             start = weights.mean_embedding() * scale
         drafter.placeholders.copy_(start)
+    if drafter.lm_heads is not None:
+        rows = weights.lm_head()
+        if drafter.draft_vocab is not None:
+            rows = rows[drafter.draft_vocab.token_ids]
+        drafter.lm_heads.weight.copy_(rows)
     for layer in drafter.layers:
         if not isinstance(layer, OwnLayer):
             continue
         if (copied := copies.get(layer.target_layer)) is not None:
             ours = dict(layer.named_parameters())
             for name, weight in copied.weights.items():
-                ours[name].copy_(weight)
+                ours[name].copy_(weight)  # each position begins with the same
         if options.boundary_init == "identity" and layer.boundary_proj is not None:
-            torch.nn.init.eye_(layer.boundary_proj.weight)
+            set_identity(layer.boundary_proj.weight)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from vllm_mtp.drafter.config import OwnLayerConfig
 from vllm_mtp.drafter.followed import difference
 from vllm_mtp.drafter.host import OneRank
-from vllm_mtp.drafter.layers import OwnLayer, Stream
+from vllm_mtp.drafter.layers import BlockRows, OwnLayer, Stream
 from vllm_mtp.drafter.target_facts import TargetFacts, sliding_windows
 from vllm_mtp.drafter.transformers_layers import Rope, attention_of, run_rows
 from vllm_mtp.errors import UnsupportedTargetError
@@ -159,16 +159,17 @@ def copy_of_layer(
     positions = torch.arange(_ROWS) + 3
     target.look(rows)
     expected = target.run(rows, positions)
+    alone = BlockRows(1)
     parts = dict(target.parts)
     closest: tuple[float, str] | None = None
     for candidate in candidates:
-        layer = OwnLayer(make(candidate.form), facts)
+        layer = OwnLayer(make(candidate.form), facts, 1)
         shapes = {name: weight.shape for name, weight in candidate.weights.items()}
         if {n: weight.shape for n, weight in layer.named_parameters()} != shapes:
             continue
         layer.load_state_dict({n: w.float() for n, w in candidate.weights.items()})
         with torch.no_grad():
-            out = layer(target, Stream(rows), positions, None).summed()
+            out = layer(target, Stream(rows), positions, None, alone).summed()
         error = difference(out, expected)
         if error <= _SAME:
             return candidate

@@ -37,6 +37,7 @@ class Read:
     prefix_lens: torch.Tensor  # [B] int64
     num_draft_tokens: int
     prefix_window: int | None
+    causal: bool = True
     _slices: dict[Any, list[BlockSlice]] = field(default_factory=dict)
     _masks: dict[Any, BlockMask] = field(default_factory=dict)
 
@@ -56,11 +57,13 @@ class Read:
                 num_heads,
                 window,
                 self.prefix_window,
+                causal=self.causal,
             )
         return self._slices[key]
 
     def mask(self, window: int | None, device: torch.device) -> BlockMask:
         """For all layers of one window."""
+        assert self.causal, "flex is refused for blocks that are not"
         key = (window, device)
         if key not in self._masks:
             self._masks[key] = flex_mask(

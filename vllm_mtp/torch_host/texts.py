@@ -7,11 +7,13 @@ another.
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import torch
 
-from vllm_mtp.drafter.config import DrafterConfig
+from vllm_mtp.drafter.config import LAST_HIDDEN, DrafterConfig
+from vllm_mtp.drafter.heads import Pick
 from vllm_mtp.drafter.layout import (
     IGNORE_LABEL,
     block_labels,
@@ -59,7 +61,13 @@ def labels_behind(
 
 def anchors_are_exact(config: DrafterConfig) -> bool:
     """Whether the anchors' rows are the target's own rows."""
-    return config.shares_whole_target and config.prefix_window is None
+    return (
+        config.shares_whole_target
+        and config.prefix_window is None
+        and config.chain is None
+        and config.input == "block"
+        and config.block_mask == "causal"
+    )
 
 
 def forward_texts(
@@ -96,18 +104,90 @@ def forward_texts(
         # To the placeholders, the anchor is one more token of the prefix.
         behind = [(text.states, text.prefix_lens + 1) for text in texts]
         positions = _positions(texts, num_draft_tokens)[:, 1:]
-        with host.reading(behind, num_draft_tokens - 1):
+        extra = bound.drafter.config.extra_rows
+        with host.reading(behind, num_draft_tokens - 1 + extra):
             rest = bound.forward(None, positions, placeholder_ids=noise_ids)
         return torch.cat([anchors.to(rest.dtype), rest], dim=1)
-    behind = [(text.states, text.prefix_lens) for text in texts]
-    window = bound.drafter.config.prefix_window
-    with host.reading(behind, num_draft_tokens, window):
-        return bound.forward(
-            torch.cat([text.token_ids[text.prefix_lens] for text in texts]),
-            _positions(texts, num_draft_tokens),
-            torch.cat([text.states.hidden[text.prefix_lens - 1] for text in texts]),
-            noise_ids,
+    positions = _positions(texts, num_draft_tokens)
+    config = bound.drafter.config
+    boundary = torch.cat([boundary_of(text, config) for text in texts])
+    with _reading(bound, texts, num_draft_tokens):
+        if config.chain is not None:
+            known = [_known_tokens(text, num_draft_tokens) for text in texts]
+            return bound.known_chain(torch.cat(known), positions, boundary)
+        return bound.forward(_anchors(texts), positions, boundary, noise_ids)
+
+
+def streams_of(config: DrafterConfig) -> tuple[int, ...]:
+    """Target layers behind which a drafter reads the stream; see `HFTarget.encode`."""
+    return tuple(i for i in config.boundary_sources if i != LAST_HIDDEN)
+
+
+def draft_texts(
+    bound: BoundDrafter,
+    texts: Sequence[TextBlocks],
+    num_draft_tokens: int,
+    pick: Pick,
+    *,
+    whole_blocks: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Draft behind every prefix, as in decoding; see `BoundDrafter.propose`.
+
+    Args:
+        bound: A drafter on an `HFTarget`.
+        texts: The texts and their blocks.
+        num_draft_tokens: k.
+        pick: The sampler.
+        whole_blocks: As in `forward_texts`.
+    """
+    if bound.drafter.config.chain is None:
+        hidden = forward_texts(
+            bound, texts, num_draft_tokens, whole_blocks=whole_blocks
         )
+        return bound.draft(hidden, pick)
+    boundary = torch.cat([boundary_of(text, bound.drafter.config) for text in texts])
+    with _reading(bound, texts, num_draft_tokens):
+        positions = _positions(texts, num_draft_tokens)
+        return bound.propose(_anchors(texts), positions, boundary, pick)
+
+
+def _reading(
+    bound: BoundDrafter, texts: Sequence[TextBlocks], num_draft_tokens: int
+) -> AbstractContextManager[None]:
+    """What whole blocks of the drafter read."""
+    host, config = bound.target, bound.drafter.config
+    assert isinstance(host, HFTarget), "known text is run in plain torch"
+    return host.reading(
+        [(text.states, text.prefix_lens) for text in texts],
+        num_draft_tokens + config.extra_rows,
+        config.prefix_window,
+        causal=config.block_mask == "causal",
+        chain=config.chain is not None,
+    )
+
+
+def _anchors(texts: Sequence[TextBlocks]) -> torch.Tensor:
+    return torch.cat([text.token_ids[text.prefix_lens] for text in texts])
+
+
+def _known_tokens(text: TextBlocks, num_draft_tokens: int) -> torch.Tensor:
+    """Anchors and the true tokens behind them ``[B, k]``; the last one of the text is
+    repeated where it ends, since nothing is learnt there."""
+    where = block_positions(text.prefix_lens, num_draft_tokens)
+    return text.token_ids[where.clamp(max=len(text.token_ids) - 1)]
+
+
+def boundary_of(text: TextBlocks, config: DrafterConfig) -> torch.Tensor:
+    """As `BoundDrafter.forward` takes it."""
+    last, states = text.prefix_lens - 1, text.states
+    sources = config.boundary_sources
+    if set(sources) <= {LAST_HIDDEN}:
+        return states.hidden[last]
+    found = [
+        states.hidden[last] if source == LAST_HIDDEN else states.streams[source][last]
+        for source in sources
+    ]
+    return torch.stack([x.to(found[0].dtype) for x in found], dim=1)
 
 
 def _positions(texts: Sequence[TextBlocks], num_draft_tokens: int) -> torch.Tensor:

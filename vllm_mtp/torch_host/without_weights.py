@@ -15,7 +15,7 @@ from vllm_mtp.errors import UnsupportedTargetError, in_one_line
 from vllm_mtp.torch_host.hf_target import HFTarget
 from vllm_mtp.torch_host.layer_copy import readings
 from vllm_mtp.torch_host.load import class_of, decoder_of
-from vllm_mtp.torch_host.new_drafter import bind_layers, new_config
+from vllm_mtp.torch_host.new_drafter import bind_layers, new_config, own_layers
 
 # Of the small model that the ways of a family are learnt from.
 _SMALL_HEAD, _SMALL_MLP, _SMALL_VOCABULARY = 8, 64, 256
@@ -73,7 +73,7 @@ def drafter_config(
     facts = TargetFacts.from_hf_config(target.config)
     text = target.config.get_text_config()
     bound = bind_layers(layers, text)
-    own = {layer.target_layer for layer in bound if layer.kind == "own"}
+    own = own_layers(bound)
     forms = {}
     if own and options.own_init == "copy":
         decoder = decoder_of(target.model)

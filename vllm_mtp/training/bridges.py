@@ -18,7 +18,12 @@ from vllm_mtp.drafter.layers import OwnLayer
 from vllm_mtp.drafter.layout import possible_anchors
 from vllm_mtp.drafter.model import BoundDrafter, Drafter, Traced
 from vllm_mtp.torch_host.hf_target import HFTarget
-from vllm_mtp.torch_host.texts import TextBlocks, forward_texts
+from vllm_mtp.torch_host.texts import (
+    TextBlocks,
+    boundary_of,
+    forward_texts,
+    streams_of,
+)
 
 logger = logging.getLogger("vllm.mtp_placeholder.training")
 
@@ -55,7 +60,7 @@ def fit_bridges(bound: BoundDrafter, texts: Sequence[Mapping[str, Any]]) -> None
             blocks = _all_blocks(bound, text, {stream})
             features = [_inputs_of(bound, index, blocks)]
             if layer.boundary_proj is not None:
-                features.append(blocks.states.hidden[blocks.prefix_lens - 1])
+                features.append(_boundary_of(layer, bound, blocks))
             sums.add(features, blocks.states.streams[stream][blocks.prefix_lens])
         logger.info(
             "bridge of layer %d (reads target layer %d): %.2f of the stream's variance "
@@ -104,10 +109,21 @@ def _all_blocks(
     token_ids, host = text["input_ids"], bound.target
     assert isinstance(host, HFTarget), "known text is run in plain torch"
     anchors = possible_anchors(text["loss_spans"], len(token_ids))
-    layers = bound.drafter.config.bound_layers
+    config = bound.drafter.config
     token_ids = token_ids.to(host.device)
-    states = host.encode(token_ids, cached=layers, streams=streams)
+    wanted = streams.union(streams_of(config))
+    states = host.encode(token_ids, cached=config.read_layers, streams=wanted)
     return TextBlocks(token_ids, states, anchors.to(token_ids.device))
+
+
+def _boundary_of(
+    layer: OwnLayer, bound: BoundDrafter, blocks: TextBlocks
+) -> torch.Tensor:
+    """The boundary hidden state that one layer reads. ``[rows, hidden_size]``."""
+    read = bound.read_boundary(boundary_of(blocks, bound.drafter.config))
+    found = bound.boundary_of_layer(layer, read.of_layers)
+    assert found is not None, "it reads one"
+    return found
 
 
 def _inputs_of(bound: BoundDrafter, index: int, blocks: TextBlocks) -> torch.Tensor:

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from vllm_mtp.drafter.checkpoint import load_drafter
+from vllm_mtp.drafter.config import LayerConfig
 from vllm_mtp.drafter.model import Drafter
 from vllm_mtp.training.states import TrainingInputError
 
@@ -56,8 +57,8 @@ def warm_start(drafter: Drafter, source: Drafter) -> list[str]:
     if len(left) == len(ours):
         raise TrainingInputError(
             "warm_start: no weight of that drafter fits this one's layers; it has "
-            f"{[layer.target_layer for layer in source.config.layers]} of target "
-            "layers. Use another drafter, or none"
+            f"{[getattr(x, 'target_layer', x.kind) for x in source.config.layers]} of "
+            "target layers. Use another drafter, or none"
         )
     return left
 
@@ -121,12 +122,16 @@ def require_same_but_positions(drafter: Drafter, source: Drafter) -> None:
 
 def _layers_taken(drafter: Drafter, source: Drafter) -> dict[int, int]:
     """Layer number in the drafter to layer number in the source."""
-    positions: dict[tuple[str, int], list[int]] = defaultdict(list)
+
+    def alike(layer: LayerConfig) -> tuple[str, int | None]:
+        return layer.kind, getattr(layer, "target_layer", None)
+
+    positions: dict[tuple[str, int | None], list[int]] = defaultdict(list)
     for index, layer in enumerate(source.config.layers):
-        positions[layer.kind, layer.target_layer].append(index)
+        positions[alike(layer)].append(index)
     taken: dict[int, int] = {}
     for index, layer in enumerate(drafter.config.layers):
-        if queue := positions[layer.kind, layer.target_layer]:
+        if queue := positions[alike(layer)]:
             taken[index] = queue.pop(0)
     return taken
 

@@ -17,6 +17,7 @@ from vllm_mtp.torch_host.texts import (
     anchors_are_exact,
     forward_texts,
     labels_behind,
+    streams_of,
 )
 from vllm_mtp.training.anchors import choose_anchors, generator_for
 from vllm_mtp.training.features import FeatureLoss
@@ -80,11 +81,17 @@ class LossModule(nn.Module):
         self.features = FeatureLoss(self.bound) if plan.feature_weight else None
         self.states = StatesSource(
             host,
-            drafter.config.bound_layers,
-            self.features.streams if self.features else (),
+            drafter.config.read_layers,
+            self.streams,
             plan.states_budget,
         )
         self.token_loss = TokenLoss(self.bound, candidates)
+
+    @property
+    def streams(self) -> frozenset[int]:
+        """Target layers whose output is read."""
+        compared = self.features.streams if self.features else frozenset()
+        return compared.union(streams_of(self.drafter.config))
 
     def forward(
         self,

@@ -11,7 +11,12 @@ before it still have their activations), or the optimizer's step.
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from vllm_mtp.drafter.config import LinearName, OwnLayerConfig, SharedLayerConfig
+from vllm_mtp.drafter.config import (
+    LayerConfig,
+    LinearName,
+    OwnLayerConfig,
+    SharedLayerConfig,
+)
 from vllm_mtp.drafter.cost import markov_weights
 from vllm_mtp.drafter.lora import linear_sizes
 from vllm_mtp.torch_host.block_attention import GPU_SCORES
@@ -174,7 +179,8 @@ def _own_parts(shape: StepShape, layer: OwnLayerConfig) -> tuple[_Part, _Part]:
     )
 
 
-def _shared_parts(shape: StepShape, layer: SharedLayerConfig) -> tuple[_Part, _Part]:
+def _shared_parts(shape: StepShape, layer: LayerConfig) -> tuple[_Part, _Part]:
+    assert isinstance(layer, SharedLayerConfig), "others are refused before"
     facts = shape.config.target.of_layer(layer.target_layer)
     hidden, item, stream = facts.hidden_size, shape.item, _stream_item(shape)
     mlp = facts.intermediate_size or shape.target.active_mlp

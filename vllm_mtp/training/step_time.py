@@ -10,7 +10,12 @@ from typing import get_args
 
 import torch
 
-from vllm_mtp.drafter.config import DrafterConfig, LinearName, OwnLayerConfig
+from vllm_mtp.drafter.config import (
+    DrafterConfig,
+    LinearName,
+    MLPLayerConfig,
+    OwnLayerConfig,
+)
 from vllm_mtp.drafter.layers import OwnLayer
 from vllm_mtp.drafter.lora import linear_sizes
 from vllm_mtp.training.step_shape import StepShape, TargetSize
@@ -57,6 +62,7 @@ def learn_flops(shape: StepShape) -> float:
     again = _AGAIN * shape.args.gradient_checkpointing
     total = 0.0
     for layer in config.layers:
+        assert not isinstance(layer, MLPLayerConfig), "refused before"
         heads = facts.of_layer(layer.target_layer)
         width = heads.num_attention_heads * heads.head_dim
         # The whole prefix is scored, and what a row may not read is masked.
@@ -82,7 +88,7 @@ def learn_flops(shape: StepShape) -> float:
 def own_parameters(layer: OwnLayerConfig, config: DrafterConfig) -> int:
     """Weights of an own layer."""
     with torch.device("meta"):
-        return sum(p.numel() for p in OwnLayer(layer, config.target).parameters())
+        return sum(p.numel() for p in OwnLayer(layer, config.target, 1).parameters())
 
 
 def decoded_tokens_per_second(

@@ -94,30 +94,33 @@ class TokenLoss:
         valid = columns != IGNORE_LABEL
         counts = whole.counts if whole else valid.sum(0)
         weights = label_weights(columns, objective, counts)
-        head = self._head(candidates)
+        target_head, own = self._head(candidates), self._bound.drafter.lm_heads
+        known = candidates.token_ids if self.adds_labels and candidates else None
         sums: dict[str, torch.Tensor] = {}
 
         def loss_of(rows: torch.Tensor, part: _Slice) -> torch.Tensor:
-            logits = head(rows)
+            logits = target_head(rows) if own is None else own(rows, first, known)
             if self._bound.drafter.markov is not None:
                 logits = logits + self._markov(
                     rows, labels[part.of_all], first, candidates
                 )
             teacher = None
             if objective.needs_teacher:
-                teacher = self._teacher(part, labels.shape[1], first, head, objective)
+                teacher = self._teacher(
+                    part, labels.shape[1], first, target_head, objective
+                )
             losses = position_losses(logits, columns[part.of_all], objective, teacher)
             for name, values in losses.items():
                 values = values.detach().masked_fill(~valid[part.of_all], 0.0)
                 sums[name] = sums.get(name, 0.0) + values.sum()
             return weighted_sum(losses, weights[part.of_all], objective)
 
-        markov = self._bound.drafter.markov
+        heads = [m for m in (self._bound.drafter.markov, own) if m is not None]
         loss = _summed(
             loss_of,
             _slices(texts, hidden, self._num_candidates(candidates)),
             hidden[:, first:],
-            [] if markov is None else list(markov.parameters()),
+            [weight for module in heads for weight in module.parameters()],
         )
         count = counts.sum().clamp(min=1)
         return loss, {name: total / count for name, total in sums.items()}
@@ -150,7 +153,7 @@ class TokenLoss:
         # The position at the start of the block has no correction when serving.
         start = max(first, 1)
         previous = labels[:, start - 1 : -1].clamp(min=0)
-        whole = candidates is None or self._bound.small_head is not None
+        whole = candidates is None or not self.adds_labels
         bias = markov(
             previous,
             hidden[:, start - first :],

@@ -18,7 +18,7 @@ from vllm_mtp.drafter.heads import pick_greedy
 from vllm_mtp.drafter.layout import possible_anchors, span_ends
 from vllm_mtp.files import writing
 from vllm_mtp.metrics import AcceptanceCounts, count_accepted, mean_length
-from vllm_mtp.torch_host.texts import TextBlocks, forward_texts
+from vllm_mtp.torch_host.texts import TextBlocks, draft_texts
 from vllm_mtp.training.arguments import DrafterTrainingArguments
 from vllm_mtp.training.loss_module import LossModule
 from vllm_mtp.training.optimizer import make_optimizer
@@ -250,8 +250,9 @@ class DrafterTrainer(Trainer):
     def _draft(self, texts: list[TextBlocks]) -> AcceptanceCounts:
         loss_module = self.loss_module
         num_draft_tokens = loss_module.drafter.config.num_speculative_tokens
-        hidden = forward_texts(loss_module.bound, texts, num_draft_tokens)
-        drafted, _ = loss_module.bound.draft(hidden, pick_greedy)
+        drafted, _ = draft_texts(
+            loss_module.bound, texts, num_draft_tokens, pick_greedy
+        )
         truth = torch.cat([text.labels(num_draft_tokens) for text in texts])
         return count_accepted(drafted, truth)
 

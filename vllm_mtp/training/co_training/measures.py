@@ -9,7 +9,7 @@ import torch
 from vllm_mtp.drafter.heads import pick_greedy_with_scores
 from vllm_mtp.drafter.layout import IGNORE_LABEL
 from vllm_mtp.metrics import AcceptanceCounts, count_accepted, mean_length
-from vllm_mtp.torch_host.texts import TextBlocks, forward_texts
+from vllm_mtp.torch_host.texts import TextBlocks, draft_texts
 from vllm_mtp.training.loss_module import LossModule
 
 _DRAFTS, _ACCEPTED, _LABELS, _LOSS, _ENTROPY = range(5)
@@ -48,10 +48,11 @@ def _of_text(loss_module: LossModule, text: TextBlocks) -> torch.Tensor:
     sums = torch.zeros(5, num_draft_tokens, dtype=torch.float64, device=labels.device)
     if not whole.any():
         return sums
-    hidden = forward_texts(loss_module.bound, [text], num_draft_tokens)[whole]
-    labels = labels[whole]
-    drafted, scores = loss_module.bound.draft(hidden, pick_greedy_with_scores)
+    drafted, scores = draft_texts(
+        loss_module.bound, [text], num_draft_tokens, pick_greedy_with_scores
+    )
     assert scores is not None, "the pick gives them"
+    drafted, scores, labels = drafted[whole], scores[whole], labels[whole]
     counts = count_accepted(drafted, labels)
     columns = labels
     if loss_module.token_loss.candidates is not None:
