@@ -213,9 +213,12 @@ def covered_tokens(tables: Iterable[CacheTable], max_model_len: int) -> int:
     A table may be wider, but backends size their buffers by the limit.
     """
     return min(
-        min(table.cache_blocks.shape[1], -(-max_model_len // table.block_size))
-        * table.block_size
-        for table in tables
+        (
+            min(table.cache_blocks.shape[1], -(-max_model_len // table.block_size))
+            * table.block_size
+            for table in tables
+        ),
+        default=max_model_len,  # a drafter that reads no cache
     )
 
 

@@ -11,7 +11,9 @@ as it asked for and as are worth their time (`draft_length`).
 import logging
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -83,7 +85,7 @@ class _Batch(NamedTuple):
     anchor_ids: torch.Tensor  # [B] int32
     boundary: torch.Tensor | None  # [B, hidden_size]
     layout: DraftLayout
-    metadata: CommonAttentionMetadata  # of the drafter, but for block table and slots
+    metadata: CommonAttentionMetadata  # of the target
     sampling: SamplingMetadata
 
 
@@ -132,6 +134,7 @@ class MTPPlaceholderProposer(DraftModelProposer):
         drafter_config = self._bound.drafter.config
         self.prefix_window = drafter_config.prefix_window
         self._reads_boundary = drafter_config.uses_boundary_hidden
+        self._causal = drafter_config.block_mask == "causal"
         self.supports_mm_inputs = False
         if self.speculative_config.enforce_eager is False:
             logger.warning("%s: CUDA graphs of the drafter need the V2 runner", METHOD)
@@ -179,10 +182,11 @@ class MTPPlaceholderProposer(DraftModelProposer):
             )
         self.draft_attn_groups = list(found.values())
         self._table_gids = sorted({g.kv_cache_group_id for g in found.values()})
-        self.kv_cache_gid = self._table_gids[0]
-        self.block_size = self.draft_attn_groups[0].kv_cache_spec.block_size
+        groups = kv_cache_config.kv_cache_groups
+        # A drafter may read no cache at all.
+        self.kv_cache_gid = self._table_gids[0] if found else 0
+        self.block_size = groups[self.kv_cache_gid].kv_cache_spec.block_size
         if self.prefix_window is not None:
-            groups = kv_cache_config.kv_cache_groups
             require_whole_blocks(
                 groups[gid].kv_cache_spec.block_size for gid in self._table_gids
             )
@@ -420,7 +424,7 @@ class MTPPlaceholderProposer(DraftModelProposer):
             of_rows(step.anchor_ids),
             boundary,
             layout,
-            _metadata_of(layout, metadata),
+            metadata,
             step.sampling,
         )
 
@@ -449,53 +453,61 @@ class MTPPlaceholderProposer(DraftModelProposer):
             drafter, where the length follows from it.
         """
         self._host.follow_weights()
+        greedy = self._drafts_are_greedy(batch.sampling)
+        wants_scores = greedy and self.lengths is not None
+        if greedy:
+            pick: Pick = pick_greedy_with_scores if wants_scores else pick_greedy
+        else:
+            pick = self._sampler(batch)
+        with scope(DRAFT):
+            tokens, kept = self._bound.propose(
+                batch.anchor_ids,
+                batch.layout.rope_positions,
+                batch.boundary,
+                pick,
+                step=partial(self._context, batch),
+                whole_vocab=not greedy,
+            )
+        if wants_scores:
+            assert kept is not None, "the sampler keeps them"
+            return tokens, probability_of_best(kept)
+        self._last_draft_probs = None if kept is None else kept.contiguous()
+        return tokens, None
+
+    def _sampler(self, batch: _Batch) -> Pick:
+        """Draws tokens as vLLM does, and keeps the distributions."""
+
+        def pick(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+            return self._sample_from_logits(logits.float(), batch.sampling)
+
+        if not batch.sampling.generators:
+            return pick
+        starts = batch.layout.positions[:, 0]
+        return with_seeds(pick, batch.sampling.generators, starts)
+
+    def _context(self, batch: _Batch, position: int) -> AbstractContextManager[object]:
+        """What the forward runs in that begins at a position of the blocks."""
+        chain = self._bound.drafter.config.chain is not None
         layout = batch.layout
+        rows = slice(position, position + 1) if chain else slice(None)
+        common = _metadata_of(layout, batch.metadata, rows, self._causal)
         metadata_of_layer: dict[str, object] = {}
         slots_of_layer: dict[str, torch.Tensor] = {}
         for group in self.draft_attn_groups:
             table = self._table_gids.index(group.kv_cache_group_id)
-            slots = layout.slots[table]
-            metadata = batch.metadata.replace(
+            slots = layout.slots[table].view_as(layout.positions)[:, rows].flatten()
+            metadata = common.replace(
                 block_table_tensor=layout.read_tables[table], slot_mapping=slots
             )
             # Before 0.32 there is no such method, and block tables are the kernel's.
             build = getattr(group, "build_metadata_for_drafting", None)
             build = build or group.get_metadata_builder().build_for_drafting
-            built = build(metadata, 0)
+            built = build(metadata, position)
             metadata_of_layer |= dict.fromkeys(group.layer_names, built)
             slots_of_layer |= dict.fromkeys(group.layer_names, slots)
-        num_rows = layout.positions.numel()
-        context = self._host.forward_context(
-            metadata_of_layer, num_rows, slots_of_layer
+        return self._host.forward_context(
+            metadata_of_layer, common.num_actual_tokens, slots_of_layer
         )
-        with scope(DRAFT), context:
-            hidden = self._bound.forward(
-                batch.anchor_ids, layout.rope_positions, batch.boundary
-            )
-            return self._choose(hidden, batch)
-
-    def _choose(
-        self, hidden: torch.Tensor, batch: _Batch
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """As `_draft`, from the last hidden states ``[B, k, hidden_size]``."""
-        sampling = batch.sampling
-        if self._drafts_are_greedy(sampling):
-            if self.lengths is None:
-                return self._bound.draft(hidden, pick_greedy)
-            tokens, scores = self._bound.draft(hidden, pick_greedy_with_scores)
-            assert scores is not None, "the sampler keeps them"
-            return tokens, probability_of_best(scores)
-
-        def pick(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-            return self._sample_from_logits(logits.float(), sampling)
-
-        draw: Pick = pick
-        if sampling.generators:
-            starts = batch.layout.positions[:, 0]
-            draw = with_seeds(pick, sampling.generators, starts)
-        tokens, probs = self._bound.draft(hidden, draw, whole_vocab=True)
-        self._last_draft_probs = None if probs is None else probs.contiguous()
-        return tokens, None
 
     def _drafts_are_greedy(self, sampling: SamplingMetadata) -> bool:
         probabilistic = self._enable_probabilistic_draft_probs
@@ -538,14 +550,18 @@ class MTPPlaceholderProposer(DraftModelProposer):
         boundary = None
         if self._reads_boundary:
             boundary = self.hidden_states.new_zeros(batch, self.hidden_size)
-        num_rows = batch * num_draft_tokens
-        with self._host.forward_context(None, num_rows, None):
-            positions = block_positions(ids, num_draft_tokens)
-            hidden = self._bound.forward(ids, positions, boundary)
-            # What takes most memory of all ways to choose.
-            chosen = self._bound.draft(hidden, pick_greedy_with_scores)[1]
-            assert chosen is not None, "the sampler keeps them"
-            probability_of_best(chosen)
+        # What takes most memory of all ways to choose.
+        chosen = self._bound.propose(
+            ids,
+            block_positions(ids, num_draft_tokens),
+            boundary,
+            pick_greedy_with_scores,
+            step=lambda _: self._host.forward_context(
+                None, batch * num_draft_tokens, None
+            ),
+        )[1]
+        assert chosen is not None, "the sampler keeps them"
+        probability_of_best(chosen)
 
 
 def _now_ms() -> float:
@@ -570,31 +586,39 @@ def has_finished(params: Any, output_token_ids: Sequence[int], newest: int) -> b
 
 
 def _metadata_of(
-    layout: DraftLayout, metadata: CommonAttentionMetadata
+    layout: DraftLayout,
+    metadata: CommonAttentionMetadata,
+    rows: slice,
+    causal: bool,
 ) -> CommonAttentionMetadata:
-    """The drafter's batch: k query rows behind every request's prefix.
+    """The drafter's batch: some rows of each block behind every request's prefix.
 
     Block table and slots are still the target's.
     """
     batch, num_draft_tokens = layout.positions.shape
-    rows, device = batch * num_draft_tokens, layout.positions.device
-    starts = torch.arange(0, rows + 1, num_draft_tokens, dtype=torch.int32)
+    positions = layout.positions[:, rows]
+    per_block, device = positions.shape[1], positions.device
+    num_rows = batch * per_block
+
+    def starts(where: torch.device | str) -> torch.Tensor:
+        # Made where it is wanted: a copy would make the host wait.
+        return torch.arange(0, num_rows + 1, per_block, dtype=torch.int32, device=where)
+
+    behind = num_draft_tokens - (rows.stop or num_draft_tokens)
     upper = metadata.seq_lens_cpu_upper_bound
     if upper is not None:
         # Some backends index the block table by this bound.
         upper = (upper + num_draft_tokens).clamp(max=layout.most_read)
     return metadata.replace(
-        query_start_loc=torch.arange(
-            0, rows + 1, num_draft_tokens, dtype=torch.int32, device=device
-        ),
-        query_start_loc_cpu=starts,
-        seq_lens=layout.seq_lens.to(metadata.seq_lens.dtype),
+        query_start_loc=starts(device),
+        query_start_loc_cpu=starts("cpu"),
+        seq_lens=(layout.seq_lens - behind).to(metadata.seq_lens.dtype),
         seq_lens_cpu_upper_bound=upper,
-        num_actual_tokens=rows,
-        max_query_len=num_draft_tokens,
+        num_actual_tokens=num_rows,
+        max_query_len=per_block,
         max_seq_len=min(metadata.max_seq_len + num_draft_tokens, layout.most_read),
-        positions=layout.positions.flatten(),
-        causal=True,
+        positions=positions.flatten(),
+        causal=causal,
         # Ranges of images in the prompt, in which attention is not causal, by their
         # positions in the whole sequence. The block lies in none.
         mm_req_doc_ranges=None,
