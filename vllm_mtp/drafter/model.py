@@ -341,9 +341,9 @@ class BoundDrafter:
         with self._one_trace(positions, anchor_ids) as trace_drafts:
             for position in range(positions.shape[1]):
                 with step(position):
-                    hidden = self.chain_row(
-                        position, tokens, positions[:, position], hidden, boundary
-                    )
+                    # Kernels take rows that lie one after the other.
+                    where = positions[:, position].contiguous()
+                    hidden = self.chain_row(position, tokens, where, hidden, boundary)
                     chosen, distribution = self.draft(
                         hidden[:, None], pick, whole_vocab=whole_vocab
                     )

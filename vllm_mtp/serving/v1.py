@@ -495,7 +495,8 @@ class MTPPlaceholderProposer(DraftModelProposer):
         slots_of_layer: dict[str, torch.Tensor] = {}
         for group in self.draft_attn_groups:
             table = self._table_gids.index(group.kv_cache_group_id)
-            slots = layout.slots[table].view_as(layout.positions)[:, rows].flatten()
+            slots = layout.slots[table].view_as(layout.positions)
+            slots = slots[:, rows].contiguous().flatten()  # kernels ask for no strides
             metadata = common.replace(
                 block_table_tensor=layout.read_tables[table], slot_mapping=slots
             )
@@ -617,7 +618,7 @@ def _metadata_of(
         num_actual_tokens=num_rows,
         max_query_len=per_block,
         max_seq_len=min(metadata.max_seq_len + num_draft_tokens, layout.most_read),
-        positions=positions.flatten(),
+        positions=positions.contiguous().flatten(),
         causal=causal,
         # Ranges of images in the prompt, in which attention is not causal, by their
         # positions in the whole sequence. The block lies in none.

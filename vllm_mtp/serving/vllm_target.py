@@ -124,7 +124,9 @@ class VllmTarget:
             if isinstance(layer, OwnLayerConfig)
         }
         self._read = config.read_layers
-        for index in config.bound_layers:
+        # Heads refer to no layer; how the target treats its stream is seen on one.
+        some = next(iter(facts.cached_layers or sorted(attention)))
+        for index in config.bound_layers or (some,):
             self._bind(index, attention, facts, run)
         device = next(self._decoder.parameters()).device
         self._norm = last_norm_of(self._decoder)
