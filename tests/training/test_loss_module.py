@@ -270,6 +270,50 @@ class TestStates:
             assert sorted(source.get(key, TOKENS).keys) == [0, 2]
         assert len(encoded) == 3
 
+    def test_states_on_disk_are_those_of_the_target(
+        self, host: HFTarget, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        encoded: list[int] = []
+        encode = HFTarget.encode
+
+        def counted(self: HFTarget, ids: torch.Tensor, **kept: Any) -> TargetStates:
+            encoded.append(len(ids))
+            return encode(self, ids, **kept)
+
+        def of(layers: set[int], streams: set[int] = frozenset()) -> TargetStates:  # type: ignore[assignment]
+            return StatesSource(host, layers, streams, folder=tmp_path).get(0, TOKENS)
+
+        expected = host.encode(TOKENS, streams={1})
+        monkeypatch.setattr(HFTarget, "encode", counted)
+        of({0, 2})
+        found = of({2})  # another run, which asks for less
+        assert len(encoded) == 1
+        assert torch.equal(found.keys[2], expected.keys[2])
+        assert torch.equal(found.values[2], expected.values[2])
+        assert torch.equal(found.hidden, expected.hidden)
+        found = of({1}, {1})  # for more: that is added, and the rest stays
+        assert torch.equal(found.streams[1], expected.streams[1])
+        of({0, 1, 2}, {1})
+        assert len(encoded) == 2
+        # A text that was cut off while it was written is written anew.
+        (file,) = tmp_path.rglob("*.safetensors")
+        file.write_bytes(file.read_bytes()[:100])
+        assert torch.equal(of({2}).keys[2], expected.keys[2])
+
+    def test_another_target_has_other_states_on_disk(
+        self, host: HFTarget, tmp_path: Path
+    ) -> None:
+        StatesSource(host, {0}, folder=tmp_path).get(0, TOKENS)
+        weight = host.layer(1).mlp.up_proj.weight.data
+        before = weight.clone()
+        try:
+            weight += 0.1
+            found = StatesSource(host, {2}, folder=tmp_path).get(0, TOKENS)
+            assert torch.equal(found.keys[2], host.encode(TOKENS).keys[2])
+        finally:
+            weight.copy_(before)
+        assert len(list(tmp_path.iterdir())) == 2
+
     @pytest.mark.parametrize(
         ("fill", "reason"),
         [

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -112,6 +113,11 @@ class DrafterTrainingArguments(DrafterOptions, TrainingArguments):
         "on a CPU, none elsewhere)",
         None,
     )
+    states_folder: str | None = flag(
+        "folder for keeping them on disk, for runs that read the same texts: saves "
+        "about half of a step's work, and takes some kB for each token",
+        None,
+    )
 
     own_optimizer: Literal["as_optim", "muon"] = flag(
         "muon: train the matrices of own layers with Muon, and all else with `optim`",
@@ -210,6 +216,7 @@ class DrafterTrainingArguments(DrafterOptions, TrainingArguments):
             anchors_per_text=self.anchors_per_text,
             feature_weight=self.feature_weight,
             states_budget=self._states_budget(),
+            states_folder=Path(self.states_folder) if self.states_folder else None,
             seed=self.seed,
             num_draft_tokens=self.train_places,
             schedule=Schedule(self.ce_start_steps, self.curriculum_steps),

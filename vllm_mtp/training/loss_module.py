@@ -3,6 +3,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,6 +39,7 @@ class LossPlan:
         anchors_per_text: Most blocks behind one text in one step.
         feature_weight: Weight of the feature loss; 0 for none.
         states_budget: Bytes for keeping the target's states.
+        states_folder: Where they are kept from run to run; None for nowhere.
         seed: Seed of the anchors.
         num_draft_tokens: Only the first so many positions are learnt; None for all.
         schedule: What is learnt otherwise in a run's first steps.
@@ -47,6 +49,7 @@ class LossPlan:
     anchors_per_text: int = 64
     feature_weight: float = 0.0
     states_budget: float = 0.0
+    states_folder: Path | None = None
     seed: int = 0
     num_draft_tokens: int | None = None
     schedule: Schedule = Schedule()
@@ -84,6 +87,7 @@ class LossModule(nn.Module):
             drafter.config.read_layers,
             self.streams,
             plan.states_budget,
+            plan.states_folder,
         )
         self.token_loss = TokenLoss(self.bound, candidates)
 

@@ -1,18 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """The frozen target's states of the training texts, kept in memory while they fit.
 
-Nothing is dumped on disk: hidden states and keys of a corpus take far more room
-than the corpus, and the target is at hand.
+Nothing is dumped on disk unless it is asked for (`states_folder`): hidden states and
+keys of a corpus take far more room than the corpus, and the target is at hand.
 """
 
 from collections.abc import Collection
 from dataclasses import fields
+from pathlib import Path
 
 import torch
 
 from vllm_mtp.errors import MTPError
 from vllm_mtp.torch_host.hf_target import HFTarget
 from vllm_mtp.torch_host.target_states import TargetStates
+from vllm_mtp.training.states_folder import StatesFolder
 
 
 class TrainingInputError(MTPError):
@@ -32,6 +34,7 @@ class StatesSource:
         cached_layers: Layers whose keys and values the drafter reads.
         streams: Layers whose output is wanted too.
         budget_bytes: Memory for keeping states; 0 computes them every time.
+        folder: Where they are kept from run to run; None for nowhere.
     """
 
     def __init__(
@@ -40,11 +43,14 @@ class StatesSource:
         cached_layers: Collection[int],
         streams: Collection[int] = (),
         budget_bytes: float = 0,
+        folder: Path | None = None,
     ) -> None:
         self._host = host
         self._layers = cached_layers
         self._streams = streams
         self._room = budget_bytes
+        self._folder = folder
+        self._on_disk: StatesFolder | None = None
         self._kept: dict[int, TargetStates] = {}
 
     def get(self, key: int, token_ids: torch.Tensor) -> TargetStates:
@@ -59,15 +65,22 @@ class StatesSource:
         """
         if key in self._kept:
             return self._kept[key]
-        states = self._host.encode(
-            token_ids, cached=self._layers, streams=self._streams
-        )
+        states = self._states(token_ids)
         require_sane(states, key, token_ids)
         size = _num_bytes(states)
         if size <= self._room:
             self._room -= size
             self._kept[key] = states
         return states
+
+    def _states(self, token_ids: torch.Tensor) -> TargetStates:
+        if self._folder is None:
+            return self._host.encode(
+                token_ids, cached=self._layers, streams=self._streams
+            )
+        if self._on_disk is None:  # now it is known in which type they are computed
+            self._on_disk = StatesFolder(self._folder, self._host)
+        return self._on_disk.states(token_ids, self._layers, self._streams)
 
 
 def require_sane(states: TargetStates, key: int, token_ids: torch.Tensor) -> None:

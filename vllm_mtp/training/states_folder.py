@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The target's states of texts on disk, for runs that read the same texts.
+
+To encode the texts is about half of a training step's work, and runs that are to be
+compared read the same ones. A file per text holds the layers that some run has asked
+for; a run that asks for others adds them. Each token takes the last hidden state, and
+keys and values of each layer that is read (6.5 kB for seven layers of SmolLM2-135M in
+bfloat16).
+"""
+
+import hashlib
+import os
+from collections.abc import Collection, Iterable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from vllm_mtp.files import writing
+from vllm_mtp.torch_host.hf_target import HFTarget
+from vllm_mtp.torch_host.target_states import TargetStates
+
+_HIDDEN = "hidden"
+
+
+class StatesFolder:
+    """Reads and writes states of one target.
+
+    Args:
+        folder: Several targets may share it: each has a folder of its own in it.
+        host: The target.
+
+    Raises:
+        OutputError: The folder cannot be written to.
+    """
+
+    def __init__(self, folder: Path, host: HFTarget) -> None:
+        self._host = host
+        self._folder = folder / _fingerprint(host)
+        with writing(self._folder):
+            self._folder.mkdir(parents=True, exist_ok=True)
+
+    def states(
+        self,
+        token_ids: torch.Tensor,
+        cached: Collection[int],
+        streams: Collection[int],
+    ) -> TargetStates:
+        """The states of one text, encoded where they are not there.
+
+        Args:
+            token_ids: ``[T]`` int64.
+            cached: Layers whose keys and values are wanted.
+            streams: Layers whose output is wanted.
+
+        Raises:
+            OutputError: They cannot be written.
+        """
+        path = self._folder / f"{_name(token_ids)}.safetensors"
+        there = _names_in(path)
+        wanted = {_HIDDEN, *_names(cached, streams)}
+        if not wanted <= there:
+            # What other runs have asked for stays.
+            kept = _layers(there, "keys"), _layers(there, "streams")
+            states = self._host.encode(
+                token_ids,
+                cached=kept[0].union(cached),
+                streams=kept[1].union(streams),
+            )
+            self._write(path, states)
+        with safe_open(path, framework="pt", device=str(token_ids.device)) as file:
+            return TargetStates(
+                {i: file.get_tensor(f"keys.{i}") for i in sorted(cached)},
+                {i: file.get_tensor(f"values.{i}") for i in sorted(cached)},
+                file.get_tensor(_HIDDEN),
+                {i: file.get_tensor(f"streams.{i}") for i in sorted(streams)},
+            )
+
+    def _write(self, path: Path, states: TargetStates) -> None:
+        tensors = {_HIDDEN: states.hidden}
+        for kind in ("keys", "values", "streams"):
+            for index, tensor in getattr(states, kind).items():
+                tensors[f"{kind}.{index}"] = tensor
+        # Another process may write the same text: each has a name of its own.
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        with writing(path):
+            try:
+                save_file({n: t.contiguous() for n, t in tensors.items()}, temporary)
+                os.replace(temporary, path)
+            except (OSError, SafetensorError):
+                temporary.unlink(missing_ok=True)
+                raise
+
+
+def _names(cached: Iterable[int], streams: Iterable[int]) -> set[str]:
+    keys = {f"keys.{i}" for i in cached}
+    values = {f"values.{i}" for i in cached}
+    return keys | values | {f"streams.{i}" for i in streams}
+
+
+def _layers(names: Iterable[str], kind: str) -> set[int]:
+    found = (name.split(".") for name in names if name.startswith(f"{kind}."))
+    return {int(number) for _, number in found}
+
+
+def _names_in(path: Path) -> set[str]:
+    """Of the tensors of a file; none where it is missing or broken."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return set(file.keys())
+    except (OSError, SafetensorError):
+        return set()
+
+
+def _name(token_ids: torch.Tensor) -> str:
+    return hashlib.sha256(token_ids.cpu().numpy().tobytes()).hexdigest()[:32]
+
+
+@torch.no_grad()
+def _fingerprint(host: HFTarget) -> str:
+    """Of all that states depend on: weights (a few numbers of each), types, device.
+
+    A target that was trained further has other numbers.
+    """
+    digest = hashlib.sha256()
+    device = host.device.type
+    autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
+    digest.update(f"{device} {autocast} {host.model.config.model_type}".encode())
+    for name, weight in host.model.named_parameters():
+        digest.update(f"{name} {list(weight.shape)} {weight.dtype}".encode())
+        some = weight.flatten()[:: max(1, weight.numel() // 64)].float().cpu()
+        digest.update(some.numpy().tobytes())
+    return digest.hexdigest()[:16]
