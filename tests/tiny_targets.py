@@ -76,7 +76,7 @@ _SIZES: dict[str, Any] = {
 _QUOTIENT = {"hidden_size": 128, "head_dim": None}
 # Wide enough that the next token depends on the text; with the usual 0.02 a tiny
 # model repeats one token for ever, and every drafter looks right.
-_STD = 0.3
+_STD = EMBEDDING_STD = 0.3
 
 
 class _Family(NamedTuple):

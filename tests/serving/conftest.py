@@ -6,9 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
-from checkpoints_spec.goldens import fill_weights
-from tests.tiny_targets import make_tiny, make_tiny_w8a8
+from checkpoints_spec.goldens import fill_weights, fixed_values
+from tests.tiny_targets import EMBEDDING_STD, make_tiny, make_tiny_w8a8
 from tests.tiny_tokenizer import save_tiny_tokenizer
 from vllm_mtp.drafter.checkpoint import save_drafter
 from vllm_mtp.drafter.model import Drafter
@@ -41,7 +42,51 @@ DRAFTERS: dict[str, tuple[str, int, DrafterOptions]] = {
     # Each kind of layer behind each, and at both ends.
     "own-shared": ("own:0,shared:1,2,own:3", 3, replace(PLAIN, own_init="random")),
     "shared-own": ("shared:0,own:1,2,shared:3", 3, replace(PLAIN, own_init="random")),
+    # No layer of these two reads a cache.
+    "heads": (
+        "mlp:2",
+        4,
+        replace(
+            PLAIN,
+            input="boundary",
+            lm_head="own",
+            mlp_form="square",
+            per_position=True,
+            draft_vocab_size=256,
+        ),
+    ),
+    "block": (
+        "own:1,mlp:1,own:3",
+        4,
+        replace(PLAIN, own_attention="block", boundary_hidden="all", markov_rank=8),
+    ),
+    "bidirectional": (
+        "shared:0-1,own:2,3",
+        4,
+        replace(PLAIN, block_mask="bidirectional"),
+    ),
+    "chain": ("shared:0-1,own:2,3", 4, replace(PLAIN, chain=True)),
+    "chain-all": (
+        "own:0,mlp:1,shared:2",
+        4,
+        replace(ALL_OPTIONS, chain=True, markov_rank=None, prefix_window=50),
+    ),
+    "position-layers": (
+        "own:0,mlp:1,own:3",
+        4,
+        replace(PLAIN, per_position=True, boundary_hidden="first", bridges=True),
+    ),
+    "full-rank": (
+        "shared:all",
+        4,
+        replace(PLAIN, full_rank_modules=["q_proj", "v_proj", "o_proj", "up_proj"]),
+    ),
 }
+# Drafters of shapes that have come later: heads, chains, blocks of another mask, ...
+SHAPES = (
+    *("heads", "block", "bidirectional", "chain", "chain-all"),
+    *("position-layers", "full-rank"),
+)
 
 
 class TinyTargets(dict[str, Path]):
@@ -86,6 +131,8 @@ def tiny_drafter(
                 fill_weights(drafter, 0.2)  # the start values of own layers do nothing
             if name == "overflows":
                 blow_up(drafter)
+            if name in SHAPES:
+                vary(drafter)
             save_drafter(drafter, folder)
         return folder
 
@@ -97,6 +144,21 @@ def blow_up(drafter: Drafter) -> None:
     for name, weight in drafter.named_parameters():
         if name.endswith(("v_proj.weight", "down_proj.weight")):
             weight.data.mul_(1e38)
+
+
+@torch.no_grad()
+def vary(drafter: Drafter) -> None:
+    """Change every weight a little: no two positions have the same, and none is zero.
+
+    Rows of a chain begin with little but the token, like the target's. So a chain of
+    all its layers is nearly the target, and many of its drafts are accepted."""
+    if drafter.chain is not None:
+        fuse = drafter.chain.fuse.weight
+        fuse *= EMBEDDING_STD
+        fuse[:, fuse.shape[0] :] *= 0.03
+    for name, weight in drafter.named_parameters():
+        some = 0.02 * float(weight.std(correction=0)) or 0.02
+        weight += fixed_values(name, weight.shape, some)
 
 
 def stir(drafter: Drafter) -> None:
