@@ -5,6 +5,8 @@ import pytest
 import torch
 from torch import nn
 
+from vllm_mtp.drafter.heads import OwnHeads
+from vllm_mtp.drafter.layers import BlockRows, PositionLinear
 from vllm_mtp.serving import kernels
 from vllm_mtp.serving.kernels import int8_product, use_vllm_kernels
 
@@ -78,6 +80,27 @@ def test_a_kernel_that_is_wrong_or_gone_is_not_used(
     for make in (twice, gone):
         monkeypatch.setattr(kernels, "_by_amx", make)
         assert int8_product(weight, None) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [BlockRows(3), BlockRows(2), BlockRows(1, first=2)])
+def test_weights_for_each_position(rows: BlockRows, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    linear = PositionLinear(3, 64, 512, bias=True)
+    heads = OwnHeads(3, 64, 512)
+    for weight in (*linear.parameters(), *heads.parameters()):
+        nn.init.normal_(weight)
+    modules = nn.ModuleList([linear, heads]).to(dtype)
+    x = torch.randn(5 * rows.num_positions, 64).to(dtype)
+    expected = linear(x, rows)
+    logits = heads(rows.by_block(x))
+    use_vllm_kernels(modules)
+    for got, wanted in (
+        (linear(x, rows), expected),
+        (heads(rows.by_block(x)), logits),
+    ):
+        assert got.shape == wanted.shape
+        assert (got - wanted).norm() <= 0.02 * wanted.norm()
 
 
 def test_weights_that_changed_are_taken_anew() -> None:

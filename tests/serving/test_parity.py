@@ -48,8 +48,8 @@ def record_steps(llm: Any) -> list[dict[str, torch.Tensor]]:
         steps[-1]["logits"] = result.clone()
         return result
 
-    def recorded_draft(hidden: torch.Tensor, pick: Any) -> Any:
-        tokens, probs = draft(hidden, pick)
+    def recorded_draft(hidden: torch.Tensor, pick: Any, **kwargs: Any) -> Any:
+        tokens, probs = draft(hidden, pick, **kwargs)
         steps[-1]["tokens"] = tokens.clone()
         return tokens, probs
 

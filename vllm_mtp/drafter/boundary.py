@@ -47,13 +47,13 @@ class BoundaryReader:
         # All of them read the same one in most drafters.
         self._readers = list(readers) if set(readers) - {LAST_HIDDEN} else []
 
-    def read(self, states: torch.Tensor | None, mix: torch.Tensor | None) -> Boundary:
-        """Of the hidden states ``[B, hidden_size]`` (the last one alone) or ``[B, S,
-        hidden_size]``, and the weights ``[layers]`` of a mix before their softmax."""
-        if states is None or not self._sources:
-            return Boundary(None, None)
-        if states.ndim == 2:
-            return Boundary(states, states)
+    def read(self, states: torch.Tensor, mix: torch.Tensor | None) -> Boundary:
+        """Read all sources.
+
+        Args:
+            states: ``[B, S, hidden_size]``.
+            mix: ``[layers]``; the weights of a mix, before their softmax.
+        """
         normed = self._target.final_norm(Stream(states.flatten(0, 1)))
         parts = normed.unflatten(0, states.shape[:2]).unbind(1)
         by_source = dict(zip(self._sources, parts, strict=True))
@@ -69,12 +69,12 @@ class BoundaryReader:
         return Boundary(last, torch.stack([by_source[r] for r in self._readers], 1))
 
     def of_layer(
-        self, layer: OwnLayerConfig, of_layers: torch.Tensor | None
+        self, layer: OwnLayerConfig, of_layers: torch.Tensor
     ) -> torch.Tensor | None:
-        """What one layer reads ``[rows, hidden_size]``, of `Boundary.of_layers` for
-        each row."""
-        if of_layers is None or not (self._readers and layer.boundary_hidden):
-            return of_layers
+        """What one layer reads ``[rows, hidden_size]``, of ``[rows, R,
+        hidden_size]``."""
+        if not layer.boundary_hidden:
+            return None
         return of_layers[:, self._readers.index(_source(layer))]
 
 

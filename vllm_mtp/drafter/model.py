@@ -177,6 +177,7 @@ class BoundDrafter:
             target.logits_of_tokens(vocab.token_ids) if vocab and needs_head else None
         )
         self._boundary = BoundaryReader(drafter.config, target)
+        self._are_heads = drafter.config.are_heads
 
     @property
     def weights(self) -> list[nn.Module]:
@@ -304,6 +305,8 @@ class BoundDrafter:
 
     def read_boundary(self, boundary: torch.Tensor | None) -> Boundary:
         """What is read of hidden states as in `forward`."""
+        if boundary is None or boundary.ndim == 2:
+            return Boundary(boundary, boundary)  # one, or none
         return self._boundary.read(boundary, self.drafter.boundary_mix)
 
     def propose(
@@ -384,6 +387,8 @@ class BoundDrafter:
         self, layer: OwnLayer, of_layers: torch.Tensor | None
     ) -> torch.Tensor | None:
         """What one layer reads of `Boundary.of_layers`. ``[rows, hidden_size]``."""
+        if of_layers is None or of_layers.ndim == 2:
+            return of_layers
         return self._boundary.of_layer(layer.config, of_layers)
 
     def _run(
@@ -425,10 +430,9 @@ class BoundDrafter:
                 stream = call(layer, self.target, shared, stream, positions, gate)
             if self.trace is not None:
                 self.trace(index, stream.summed())
-        if self.drafter.config.are_heads:
-            hidden = stream.summed()  # what entered has passed the norm
-        else:
-            hidden = self.target.final_norm(stream)
+        # What enters heads has passed the norm.
+        norm = Stream.summed if self._are_heads else self.target.final_norm
+        hidden = norm(stream)
         if self.trace is not None:
             self.trace(Traced.FINAL_NORM, hidden)
         return hidden

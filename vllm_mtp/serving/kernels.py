@@ -23,6 +23,8 @@ from vllm.model_executor.layers.utils import (
 )
 from vllm.platforms import current_platform
 
+from vllm_mtp.drafter.heads import OwnHeads
+from vllm_mtp.drafter.layers import BlockRows, PositionLinear
 from vllm_mtp.plugin import METHOD
 
 logger = logging.getLogger("vllm.mtp_placeholder")
@@ -38,13 +40,60 @@ _LEAST_FOR_VNNI = 1 << 22
 
 
 def use_vllm_kernels(module: nn.Module) -> None:
-    """Let every ``nn.Linear`` in ``module`` compute by `product_with`.
+    """Let every linear map in ``module`` compute by `product_with`.
 
     Call it again when weights have changed: on a CPU the kernel has a copy of them.
     """
     for linear in module.modules():
         if isinstance(linear, nn.Linear):
             linear.forward = product_with(linear)  # type: ignore
+        elif not current_platform.is_cpu():
+            continue  # one batched product takes fewer launches
+        elif isinstance(linear, PositionLinear):
+            linear.forward = _by_position(linear.weight, linear.bias)  # type: ignore
+        elif isinstance(linear, OwnHeads):
+            linear.forward = _heads_by_position(linear.weight)  # type: ignore
+
+
+def _by_position(
+    weights: torch.Tensor, biases: torch.Tensor | None
+) -> Callable[[torch.Tensor, BlockRows], torch.Tensor]:
+    """As `PositionLinear.forward`, a product for each position."""
+    products = _products(weights, biases)
+
+    def forward(x: torch.Tensor, rows: BlockRows) -> torch.Tensor:
+        some = products[rows.first : rows.first + rows.num_positions]
+        if len(some) == 1:
+            return some[0](x)
+        blocks = rows.by_block(x).unbind(1)
+        outs = [p(b.contiguous()) for p, b in zip(some, blocks, strict=True)]
+        return torch.stack(outs, dim=1).flatten(0, 1)
+
+    return forward
+
+
+def _heads_by_position(weights: torch.Tensor) -> Callable[..., torch.Tensor]:
+    """As `OwnHeads.forward` without columns, which serving never asks for."""
+    products = _products(weights, None)
+
+    def forward(hidden: torch.Tensor) -> torch.Tensor:
+        rows = zip(products, hidden.unbind(1), strict=False)
+        return torch.stack([p(row.contiguous()) for p, row in rows], dim=1)
+
+    return forward
+
+
+def _products(weights: torch.Tensor, biases: torch.Tensor | None) -> list[Product]:
+    """Of weights ``[positions, out, in]`` and biases ``[positions, out]``."""
+    linears = []
+    for index, weight in enumerate(weights.detach()):
+        outputs, inputs = weight.shape
+        linear = nn.Linear(inputs, outputs, bias=False, device="meta")
+        linear.weight = nn.Parameter(weight, requires_grad=False)
+        if biases is not None:
+            linear.bias = nn.Parameter(biases.detach()[index], requires_grad=False)
+        linears.append(product_with(linear))
+    return linears
 
 
 def product_with(layer: Any) -> Product:
