@@ -193,6 +193,21 @@ def test_the_text_shows_all_and_traces(
         assert part in out
 
 
+def test_spans_are_traced_and_take_time(
+    settings: Path, target: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The formula of memory leaves them out, and says so."""
+    flags = ["--target", str(target), "--per_device_train_batch_size", "1"]
+    flags += ["--anchors_per_text", "256", "--layers", "own:0", "--trace"]
+    on_policy = ["--on_policy_weight", "0.5"]
+    plain, found = (planned(capsys, *flags, *more) for more in ([], on_policy))
+    assert found["traced"]["peak"] > plain["traced"]["peak"]
+    assert found["hours"] > plain["hours"]
+    assert found["memory"] == plain["memory"]
+    assert main(["plan", str(settings), *flags, *on_policy]) == 0
+    assert "leaves on_policy_weight out; the traced step" in capsys.readouterr().out
+
+
 def test_data_says_what_there_is(
     tiny_llama: Path, tiny_answers: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -211,6 +226,7 @@ def test_data_says_what_there_is(
         (["--target", "/nowhere/x"], "--target '/nowhere/x': expected a Hugging Face"),
         (["--target", ""], "target: got nothing"),
         (["--target_device_map", "auto"], "target_device_map: got 'auto', but a plan"),
+        (["--on_policy_weight", "1"], "leaves out; add --trace, which runs the step"),
     ],
 )
 def test_wrong_flags_are_one_line(

@@ -54,6 +54,7 @@ KINDS: dict[str, dict[str, Any]] = {
         "lora_modules": ["q_proj", "down_proj"],
         "loss_vocab_size": 50,
     },
+    "on-policy": {"layers": "own:0,2", "on_policy_weight": 0.5, "kl_weight": 0.5},
 }
 
 
@@ -96,8 +97,9 @@ def test_a_label_holds_inside_its_block() -> None:
         ("own", {"bf16": True}),
         ("shared", {"bf16": False}),
         ("shared", {"bf16": True, "gradient_checkpointing": True}),
+        ("on-policy", {"bf16": True, "gradient_checkpointing": True}),
     ],
-    ids=["own-bf16", "shared-float32", "shared-again"],
+    ids=["own-bf16", "shared-float32", "shared-again", "on-policy-bf16"],
 )
 def test_a_fake_step_is_as_large_as_a_real_one(
     arguments: MakeArguments, kind: str, more: dict[str, Any], tmp_path: Path

@@ -56,6 +56,7 @@ RUNS: dict[str, dict[str, Any]] = {
         "curriculum_steps": 1,
         "tv_weight": 1.0,
         "feature_weight": 0.5,
+        "on_policy_weight": 0.5,
         "position_decay": 2.0,
         "loss_vocab_size": 64,
         "markov_rank": 4,

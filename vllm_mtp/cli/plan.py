@@ -65,6 +65,12 @@ class PlanCommand(DrafterTrainingArguments):
                 f"target_device_map: got {self.target_device_map!r}, but a plan is of "
                 "a target that is on one device; leave it out"
             )
+        if self.on_policy_weight and not self.trace:
+            raise MTPError(
+                f"on_policy_weight: got {self.on_policy_weight}, which the formula of "
+                "a step's memory leaves out; add --trace, which runs the step, or "
+                "leave it out"
+            )
         super().__post_init__()
 
     def _require_numbers(self) -> None:
@@ -204,6 +210,11 @@ def as_text(
                     ("peak", _gib(traced.total)),
                 ],
             ),
+            "",
+        ]
+    if shape.args.on_policy_weight:
+        parts += [
+            "The formula leaves on_policy_weight out; the traced step has it.",
             "",
         ]
     parts += [*_verdict(plan), ""]

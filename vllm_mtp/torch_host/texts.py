@@ -31,7 +31,8 @@ class TextBlocks(NamedTuple):
     states: TargetStates  # of the whole text, or of its first max(prefix_lens) + 1
     prefix_lens: torch.Tensor  # [B] int64, 1 <= n < T; the anchor is token n
     ends: torch.Tensor | None = None  # [B] int64; tokens from there on are no labels
-    # [B, placeholders] int64: tokens in place of the drafter's own placeholders
+    # [B, placeholders] int64: tokens in place of the drafter's own placeholders; of a
+    # chain [B, k - 1], in place of the true tokens behind the anchors
     noise_ids: torch.Tensor | None = None
 
     def labels(self, num_draft_tokens: int) -> torch.Tensor:
@@ -171,8 +172,11 @@ def _anchors(texts: Sequence[TextBlocks]) -> torch.Tensor:
 
 
 def _known_tokens(text: TextBlocks, num_draft_tokens: int) -> torch.Tensor:
-    """Anchors and the true tokens behind them ``[B, k]``; the last one of the text is
-    repeated where it ends, since nothing is learnt there."""
+    """Anchors and the tokens behind them ``[B, k]``, the text's own if no others are
+    given; its last one is repeated where it ends, since nothing is learnt there."""
+    if text.noise_ids is not None:
+        anchors = text.token_ids[text.prefix_lens, None]
+        return torch.cat([anchors, text.noise_ids[:, : num_draft_tokens - 1]], dim=1)
     where = block_positions(text.prefix_lens, num_draft_tokens)
     return text.token_ids[where.clamp(max=len(text.token_ids) - 1)]
 

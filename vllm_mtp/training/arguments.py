@@ -72,6 +72,11 @@ class DrafterTrainingArguments(DrafterOptions, TrainingArguments):
     position_decay: float | None = flag(
         "gamma of position weights exp(-(i-1)/gamma)", None
     )
+    on_policy_weight: float = flag(
+        "which part of this loss is of spans that the drafter drafts itself, as the "
+        "target goes on behind each of their tokens; the rest is of the text (0 to 1)",
+        0.0,
+    )
     ce_start_steps: int = flag(
         "for so many optimizer steps (of each stage) the loss is cross-entropy alone, "
         "then what the weights say",
@@ -220,6 +225,7 @@ class DrafterTrainingArguments(DrafterOptions, TrainingArguments):
             seed=self.seed,
             num_draft_tokens=self.train_places,
             schedule=Schedule(self.ce_start_steps, self.curriculum_steps),
+            on_policy_weight=self.on_policy_weight,
         )
 
     def _states_budget(self) -> float:
@@ -281,6 +287,11 @@ _RANGES: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
         ("ce_weight", "kl_weight", "tv_weight"),
         lambda value: 0 <= value < math.inf,
         "0 (none) or a number above",
+    ),
+    (
+        ("on_policy_weight",),
+        lambda value: 0 <= value <= 1,
+        "a part from 0 (none) to 1 (all)",
     ),
     (
         ("adam_beta1", "adam_beta2"),

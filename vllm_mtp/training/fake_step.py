@@ -156,7 +156,7 @@ def fake_module(
     if args.loss_vocab_size:
         candidates = LossVocabulary(torch.arange(args.loss_vocab_size), vocab_size)
     module = LossModule(drafter, host, args.plan(), candidates)
-    source: Any = _States(host, config.read_layers, module.streams, watch)
+    source: Any = _States(host, module.cached_layers, module.streams, watch)
     module.states = source
     if args.gradient_checkpointing:
         module.gradient_checkpointing_enable()

@@ -24,6 +24,7 @@ from vllm_mtp.training.anchors import choose_anchors, generator_for
 from vllm_mtp.training.features import FeatureLoss
 from vllm_mtp.training.loss_vocabulary import LossVocabulary
 from vllm_mtp.training.objective import Objective
+from vllm_mtp.training.on_policy import Verifier, on_tokens
 from vllm_mtp.training.schedule import Schedule
 from vllm_mtp.training.states import StatesSource
 from vllm_mtp.training.step_labels import StepLabels, step_labels
@@ -43,6 +44,8 @@ class LossPlan:
         seed: Seed of the anchors.
         num_draft_tokens: Only the first so many positions are learnt; None for all.
         schedule: What is learnt otherwise in a run's first steps.
+        on_policy_weight: Which part of the objective's loss is of spans that the
+            drafter drafts itself, 0 to 1; the rest is of the text.
     """
 
     objective: Objective = Objective()
@@ -53,6 +56,7 @@ class LossPlan:
     seed: int = 0
     num_draft_tokens: int | None = None
     schedule: Schedule = Schedule()
+    on_policy_weight: float = 0.0
 
 
 class LossModule(nn.Module):
@@ -82,14 +86,21 @@ class LossModule(nn.Module):
         self.bound = BoundDrafter(drafter, host)
         self.host = host
         self.features = FeatureLoss(self.bound) if plan.feature_weight else None
+        self.verifier = Verifier(self.bound) if plan.on_policy_weight else None
         self.states = StatesSource(
             host,
-            drafter.config.read_layers,
+            self.cached_layers,
             self.streams,
             plan.states_budget,
             plan.states_folder,
         )
         self.token_loss = TokenLoss(self.bound, candidates)
+
+    @property
+    def cached_layers(self) -> tuple[int, ...]:
+        """Target layers whose keys and values are read."""
+        reader = self.drafter.config if self.verifier is None else self.verifier
+        return reader.read_layers
 
     @property
     def streams(self) -> frozenset[int]:
@@ -135,6 +146,13 @@ class LossModule(nn.Module):
         shape = 0, self._positions(step)
         none = torch.empty(shape, dtype=torch.int64, device=self.host.device)
         labels = torch.cat([none, *(self._labels(text, step) for text in texts)])
+        return self._step_labels(labels, sum_over_processes)
+
+    def _step_labels(
+        self,
+        labels: torch.Tensor,
+        sum_over_processes: Callable[[torch.Tensor], torch.Tensor],
+    ) -> StepLabels:
         return step_labels(
             labels,
             int(self.first_position_is_exact),
@@ -200,14 +218,47 @@ class LossModule(nn.Module):
         labels = torch.cat([text.labels(num_draft_tokens) for text in texts])
         # Where the first position is the target's own, there is nothing to learn.
         first = int(self.first_position_is_exact)
-        loss, parts = self.token_loss(objective, texts, hidden, labels, first, whole)
+        own_part = self.plan.on_policy_weight
+        loss = hidden.new_zeros((), dtype=torch.float32)
+        parts: dict[str, torch.Tensor] = {}
+        if own_part < 1:
+            of_text, parts = self.token_loss(
+                objective, texts, hidden, labels, first, whole
+            )
+            loss = (1 - own_part) * of_text
         if self.features is not None:
             parts["feature"] = self.features.pop(
                 texts, hidden, labels, whole.total if whole else None
             )
             loss = loss + self.plan.feature_weight * parts["feature"]
+        if self.verifier is not None:
+            of_spans, found = self._of_spans(
+                self.verifier, objective, texts, hidden, labels, whole
+            )
+            loss = loss + own_part * of_spans
+            parts |= {f"on_policy_{name}": value for name, value in found.items()}
         parts = {name: value.detach() for name, value in parts.items()}
         return {"loss": loss, **parts}
+
+    def _of_spans(
+        self,
+        verifier: Verifier,
+        objective: Objective,
+        texts: Sequence[TextBlocks],
+        hidden: torch.Tensor,
+        labels: torch.Tensor,
+        whole: StepLabels | None,
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The loss of what the drafter drafts behind the same anchors."""
+        whole = whole or self._step_labels(labels, lambda counts: counts)
+        first, k = int(self.first_position_is_exact), labels.shape[1]
+        if self.drafter.config.chain is None:
+            spans = verifier.spans(texts, hidden.detach(), k)
+        else:
+            # Its rows read what it drafts, so they are others than behind the text.
+            spans = verifier.spans(texts, None, k)
+            hidden = forward_texts(self.bound, on_tokens(texts, spans.tokens), k)
+        return self.token_loss(objective, texts, hidden, labels, first, whole, spans)
 
     def gradient_checkpointing_enable(self, **_: Any) -> None:
         """Keep the layers' inputs alone, and compute the rest anew in the backward, as

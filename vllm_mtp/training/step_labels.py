@@ -21,6 +21,7 @@ class StepLabels(NamedTuple):
     """What a part of a step needs to know of all of them."""
 
     counts: torch.Tensor  # [k] int64, labels that are scored at each position
+    positions: torch.Tensor  # [k] int64, labels at each of these, scored or not
     total: torch.Tensor  # [] int64, labels of all positions, scored or not
     # [m] int64, each once: the scored labels, where these become candidates; else none
     tokens: torch.Tensor
@@ -45,13 +46,16 @@ def step_labels(
         sum_over_processes: Takes and gives an int64 tensor ``[n]``.
     """
     scored = labels[:, first:]
+    positions = (scored != IGNORE_LABEL).sum(0)
     if candidates is not None and not adds_labels:
         scored = candidates.columns(scored)
     valid = scored != IGNORE_LABEL
-    counts = torch.cat([valid.sum(0), (labels != IGNORE_LABEL).sum()[None]])
+    total = (labels != IGNORE_LABEL).sum()
+    counts = torch.cat([valid.sum(0), positions, total[None]])
     seen = counts.new_zeros(vocab_size if candidates and adds_labels else 0)
     if len(seen):
         seen[scored[valid]] = 1
     summed = sum_over_processes(torch.cat([counts, seen]))
-    *_, total = counts = summed[: len(counts)]
-    return StepLabels(counts[:-1], total, summed[len(counts) :].nonzero()[:, 0])
+    scored, positions = summed[: len(counts) - 1].chunk(2)
+    tokens = summed[len(counts) :].nonzero()[:, 0]
+    return StepLabels(scored, positions, summed[len(counts) - 1], tokens)

@@ -82,7 +82,22 @@ def learn_flops(shape: StepShape) -> float:
         total += 2 * rows * config.markov.rank * shape.scored * _TRAINED
     if shape.needs_teacher:
         total += min(rows, shape.tokens) * head
+    if shape.args.on_policy_weight:
+        total += _span_flops(shape, rows)
     return total
+
+
+def _span_flops(shape: StepShape, rows: int) -> float:
+    """Operations of what the drafter drafts itself: chosen, read by the target and
+    scored once more."""
+    facts, target = shape.config.target, shape.target
+    attention = 4 * target.attended * (shape.tokens + shape.positions)
+    choices = 2 * 2 * facts.hidden_size * facts.vocab_size  # of both, over all tokens
+    head = 2 * facts.hidden_size * shape.scored
+    each = 2 * target.active_parameters + attention + choices + head * _FROZEN
+    if shape.needs_teacher:
+        each += head
+    return rows * each
 
 
 def own_parameters(layer: OwnLayerConfig, config: DrafterConfig) -> int:

@@ -44,6 +44,22 @@ class _Slice(NamedTuple):
     of_all: slice  # among those of all texts
 
 
+class _TargetRows(NamedTuple):
+    """The target's last hidden states at the positions of blocks."""
+
+    hidden: torch.Tensor  # [N, hidden_size]
+    where: torch.Tensor  # [B, k] int64, which of them
+
+
+class Spans(NamedTuple):
+    """What a drafter drafts behind its anchors, and its target's answer to it."""
+
+    tokens: torch.Tensor  # [B, k] int64, as drafted
+    # [B, k] int64, the target's likeliest tokens, each behind the drafted ones before
+    said: torch.Tensor
+    hidden: torch.Tensor  # [B, k, hidden_size], what `said` was made from
+
+
 class TokenLoss:
     """The losses of drafted tokens.
 
@@ -71,6 +87,7 @@ class TokenLoss:
         labels: torch.Tensor,
         first: int = 0,
         whole: StepLabels | None = None,
+        spans: Spans | None = None,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The loss of all positions from one on.
 
@@ -78,9 +95,13 @@ class TokenLoss:
             objective: What is learnt.
             texts: The blocks' texts.
             hidden: ``[B, k, hidden_size]``, behind the final norm.
-            labels: ``[B, k]`` int64 tokens, or ``IGNORE_LABEL``.
+            labels: ``[B, k]`` int64 tokens of the texts, or ``IGNORE_LABEL``.
             first: The first position that is taught.
-            whole: The labels of the step, where these are a part of them.
+            whole: The labels of the step, where these are a part of them; needed with
+                ``spans``.
+            spans: Learn, wherever there is a label, what the target says along these
+                spans, in place of the text. What is no candidate by the texts' labels
+                counts nothing, so that the candidates of a step are known before it.
 
         Returns:
             The loss, and each part's mean over the positions, detached. Those of all
@@ -90,25 +111,34 @@ class TokenLoss:
         candidates = self.candidates
         if candidates is not None and self.adds_labels:
             candidates = candidates.with_labels(whole.tokens if whole else wanted)
+        previous = labels
+        if spans is not None:
+            previous = spans.tokens
+            said = spans.said[:, first:]
+            wanted = said.masked_fill(wanted == IGNORE_LABEL, IGNORE_LABEL)
         columns = wanted if candidates is None else candidates.columns(wanted)
         valid = columns != IGNORE_LABEL
         counts = whole.counts if whole else valid.sum(0)
+        if spans is not None:
+            assert whole is not None, "spans' labels say nothing about the step"
+            counts = whole.positions
         weights = label_weights(columns, objective, counts)
         target_head, own = self._head(candidates), self._bound.drafter.lm_heads
-        known = candidates.token_ids if self.adds_labels and candidates else None
+        scored = candidates.token_ids if self.adds_labels and candidates else None
         sums: dict[str, torch.Tensor] = {}
 
         def loss_of(rows: torch.Tensor, part: _Slice) -> torch.Tensor:
-            logits = target_head(rows) if own is None else own(rows, first, known)
+            logits = target_head(rows) if own is None else own(rows, first, scored)
             if self._bound.drafter.markov is not None:
                 logits = logits + self._markov(
-                    rows, labels[part.of_all], first, candidates
+                    rows, previous[part.of_all], first, candidates
                 )
             teacher = None
             if objective.needs_teacher:
-                teacher = self._teacher(
-                    part, labels.shape[1], first, target_head, objective
-                )
+                known = _known_positions(part, labels.shape[1], first)
+                if spans is not None:
+                    known = _span_positions(spans.hidden[part.of_all, first:])
+                teacher = self._teacher(known, target_head, objective)
             losses = position_losses(logits, columns[part.of_all], objective, teacher)
             for name, values in losses.items():
                 values = values.detach().masked_fill(~valid[part.of_all], 0.0)
@@ -140,11 +170,12 @@ class TokenLoss:
     def _markov(
         self,
         hidden: torch.Tensor,
-        labels: torch.Tensor,
+        tokens: torch.Tensor,
         first: int,
         candidates: LossVocabulary | None,
     ) -> torch.Tensor:
-        """The correction, given the TRUE token before each position.
+        """The correction, given the TRUE token before each position, or in a span the
+        drafted one: ``tokens`` ``[B, k]``.
 
         A position whose true predecessor is unknown is never a label either.
         """
@@ -152,7 +183,7 @@ class TokenLoss:
         assert markov is not None
         # The position at the start of the block has no correction when serving.
         start = max(first, 1)
-        previous = labels[:, start - 1 : -1].clamp(min=0)
+        previous = tokens[:, start - 1 : -1].clamp(min=0)
         whole = candidates is None or not self.adds_labels
         bias = markov(
             previous,
@@ -162,41 +193,51 @@ class TokenLoss:
         return nn.functional.pad(bias, (0, 0, start - first, 0))
 
     @torch.no_grad()
-    def _teacher(
-        self,
-        part: _Slice,
-        num_draft_tokens: int,
-        first: int,
-        head: Head,
-        objective: Objective,
-    ) -> Teacher:
-        """The target's distribution at each position. Each position of a text is
-        scored once per slice, however many blocks cover it."""
-        hidden = part.text.states.hidden
-        prefix_lens = part.text.prefix_lens[part.of_text]
-        positions = block_positions(prefix_lens, num_draft_tokens)[:, first:]
-        positions = positions.clamp(max=len(hidden) - 1)  # beyond: no label there
-        distinct, where = positions.unique(return_inverse=True)
+    def _teacher(self, known: _TargetRows, head: Head, objective: Objective) -> Teacher:
+        """The target's distribution at each position."""
+        hidden, where = known
         if objective.teacher_tokens:
-            scores = head(hidden[distinct])
+            scores = head(hidden)
             scores, best = scores.topk(
                 min(objective.teacher_tokens, scores.shape[-1]), dim=-1
             )
             return Teacher(best[where], scores.float().softmax(-1)[where])
         vocab = self._bound.drafter.draft_vocab
         if vocab is None:
-            return Teacher(None, head(hidden[distinct]).float().softmax(-1)[where])
+            return Teacher(None, head(hidden).float().softmax(-1)[where])
         # What the drafter cannot say is lost, and counts.
-        whole = self._bound.target.logits(hidden[distinct]).float().softmax(-1)
+        whole = self._bound.target.logits(hidden).float().softmax(-1)
         return Teacher(None, whole[:, vocab.token_ids][where])
+
+
+def _known_positions(part: _Slice, num_draft_tokens: int, first: int) -> _TargetRows:
+    """Those of a text, each once, however many blocks cover it."""
+    hidden = part.text.states.hidden
+    prefix_lens = part.text.prefix_lens[part.of_text]
+    positions = block_positions(prefix_lens, num_draft_tokens)[:, first:]
+    positions = positions.clamp(max=len(hidden) - 1)  # beyond: no label there
+    distinct, where = positions.unique(return_inverse=True)
+    return _TargetRows(hidden[distinct], where)
+
+
+def _span_positions(hidden: torch.Tensor) -> _TargetRows:
+    """Those of spans ``[B, k, hidden_size]``."""
+    rows = hidden.flatten(0, 1)
+    where = torch.arange(len(rows), device=rows.device)
+    return _TargetRows(rows, where.unflatten(0, hidden.shape[:2]))
+
+
+def blocks_at_once(num_scored: int, num_draft_tokens: int, device: torch.device) -> int:
+    """How many blocks of k positions have logits of a bounded size."""
+    most = _CPU_LOGITS if is_cpu(device) else GPU_LOGITS
+    return max(most // (num_scored * num_draft_tokens), 1)
 
 
 def _slices(
     texts: Sequence[TextBlocks], hidden: torch.Tensor, num_candidates: int
 ) -> list[_Slice]:
     """All blocks, in slices whose logits have a bounded size."""
-    most = _CPU_LOGITS if is_cpu(hidden.device) else GPU_LOGITS
-    size = max(most // (num_candidates * hidden.shape[1]), 1)
+    size = blocks_at_once(num_candidates, hidden.shape[1], hidden.device)
     slices, before = [], 0
     for text in texts:
         num_blocks = len(text.prefix_lens)
