@@ -153,7 +153,7 @@ class HFTarget(OneRank):
             streams: Layers whose output is kept too.
         """
         cache = self.empty_cache()
-        with _outputs_of(self.decoder.layers, streams) as outputs:
+        with outputs_of(self.decoder.layers, streams) as outputs:
             out = self.decoder(token_ids[None], past_key_values=cache, use_cache=True)
         layers: list[Any] = cache.layers
         kept = self._with_cache if cached is None else sorted(set(cached))
@@ -161,7 +161,7 @@ class HFTarget(OneRank):
             {i: layers[i].keys[0] for i in kept},
             {i: layers[i].values[0] for i in kept},
             out.last_hidden_state[0].to(token_ids.device),
-            {index: out.to(token_ids.device) for index, out in outputs.items()},
+            {index: out[0].to(token_ids.device) for index, out in outputs.items()},
         )
 
     def empty_cache(self) -> DynamicCache:
@@ -394,14 +394,15 @@ class HFTarget(OneRank):
 
 
 @contextmanager
-def _outputs_of(
+def outputs_of(
     layers: nn.ModuleList, wanted: Collection[int]
 ) -> Iterator[dict[int, torch.Tensor]]:
-    """Keep what some decoder layers give in the forward inside the block."""
+    """Keep what some decoder layers give in the forward inside the block, by layer:
+    ``[texts, T, hidden_size]``."""
     outputs: dict[int, torch.Tensor] = {}
 
     def keep(index: int, _: nn.Module, __: Any, output: Any) -> None:
-        outputs[index] = (output[0] if isinstance(output, tuple) else output)[0]
+        outputs[index] = output[0] if isinstance(output, tuple) else output
 
     hooks = [layers[i].register_forward_hook(partial(keep, i)) for i in set(wanted)]
     try:
