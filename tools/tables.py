@@ -3,7 +3,8 @@
 
 The patches in docs/patches.md come from the ledger, the vLLM releases in docs/status.md
 from `vllm_mtp.serving.versions`, the targets in docs/targets.md from
-`vllm_mtp.families` and `tools.recipes`, the plans in docs/scale.md from `tools.scale`.
+`vllm_mtp.families` and `tools.recipes`, the plans in docs/scale.md from `tools.scale`,
+what docs/unverified.md says in numbers from docs/unverified.json.
 
 python -m tools.tables            write them
 python -m tools.tables --check    only say whether they are up to date
@@ -17,12 +18,14 @@ from pathlib import Path
 
 from tools.recipes import recipes_table
 from tools.scale import scale_table
+from tools.unverified import kept_results, merged_table, taken_table
 from vllm_mtp.families import FAMILIES, Family, Served
 from vllm_mtp.markdown import plain, table
 from vllm_mtp.serving.ledger import PATCHES, Patch
 from vllm_mtp.serving.versions import TABLE, Release, Runner, Status
 
 ROOT = Path(__file__).parents[1]
+UNVERIFIED = ROOT / "docs" / "unverified.md"
 
 
 @dataclass(frozen=True)
@@ -116,6 +119,8 @@ PARTS = (
     Part("patches", ROOT / "docs" / "patches.md", patches),
     Part("releases", ROOT / "docs" / "status.md", releases),
     Part("scale", ROOT / "docs" / "scale.md", scale_table),
+    Part("unverified", UNVERIFIED, lambda: taken_table(kept_results())),
+    Part("merged", UNVERIFIED, lambda: merged_table(kept_results())),
 )
 
 

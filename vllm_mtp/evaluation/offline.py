@@ -41,7 +41,7 @@ from vllm_mtp.drafter.heads import pick_greedy
 from vllm_mtp.drafter.layout import anchors_of, block_labels
 from vllm_mtp.drafter.model import BoundDrafter
 from vllm_mtp.errors import DataError, MTPError
-from vllm_mtp.metrics import AcceptanceCounts, count_accepted, mean_length
+from vllm_mtp.metrics import AcceptanceCounts, mean_length
 from vllm_mtp.torch_host.hf_target import HFTarget
 from vllm_mtp.torch_host.target_states import TargetStates
 from vllm_mtp.torch_host.texts import TextBlocks, draft_texts, streams_of
@@ -257,20 +257,51 @@ def _require_drafts(total: CategoryResult) -> None:
 def _evaluate_row(
     bound: BoundDrafter, row: Mapping[str, Any], k: int, most: int | None
 ) -> CategoryResult:
+    tokens = sum(end - start for start, end in _spans_of(row))
+    result = replace(CategoryResult.nothing(k), sequences=1, tokens=tokens)
+    for lengths in accepted_lengths(bound, row, k, most):
+        simulated = tuple(walk(lengths, positions) for positions in range(1, k + 1))
+        result += CategoryResult(0, 0, _counts(lengths, k), simulated)
+    return result
+
+
+@torch.no_grad()
+def accepted_lengths(
+    bound: BoundDrafter,
+    row: Mapping[str, Any],
+    k: int,
+    max_anchors_per_span: int | None = None,
+) -> list[list[int]]:
+    """Draft behind every token of a row's answers.
+
+    Args:
+        bound: A drafter on an `HFTarget`.
+        row: As in `evaluate_texts`.
+        k: Tokens to draft.
+        max_anchors_per_span: As in `evaluate_texts`.
+
+    Returns:
+        For each answer with an anchor, for every anchor in order, the number of leading
+        drafts that are the target's own tokens.
+
+    Raises:
+        DataError: A span leaves the row's tokens.
+    """
     host = _torch_host(bound)
     token_ids = torch.tensor(row["input_ids"], device=host.device)
-    spans = _spans_of(row)
-    tokens = sum(end - start for start, end in spans)
-    result = replace(CategoryResult.nothing(k), sequences=1, tokens=tokens)
-    if not any(anchors_of(span, most) for span in spans):
-        return result
+    spans = [span for span in _spans_of(row) if anchors_of(span, max_anchors_per_span)]
+    if not spans:
+        return []
     states = host.encode(token_ids, streams=streams_of(bound.drafter.config))
+    found = []
     for span in spans:
-        if anchors := anchors_of(span, most):
-            lens = torch.arange(anchors.start, anchors.stop, device=token_ids.device)
-            blocks = TextBlocks(token_ids, states, lens)
-            result += _evaluate_span(bound, blocks, span[1], k)
-    return result
+        anchors = anchors_of(span, max_anchors_per_span)
+        lens = torch.arange(anchors.start, anchors.stop, device=token_ids.device)
+        blocks = TextBlocks(token_ids, states, lens)
+        drafts = draft_everywhere(bound, blocks, k)
+        truth = _true_tokens(host, blocks, span[1], k)
+        found.append((drafts == truth).long().cumprod(dim=1).sum(dim=1).tolist())
+    return found
 
 
 def _spans_of(row: Mapping[str, Any]) -> list[tuple[int, int]]:
@@ -285,21 +316,6 @@ def _spans_of(row: Mapping[str, Any]) -> list[tuple[int, int]]:
                 "generate the data again"
             )
     return spans
-
-
-def _evaluate_span(
-    bound: BoundDrafter, blocks: TextBlocks, end: int, k: int
-) -> CategoryResult:
-    """One answer, which ends before token ``end``."""
-    drafts = draft_everywhere(bound, blocks, k)
-    truth = _true_tokens(_torch_host(bound), blocks, end, k)
-    lengths = (drafts == truth).long().cumprod(dim=1).sum(dim=1).tolist()
-    return CategoryResult(
-        0,
-        0,
-        count_accepted(drafts, truth),
-        tuple(walk(lengths, positions) for positions in range(1, k + 1)),
-    )
 
 
 @torch.no_grad()
