@@ -36,7 +36,13 @@ class TensorRow(NamedTuple):
 # drafters against this table and the next.
 DIMENSIONS = {
     "placeholders": "`num_speculative_tokens` - 1",
+    "positions": "`num_speculative_tokens`",
+    "positions?": "as positions, and only where the layer has `per_position`; without, "
+    "the shape is what stands behind it",
+    "extra": "`extra_rows`",
+    "mixed": "length of `boundary_layers`",
     "hidden": "`target.hidden_size`",
+    "two hidden": "2 × `target.hidden_size`: the token's half first",
     "queries": "`target.num_attention_heads` × `target.head_dim`, or of the layer's "
     "entry in `target.layer_heads`",
     "keys": "`target.num_key_value_heads` × `target.head_dim`, likewise",
@@ -45,7 +51,7 @@ DIMENSIONS = {
     "one": "1",
     "mlp": "`intermediate_size` of the layer",
     "lora": "`lora.rank` of the layer",
-    "in, out": "sizes of the module that the pair is added to (table below)",
+    "in, out": "sizes of the module that is changed (table below)",
     "markov": "`markov.rank`",
     "vocab": "`target.vocab_size`",
     "drafted": "`draft_vocab_size`, or `target.vocab_size` where that is null",
@@ -57,12 +63,46 @@ _AFTER = "own layer with `norm_placement` after or around"
 _NORM = "own layer with `qk_norm`"
 _BIAS = "own layer with `qkv_bias`"
 _BRIDGE = "own layer with `bridge`"
+_GATED, _PLAIN, _SQUARE = (
+    f"MLP layer of `form` {form}" for form in ("gated", "plain", "square")
+)
 TENSORS = (
     TensorRow(
         "placeholders",
         ("placeholders", "hidden"),
-        "`num_speculative_tokens` > 1",
+        "`num_speculative_tokens` > 1, `input` block, `chain` null",
         "Input vectors of the positions behind the anchor, in order.",
+    ),
+    TensorRow(
+        "extra_rows",
+        ("extra", "hidden"),
+        "`extra_rows` > 0",
+        "Input vectors of the rows between anchor and placeholders, in order.",
+    ),
+    TensorRow(
+        "boundary_mix",
+        ("mixed",),
+        "`boundary_layers` of two or more",
+        "Weights of the streams in their mix, before a softmax; 0 in an untrained "
+        "drafter.",
+    ),
+    TensorRow(
+        "chain.token_norm.weight",
+        ("hidden",),
+        "`chain` not null",
+        "RMSNorm of the token's embedding.",
+    ),
+    TensorRow(
+        "chain.hidden_norm.weight",
+        ("hidden",),
+        "`chain` not null",
+        "RMSNorm of the hidden state of the row before.",
+    ),
+    TensorRow(
+        "chain.fuse.weight",
+        ("hidden", "two hidden"),
+        "`chain` not null",
+        "What enters a row, from both. In an untrained drafter it is their sum.",
     ),
     TensorRow(
         "layers.{i}.lora.{module}.a",
@@ -77,15 +117,26 @@ TENSORS = (
         "Second factor; 0 in an untrained drafter.",
     ),
     TensorRow(
+        "layers.{i}.full_rank.{module}.weight",
+        ("out", "in"),
+        "shared layer, for each of `full_rank`",
+        "Difference to the target's weight; 0 in an untrained drafter.",
+    ),
+    TensorRow(
         "layers.{i}.bridge.weight",
-        ("hidden", "hidden"),
+        ("positions?", "hidden", "hidden"),
         _BRIDGE,
         "Maps the stream to the layer's input; the identity in an untrained drafter.",
     ),
-    TensorRow("layers.{i}.bridge.bias", ("hidden",), _BRIDGE, "Bias of the bridge."),
+    TensorRow(
+        "layers.{i}.bridge.bias",
+        ("positions?", "hidden"),
+        _BRIDGE,
+        "Bias of the bridge.",
+    ),
     TensorRow(
         "layers.{i}.boundary_proj.weight",
-        ("hidden", "hidden"),
+        ("positions?", "hidden", "hidden"),
         "own layer with `boundary_hidden`",
         "Projects the boundary hidden state; added to the layer's input.",
     ),
@@ -95,9 +146,18 @@ TENSORS = (
         _BEFORE,
         "Norm in front of the attention.",
     ),
-    TensorRow("layers.{i}.q_proj.weight", ("queries", "hidden"), _OWN, "Queries."),
-    TensorRow("layers.{i}.k_proj.weight", ("keys", "hidden"), _OWN, "Keys."),
-    TensorRow("layers.{i}.v_proj.weight", ("keys", "hidden"), _OWN, "Values."),
+    TensorRow(
+        "layers.{i}.q_proj.weight",
+        ("positions?", "queries", "hidden"),
+        _OWN,
+        "Queries.",
+    ),
+    TensorRow(
+        "layers.{i}.k_proj.weight", ("positions?", "keys", "hidden"), _OWN, "Keys."
+    ),
+    TensorRow(
+        "layers.{i}.v_proj.weight", ("positions?", "keys", "hidden"), _OWN, "Values."
+    ),
     TensorRow("layers.{i}.q_proj.bias", ("queries",), _BIAS, "Bias of the queries."),
     TensorRow("layers.{i}.k_proj.bias", ("keys",), _BIAS, "Bias of the keys."),
     TensorRow("layers.{i}.v_proj.bias", ("keys",), _BIAS, "Bias of the values."),
@@ -115,13 +175,13 @@ TENSORS = (
     ),
     TensorRow(
         "layers.{i}.output_gate_proj.weight",
-        ("queries", "hidden"),
+        ("positions?", "queries", "hidden"),
         "own layer with `output_gate`",
         "Gate of the attention's output.",
     ),
     TensorRow(
         "layers.{i}.o_proj.weight",
-        ("hidden", "queries"),
+        ("positions?", "hidden", "queries"),
         _OWN,
         "Attention output.",
     ),
@@ -138,9 +198,36 @@ TENSORS = (
         f"{_BEFORE}, not `parallel`",
         "Norm in front of the MLP.",
     ),
-    TensorRow("layers.{i}.gate_proj.weight", ("mlp", "hidden"), _OWN, "MLP's gate."),
-    TensorRow("layers.{i}.up_proj.weight", ("mlp", "hidden"), _OWN, "MLP's up."),
-    TensorRow("layers.{i}.down_proj.weight", ("hidden", "mlp"), _OWN, "MLP's down."),
+    TensorRow(
+        "layers.{i}.norm.weight", ("hidden",), _GATED, "Norm in front of an MLP layer."
+    ),
+    TensorRow(
+        "layers.{i}.gate_proj.weight",
+        ("positions?", "mlp", "hidden"),
+        f"{_OWN}, {_GATED}",
+        "MLP's gate.",
+    ),
+    TensorRow(
+        "layers.{i}.up_proj.weight",
+        ("positions?", "mlp", "hidden"),
+        f"{_OWN}, {_GATED}, {_PLAIN}",
+        "MLP's up: the first linear map.",
+    ),
+    TensorRow("layers.{i}.up_proj.bias", ("positions?", "mlp"), _PLAIN, "Its bias."),
+    TensorRow(
+        "layers.{i}.down_proj.weight",
+        ("positions?", "hidden", "mlp"),
+        f"{_OWN}, {_GATED}, {_PLAIN}",
+        "MLP's down: the last linear map; 0 in an untrained drafter that is no copy.",
+    ),
+    TensorRow("layers.{i}.down_bias", ("positions?", "hidden"), _PLAIN, "Its bias."),
+    TensorRow(
+        "layers.{i}.proj.weight",
+        ("positions?", "hidden", "hidden"),
+        _SQUARE,
+        "The one linear map; 0 in an untrained drafter.",
+    ),
+    TensorRow("layers.{i}.proj.bias", ("positions?", "hidden"), _SQUARE, "Its bias."),
     TensorRow(
         "layers.{i}.mlp_out_norm.weight", ("hidden",), _AFTER, "Norm behind the MLP."
     ),
@@ -149,6 +236,12 @@ TENSORS = (
         ("one",),
         "own layer with `output_scale`",
         "Factor of the stream behind the layer.",
+    ),
+    TensorRow(
+        "lm_heads.weight",
+        ("positions", "drafted", "hidden"),
+        "`lm_head` own",
+        "LM head of each position; the target's in an untrained drafter.",
     ),
     TensorRow(
         "draft_vocab.token_ids",
@@ -184,6 +277,8 @@ _OBJECTS = {
     "SharedLayerConfig": '`layers[]` with `"kind": "shared"`',
     "LoRAConfig": "`layers[].lora`",
     "OwnLayerConfig": '`layers[]` with `"kind": "own"`',
+    "MLPLayerConfig": '`layers[]` with `"kind": "mlp"`',
+    "ChainConfig": "`chain`",
     "MarkovConfig": "`markov`",
     "NoiseConfig": "`noise`",
     "TargetFacts": "`target`",
@@ -201,7 +296,13 @@ def config_schema() -> dict[str, Any]:
         layer = schema["$defs"][_name_of(name)]
         del layer["properties"]["kind"]["default"]
         layer["required"].insert(0, "kind")
-    schema["$defs"]["LoRAConfig"]["properties"]["modules"]["uniqueItems"] = True
+    named_once = (
+        schema["$defs"]["LoRAConfig"]["properties"]["modules"],
+        schema["$defs"]["SharedLayerConfig"]["properties"]["full_rank"],
+        schema["properties"]["boundary_layers"],
+    )
+    for names in named_once:
+        names["uniqueItems"] = True
     return {"$schema": "https://json-schema.org/draft/2020-12/schema"} | schema
 
 
@@ -235,7 +336,7 @@ def _type(value: dict[str, Any]) -> str:
         return ", ".join(f"`{json.dumps(choice)}`" for choice in choices)
     if value["type"] == "array":
         most = f"to {value['maxItems']}" if "maxItems" in value else "or more"
-        return f"list, {value['minItems']} {most}: {_type(value['items'])}"
+        return f"list, {value.get('minItems', 0)} {most}: {_type(value['items'])}"
     return value["type"] + _range(value)
 
 

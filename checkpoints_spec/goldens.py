@@ -20,10 +20,15 @@ from transformers.models.auto import AutoModelForCausalLM
 from vllm_mtp.drafter.checkpoint import load_drafter, save_drafter
 from vllm_mtp.drafter.config import DrafterConfig
 from vllm_mtp.drafter.heads import pick_greedy
-from vllm_mtp.drafter.model import BoundDrafter, Drafter
+from vllm_mtp.drafter.model import BoundDrafter, Drafter, Traced
 from vllm_mtp.drafter.target_facts import TargetFacts, fingerprint_of_shapes
 from vllm_mtp.torch_host.hf_target import HFTarget
-from vllm_mtp.torch_host.texts import TextBlocks, forward_texts
+from vllm_mtp.torch_host.texts import (
+    TextBlocks,
+    draft_texts,
+    forward_texts,
+    streams_of,
+)
 
 LORA = {
     "rank": 2,
@@ -38,6 +43,7 @@ LORA = {
         "down_proj",
     ],
 }
+_OWN = {"kind": "own", "intermediate_size": 20, "rms_norm_eps": 1e-5}
 GOLDENS: dict[str, dict[str, Any]] = {
     "shared-lora": {
         "num_speculative_tokens": 4,
@@ -117,13 +123,129 @@ GOLDENS: dict[str, dict[str, Any]] = {
         ],
         "dtype": "float32",
     },
+    "heads": {
+        "num_speculative_tokens": 3,
+        "layers": [{"kind": "mlp", "form": "square", "per_position": True}],
+        "input": "boundary",
+        "lm_head": "own",
+        "draft_vocab_size": 40,
+        "dtype": "float32",
+    },
+    "heads-plain": {
+        "num_speculative_tokens": 3,
+        "layers": [
+            {
+                "kind": "mlp",
+                "form": "plain",
+                "intermediate_size": 20,
+                "per_position": True,
+            },
+            {"kind": "mlp", "form": "square"},
+            {
+                "kind": "mlp",
+                "form": "gated",
+                "intermediate_size": 20,
+                "rms_norm_eps": 1e-5,
+                "per_position": True,
+            },
+        ],
+        "input": "boundary",
+        "dtype": "float32",
+    },
+    "position-layers": {
+        "num_speculative_tokens": 3,
+        "layers": [
+            # Without an anchor's row, its change acts on all of them.
+            {"kind": "shared", "target_layer": 0, "lora": LORA},
+            _OWN
+            | {
+                "target_layer": 2,
+                "boundary_hidden": True,
+                "bridge": True,
+                "output_gate": True,
+                "per_position": True,
+            },
+        ],
+        "input": "boundary",
+        "dtype": "float32",
+    },
+    "block-attention": {
+        "num_speculative_tokens": 4,
+        "layers": [
+            _OWN | {"target_layer": 1, "attention": "block", "qk_norm": True},
+            {
+                "kind": "mlp",
+                "form": "plain",
+                "intermediate_size": 20,
+            },
+        ],
+        "dtype": "float32",
+    },
+    "chain": {
+        "num_speculative_tokens": 4,
+        "layers": [
+            {"kind": "shared", "target_layer": 1, "lora": LORA},
+            _OWN | {"target_layer": 2, "boundary_hidden": True},
+            {
+                "kind": "mlp",
+                "form": "gated",
+                "intermediate_size": 20,
+                "rms_norm_eps": 1e-5,
+                "per_position": True,
+            },
+        ],
+        "chain": {"rms_norm_eps": 1e-5},
+        "draft_vocab_size": 40,
+        "dtype": "float32",
+    },
+    "bidirectional": {
+        "num_speculative_tokens": 4,
+        "layers": [
+            {"kind": "shared", "target_layer": 0},
+            _OWN | {"target_layer": 1},
+            _OWN | {"target_layer": 2, "attention": "block"},
+        ],
+        "block_mask": "bidirectional",
+        "dtype": "float32",
+    },
+    "full-rank": {
+        "num_speculative_tokens": 3,
+        "layers": [
+            {
+                "kind": "shared",
+                "target_layer": 0,
+                "lora": LORA | {"modules": ["v_proj", "down_proj"]},
+                "full_rank": ["q_proj", "k_proj", "o_proj", "gate_proj"],
+            },
+            {
+                "kind": "shared",
+                "target_layer": 2,
+                "full_rank": ["v_proj", "up_proj", "down_proj"],
+            },
+        ],
+        "dtype": "bfloat16",
+    },
+    "extra-rows": {
+        "num_speculative_tokens": 3,
+        "layers": [
+            {"kind": "shared", "target_layer": 0, "lora": LORA},
+            _OWN | {"target_layer": 2},
+        ],
+        "extra_rows": 2,
+        "dtype": "float32",
+    },
+    "mixed-streams": {
+        "num_speculative_tokens": 3,
+        "layers": [
+            _OWN | {"target_layer": 0, "boundary_hidden": True},
+            _OWN | {"target_layer": 1, "boundary_hidden": True, "boundary_of": "bound"},
+        ],
+        "boundary_layers": [2, 0],
+        "dtype": "float32",
+    },
 }
-_CONFIG_OF_TARGET = {
-    "shared-lora": LlamaConfig,
-    "mixed": Qwen3Config,
-    "bridged": LlamaConfig,
-    "formed": LlamaConfig,
-}
+# The others' is Llama.
+_CONFIG_OF_TARGET = {"mixed": Qwen3Config, "block-attention": Qwen3Config}
 
 # All sizes differ (queries 24, keys 8), so that a transposed or swapped tensor
 # cannot fit by chance.
@@ -167,7 +289,7 @@ def fill_weights(module: nn.Module, std: float, salt: str = "") -> None:
 
 def golden_target(name: str) -> PreTrainedModel:
     """The target of a golden drafter, in float32."""
-    config = _CONFIG_OF_TARGET[name](**_TARGET_SIZES)
+    config = _CONFIG_OF_TARGET.get(name, LlamaConfig)(**_TARGET_SIZES)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     fill_weights(model, std=0.3)
     return model.eval().requires_grad_(False)
@@ -220,17 +342,23 @@ def run_blocks(
         num_draft_tokens: k.
     """
     host = HFTarget(target)
-    states = host.encode(token_ids)
+    states = host.encode(token_ids, streams=streams_of(drafter.config))
     bound = BoundDrafter(drafter, host)
     text = TextBlocks(token_ids, states, prefix_lens)
-    hidden = forward_texts(bound, [text], num_draft_tokens)
     scores: list[torch.Tensor] = []
 
     def pick_and_keep(logits: torch.Tensor) -> tuple[torch.Tensor, None]:
         scores.append(logits)
         return pick_greedy(logits)
 
-    tokens, _ = bound.draft(hidden, pick_and_keep)
+    if drafter.config.chain is None:
+        hidden = forward_texts(bound, [text], num_draft_tokens)
+        tokens, _ = bound.draft(hidden, pick_and_keep)
+    else:
+        seen: dict[int, torch.Tensor] = {}
+        bound.trace = seen.__setitem__
+        tokens, _ = draft_texts(bound, [text], num_draft_tokens, pick_and_keep)
+        hidden = seen[Traced.FINAL_NORM].unflatten(0, (-1, num_draft_tokens))
     return Blocks(hidden, tokens, torch.stack(scores, dim=1))
 
 

@@ -374,6 +374,7 @@ def _is_free(path: KeyPath) -> bool:
 
 _NO_OBJECT: list[Any] = [7, "x", True, 1.5, [[]]]
 _NO_LIST: list[Any] = [{}, "q_proj", 7, True, None, [], [None], [7], [[]]]
+_MAY_BE_EMPTY = ("full_rank", "boundary_layers")
 _NO_BOOL: list[Any] = ["true", 1, 0, None, [], {}, 1.5]
 _NO_INT: list[Any] = [
     *("4", "", 1.5, 4.0, True, False, [1], {"a": 1}, -1, -(10**30)),
@@ -384,14 +385,17 @@ _NO_FLOAT: list[Any] = [
 ]
 _NO_TEXT: list[Any] = [7, True, 1.5, [], {}, ["a"]]
 _NO_CHOICE: list[Any] = ["", "x", "\0", None, "q_proj\n", "../own", "F" * 1000]
-_CHOICES = ("model_type", "kind", "dtype")
+_CHOICES = (
+    *("model_type", "kind", "dtype", "form", "attention", "boundary_of"),
+    *("input", "block_mask", "lm_head"),
+)
 
 
 def _wrong_for(path: KeyPath, value: Any) -> list[Any]:
     if isinstance(value, dict):
         return _NO_OBJECT
     if isinstance(value, list):
-        return _NO_LIST
+        return [x for x in _NO_LIST if x != [] or path[-1] not in _MAY_BE_EMPTY]
     if isinstance(value, bool):
         return _NO_BOOL
     if isinstance(value, int):
@@ -421,6 +425,7 @@ _OPTIONAL = (
     *("name", "weights_fingerprint", "lora", "prefix_window"),
     *("norm", "norm_placement", "activation", "cached_layers"),
     *("parallel", "v_norm", "qk_norm_after_rope"),  # which have no tensors
+    *("attention", "boundary_of", "block_mask"),
 )
 
 

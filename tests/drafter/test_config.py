@@ -23,6 +23,7 @@ VALID: dict[str, Any] = {
             "kind": "shared",
             "target_layer": 3,
             "lora": {"rank": 8, "alpha": 16.0, "modules": ["q_proj", "o_proj"]},
+            "full_rank": ["k_proj"],
         },
         {
             "kind": "own",
@@ -42,12 +43,28 @@ VALID: dict[str, Any] = {
             "activation": "gelu_tanh",
             "output_scale": True,
             "boundary_hidden": True,
+            "boundary_of": "last",
             "bridge": True,
+            "attention": "block",
+            "per_position": False,
         },
-        {"kind": "shared", "target_layer": 1, "lora": None},
+        {"kind": "shared", "target_layer": 1, "lora": None, "full_rank": []},
+        {
+            "kind": "mlp",
+            "form": "square",
+            "intermediate_size": None,
+            "rms_norm_eps": None,
+            "per_position": False,
+        },
     ],
     "markov": {"rank": 4},
     "noise": {"low": 1, "high": 32, "token_ids": [31, 7, 7]},
+    "chain": None,
+    "input": "block",
+    "block_mask": "bidirectional",
+    "lm_head": "target",
+    "extra_rows": 2,
+    "boundary_layers": [],
     "draft_vocab_size": 16,
     "prefix_window": 256,
     "dtype": "bfloat16",
@@ -69,6 +86,7 @@ VALID: dict[str, Any] = {
 }
 OPTIONAL = {
     ("layers", 0, "lora"): None,
+    ("layers", 0, "full_rank"): (),
     ("layers", 1, "norm"): "rms",
     ("layers", 1, "norm_placement"): "before",
     ("layers", 1, "parallel"): False,
@@ -82,10 +100,23 @@ OPTIONAL = {
     ("layers", 1, "activation"): "silu",
     ("layers", 1, "output_scale"): False,
     ("layers", 1, "boundary_hidden"): False,
+    ("layers", 1, "boundary_of"): "last",
     ("layers", 1, "bridge"): False,
+    ("layers", 1, "attention"): "prefix",
+    ("layers", 1, "per_position"): False,
     ("layers", 2, "lora"): None,
+    ("layers", 2, "full_rank"): (),
+    ("layers", 3, "intermediate_size"): None,
+    ("layers", 3, "rms_norm_eps"): None,
+    ("layers", 3, "per_position"): False,
     ("markov",): None,
     ("noise",): None,
+    ("chain",): None,
+    ("input",): "block",
+    ("block_mask",): "causal",
+    ("lm_head",): "target",
+    ("extra_rows",): 0,
+    ("boundary_layers",): (),
     ("draft_vocab_size",): None,
     ("prefix_window",): None,
     ("target", "name"): None,
@@ -242,6 +273,14 @@ def test_other_types_are_not_converted(
         (("layers", 1, "rms_norm_eps"), 0.0, "greater than 0"),
         (("markov", "rank"), 0, "greater than or equal to 1"),
         (("noise", "low"), -1, "greater than or equal to 0"),
+        (("layers", 3, "form"), "round", "'gated', 'plain' or 'square'"),
+        (("layers", 1, "attention"), "all", "'prefix' or 'block'"),
+        (("layers", 1, "boundary_of"), "first", "'last' or 'bound'"),
+        (("input",), "token", "'block' or 'boundary'"),
+        (("block_mask",), "none", "'causal' or 'bidirectional'"),
+        (("lm_head",), "tied", "'target' or 'own'"),
+        (("extra_rows",), -1, "greater than or equal to 0"),
+        (("extra_rows",), 65, "less than or equal to 64"),
         (("draft_vocab_size",), 0, "greater than or equal to 1"),
         (("prefix_window",), 0, "greater than or equal to 1"),
         (("prefix_window",), 64.0, "valid integer"),
@@ -292,6 +331,193 @@ def test_noise_tokens_are_the_targets_and_one_for_each_placeholder(
     tmp_path: Path, path: KeyPath, wrong: Any, expected: str
 ) -> None:
     assert expected in _message(tmp_path, changed(path, wrong))
+
+
+_CHAIN = {"rms_norm_eps": 1e-5}
+_MLP = {"kind": "mlp", "form": "square"}
+_OWN = {
+    "kind": "own",
+    "target_layer": 1,
+    "intermediate_size": 24,
+    "rms_norm_eps": 1e-5,
+}
+_SHARED = {"kind": "shared", "target_layer": 0}
+_PLAIN: dict[str, Any] = {
+    key: VALID[key] for key in ("model_type", "format_version", "dtype", "target")
+} | {"num_speculative_tokens": 3, "layers": [_OWN]}
+
+
+def _layers(*layers: dict[str, Any]) -> dict[str, Any]:
+    return {"layers": list(layers)}
+
+
+# Sound drafters; each row below is one of them with one key too many.
+HEADS = _layers(_MLP | {"per_position": True}) | {"input": "boundary"}
+CHAIN = {"chain": _CHAIN}
+TOGETHER: list[tuple[dict[str, Any], dict[str, Any], str]] = [
+    (
+        {},
+        _layers(_SHARED | {"full_rank": ["q_proj", "q_proj"]}),
+        "full_rank: named twice in ['q_proj', 'q_proj']",
+    ),
+    (
+        {},
+        _layers(
+            _SHARED
+            | {
+                "lora": {"rank": 2, "alpha": 2.0, "modules": ["q_proj", "k_proj"]},
+                "full_rank": ["o_proj", "k_proj"],
+            }
+        ),
+        "full_rank: ['k_proj'] are in lora.modules too",
+    ),
+    (
+        {},
+        _layers(_SHARED | {"full_rank": ["up_proj"]})
+        | {"target": VALID["target"] | {"intermediate_size": None}},
+        "layers.0.full_rank: ['up_proj'] names MLP modules",
+    ),
+    (
+        {},
+        _layers(_OWN | {"boundary_of": "bound"}),
+        "boundary_of: got 'bound', expected 'last' without boundary_hidden",
+    ),
+    *(
+        (
+            {},
+            _layers(_OWN | {"per_position": True, bias: True}),
+            "per_position: got true, expected false with biases",
+        )
+        for bias in ("qkv_bias", "o_bias")
+    ),
+    *(
+        (
+            {},
+            _layers(_OWN, _MLP | {"form": form} | sizes),
+            f"{key}: got {got}, expected {expected} where form is {form!r}",
+        )
+        for form, sizes, key, got, expected in (
+            ("gated", {"rms_norm_eps": 1e-5}, "intermediate_size", "null", "a number"),
+            ("gated", {"intermediate_size": 8}, "rms_norm_eps", "null", "a number"),
+            ("plain", {}, "intermediate_size", "null", "a number"),
+            (
+                "plain",
+                {"intermediate_size": 8, "rms_norm_eps": 0.5},
+                "rms_norm_eps",
+                0.5,
+                "null",
+            ),
+            ("square", {"intermediate_size": 8}, "intermediate_size", 8, "null"),
+            ("square", {"rms_norm_eps": 0.5}, "rms_norm_eps", 0.5, "null"),
+        )
+    ),
+    (
+        _layers(_OWN | {"boundary_hidden": True}),
+        {"boundary_layers": [0, 4]},
+        "boundary_layers: got 4, the target has layers 0 to 3",
+    ),
+    (
+        _layers(_OWN | {"boundary_hidden": True}),
+        {"boundary_layers": [-1]},
+        "boundary_layers: got -1, the target has layers 0 to 3",
+    ),
+    (
+        _layers(_OWN | {"boundary_hidden": True}),
+        {"boundary_layers": [2, 2]},
+        "boundary_layers: named twice in [2, 2]",
+    ),
+    ({}, {"boundary_layers": [2]}, "boundary_layers: got [2], but nothing reads"),
+    # That layer reads the stream behind its own target layer, and no mix.
+    (
+        _layers(_OWN | {"boundary_hidden": True, "boundary_of": "bound"}),
+        {"boundary_layers": [1]},
+        "boundary_layers: got [1], but nothing reads their mix",
+    ),
+    *(
+        ({}, {"extra_rows": 2} | other, "extra_rows: got 2, expected 0 with")
+        for other in (
+            _layers(_OWN | {"per_position": True}),
+            _layers(_OWN, _MLP | {"per_position": True}),
+            {"lm_head": "own"},
+        )
+    ),
+    (
+        HEADS,
+        {"noise": {"low": 1, "high": 32, "token_ids": [3, 5]}},
+        "noise: got an object, which does not go with input 'boundary'",
+    ),
+    (
+        HEADS,
+        {"chain": _CHAIN},
+        "chain: got an object, which does not go with input 'boundary'",
+    ),
+    (
+        HEADS | _layers(_OWN),
+        {"extra_rows": 1},
+        "extra_rows: got 1, which does not go with input 'boundary'",
+    ),
+    *(
+        (
+            HEADS,
+            _layers(*layers),
+            "input: got 'boundary', with which all positions would draft the same",
+        )
+        # Rows that are alike attend to rows that are alike.
+        for layers in ([_MLP], [_MLP, _MLP], [_OWN | {"attention": "block"}])
+    ),
+    *(
+        (CHAIN, {key: value}, f"{key}: got {got}, expected {expected} where chain is")
+        for key, value, got, expected in (
+            ("markov", {"rank": 2}, "an object", "null"),
+            (
+                "noise",
+                {"low": 1, "high": 32, "token_ids": [3, 5]},
+                "an object",
+                "null",
+            ),
+            ("extra_rows", 2, "2", "0"),
+            ("block_mask", "bidirectional", "'bidirectional'", "'causal'"),
+            ("lm_head", "own", "'own'", "'target'"),
+        )
+    ),
+    (
+        CHAIN,
+        _layers(_SHARED, _OWN | {"attention": "block"}),
+        "layers.1.attention: got 'block', expected 'prefix' where chain",
+    ),
+    (
+        CHAIN,
+        _layers(_OWN, _MLP, _SHARED | {"target_layer": 1}),
+        "layers.2.target_layer: got 1 again; where chain is not null",
+    ),
+]
+
+
+@pytest.mark.parametrize(("sound", "added", "expected"), TOGETHER)
+def test_what_does_not_go_together_is_refused_in_one_line(
+    tmp_path: Path, sound: dict[str, Any], added: dict[str, Any], expected: str
+) -> None:
+    _read(tmp_path, _PLAIN | sound)
+    message = _message(tmp_path, _PLAIN | sound | added)
+    (problem,) = message.splitlines()[1:-1]
+    assert expected in problem
+
+
+@pytest.mark.parametrize(
+    "told_apart",
+    [
+        {"num_speculative_tokens": 1},
+        {"lm_head": "own"},
+        {"markov": {"rank": 2}},
+        _layers(_OWN),
+        _layers(_MLP, _SHARED),
+    ],
+)
+def test_heads_need_something_that_tells_positions_apart(
+    tmp_path: Path, told_apart: dict[str, Any]
+) -> None:
+    config = _read(tmp_path, _PLAIN | HEADS | _layers(_MLP) | told_apart)
+    assert config.num_placeholders == 0
 
 
 def test_lora_modules_are_named_once(tmp_path: Path) -> None:

@@ -54,7 +54,15 @@ MAX_GROWTH_KIB = 64 << 10
 
 _OWN = VALID["layers"][1] | {"boundary_hidden": False, "bridge": False}
 _SHARED: dict[str, Any] = {"kind": "shared", "target_layer": 0}
-_PLAIN = {"markov": None, "draft_vocab_size": None, "dtype": "float32"}
+_PLAIN = {
+    **{"markov": None, "draft_vocab_size": None, "dtype": "float32"},
+    "extra_rows": 0,
+}
+_NO_BLOCK = _PLAIN | {"noise": None, "block_mask": "causal"}
+_MLP: dict[str, Any] = {
+    **{"kind": "mlp", "form": "plain", "intermediate_size": 8},
+    "per_position": True,
+}
 KINDS: dict[str, dict[str, Any]] = {
     "every option": {},
     "own layers": _PLAIN | {"layers": [_OWN, _OWN | {"target_layer": 3}]},
@@ -62,6 +70,13 @@ KINDS: dict[str, dict[str, Any]] = {
     "LoRA": _PLAIN | {"layers": VALID["layers"][:1]},
     "Markov": _PLAIN | {"layers": [_SHARED], "markov": {"rank": 2}},
     "reduced vocabulary": _PLAIN | {"layers": [_OWN], "draft_vocab_size": 16},
+    "heads": _NO_BLOCK | {"layers": [_MLP], "input": "boundary", "lm_head": "own"},
+    "chain": _NO_BLOCK
+    | {
+        "layers": [_SHARED, _MLP],
+        "chain": {"rms_norm_eps": 1e-5},
+        "boundary_layers": [1, 3],
+    },
 }
 
 

@@ -30,8 +30,13 @@ from vllm_mtp.drafter.checkpoint import (
     load_drafter,
     save_drafter,
 )
-from vllm_mtp.drafter.config import DrafterConfig, SharedLayerConfig
+from vllm_mtp.drafter.config import (
+    DrafterConfig,
+    MLPLayerConfig,
+    SharedLayerConfig,
+)
 from vllm_mtp.drafter.lora import linear_sizes
+from vllm_mtp.drafter.model import Drafter
 from vllm_mtp.drafter.target_facts import TargetFacts
 
 SPEC = Path(generate.__file__).parent
@@ -134,6 +139,33 @@ class TestExpected:
             assert tokens_changed or change > 1e-3, tensor_name
 
 
+# Settings without a tensor: what one of them says must show in the drafts.
+AXES: list[tuple[str, KeyPath, Any]] = [
+    ("bidirectional", ("block_mask",), "causal"),
+    ("bidirectional", ("layers", 2, "attention"), "prefix"),
+    ("block-attention", ("layers", 0, "attention"), "prefix"),
+    ("mixed-streams", ("boundary_layers",), [0, 2]),
+    ("mixed-streams", ("layers", 1, "boundary_of"), "last"),
+]
+
+
+@pytest.mark.parametrize(("name", "path", "value"), AXES)
+def test_a_setting_without_tensors_matters(
+    name: str, path: KeyPath, value: Any
+) -> None:
+    folder = SPEC / "golden" / name
+    expected = json.loads((folder / "expected.json").read_text("utf-8"))
+    config = at = json.loads((folder / CONFIG_FILE).read_text("utf-8"))
+    for key in path[:-1]:
+        at = at[key]
+    assert at[path[-1]] != value
+    at[path[-1]] = value
+    other = Drafter(DrafterConfig.model_validate_json(json.dumps(config)))
+    other.load_state_dict(load_drafter(folder, dtype=torch.float32).state_dict())
+    found = _listed_logits(draft_golden(name, other, expected["input"]), expected)
+    assert (found - torch.tensor(expected["logits"])).abs().max() > 1e-2
+
+
 class TestSchema:
     def test_is_a_schema(self) -> None:
         VALIDATOR.check_schema(SCHEMA)
@@ -176,11 +208,17 @@ class TestSchema:
 def _sizes(config: DrafterConfig, index: int, module: str) -> dict[str, int]:
     """`generate.DIMENSIONS` as numbers, for the layer with this index."""
     layer = config.layers[index]
-    target = config.target.of_layer(layer.target_layer)
+    target = config.target
+    if not isinstance(layer, MLPLayerConfig):
+        target = target.of_layer(layer.target_layer)
     whole = getattr(layer, "qk_norm_whole", False)
     sizes = {
         "placeholders": config.num_speculative_tokens - 1,
+        "positions": config.num_speculative_tokens,
+        "extra": config.extra_rows,
+        "mixed": len(config.boundary_layers),
         "hidden": target.hidden_size,
+        "two hidden": 2 * target.hidden_size,
         "queries": target.num_attention_heads * target.head_dim,
         "keys": target.num_key_value_heads * target.head_dim,
         "query norm": target.head_dim * (target.num_attention_heads if whole else 1),
@@ -192,9 +230,11 @@ def _sizes(config: DrafterConfig, index: int, module: str) -> dict[str, int]:
     if config.markov:
         sizes["markov"] = config.markov.rank
     if not isinstance(layer, SharedLayerConfig):
-        sizes["mlp"] = layer.intermediate_size
-    elif layer.lora and module:
-        sizes["lora"] = layer.lora.rank
+        sizes["mlp"] = layer.intermediate_size or 0
+        if layer.per_position:
+            sizes["positions?"] = config.num_speculative_tokens
+    elif module:
+        sizes["lora"] = layer.lora.rank if layer.lora else 0
         sizes["in"], sizes["out"] = linear_sizes(target, module)  # type: ignore[arg-type]
     return sizes
 
@@ -220,7 +260,8 @@ class TestTables:
             sizes = _sizes(
                 drafter.config, int(groups.get("i", 0)), groups.get("module", "")
             )
-            assert list(tensor.shape) == [sizes[dim] for dim in row.dims], name
+            dims = [dim for dim in row.dims if dim in sizes or not dim.endswith("?")]
+            assert list(tensor.shape) == [sizes[dim] for dim in dims], name
             is_ids = tensor.dtype == torch.int64
             assert row.dtype == ("`int64`" if is_ids else "`dtype`"), name
 

@@ -222,7 +222,7 @@ def _explanations(error: ValidationError) -> list[str]:
 
 def _explain(item: Mapping[str, Any]) -> str:
     # A layer's kind is part of pydantic's path, but not of the file's.
-    parts = [part for part in item["loc"] if part not in ("shared", "own")]
+    parts = [part for part in item["loc"] if part not in ("shared", "own", "mlp")]
     where = _short(".".join(map(str, parts))) or "config"
     said = _short(str(item["msg"]), 200)  # may hold what was got
     if item["type"] == "missing":

@@ -240,10 +240,11 @@ class MLPLayerConfig(Strict):
             ("intermediate_size", self.form != "square"),
             ("rms_norm_eps", self.form == "gated"),
         ):
-            if (value := getattr(self, name)) is None == wanted:
+            value = getattr(self, name)
+            if (value is None) == wanted:
                 expected = "a number" if wanted else "null"
                 raise ValueError(
-                    f"{name}: got {value}, expected {expected} where form is "
+                    f"{name}: got {_shown(value)}, expected {expected} where form is "
                     f"{self.form!r}"
                 )
         return self
@@ -409,12 +410,12 @@ class DrafterConfig(Strict):
                 f"draft_vocab_size: got {size}, the target's vocabulary has "
                 f"{vocab} tokens; use a smaller size or null"
             )
-        if self.noise is not None:
-            _check_noise(self.noise, self.num_placeholders, vocab)
         _check_boundary_layers(self.boundary_layers, self)
         _check_input(self)
         if self.chain is not None:
             _check_chain(self)
+        if self.noise is not None:
+            _check_noise(self.noise, self.num_placeholders, vocab)
         return self
 
     @property
@@ -462,17 +463,30 @@ class DrafterConfig(Strict):
     def boundary_sources(self) -> tuple[int, ...]:
         """The target layers behind which hidden states are read, in the order in which
         `BoundDrafter` takes them; `LAST_HIDDEN` for the target's last one."""
-        own = [layer for layer in self.layers if isinstance(layer, OwnLayerConfig)]
-        readers = [layer for layer in own if layer.boundary_hidden]
-        sources: list[int] = []
-        if (
+        sources = self.boundary_layers or (LAST_HIDDEN,)
+        if not self.reads_last_boundary:
+            sources = ()
+        bound = (x.target_layer for x in self._boundary_readers("bound"))
+        return tuple(dict.fromkeys([*sources, *bound]))
+
+    def _boundary_readers(self, of: str) -> list[OwnLayerConfig]:
+        return [
+            layer
+            for layer in self.layers
+            if isinstance(layer, OwnLayerConfig)
+            and layer.boundary_hidden
+            and layer.boundary_of == of
+        ]
+
+    @property
+    def reads_last_boundary(self) -> bool:
+        """Whether it reads the target's last hidden state, or the mix that stands in
+        its place."""
+        return (
             self.input == "boundary"
             or self.chain is not None
-            or any(layer.boundary_of == "last" for layer in readers)
-        ):
-            sources += self.boundary_layers or (LAST_HIDDEN,)
-        bound = (x.target_layer for x in readers if x.boundary_of == "bound")
-        return tuple(dict.fromkeys([*sources, *bound]))
+            or bool(self._boundary_readers("last"))
+        )
 
     @property
     def are_heads(self) -> bool:
@@ -542,10 +556,10 @@ def _check_boundary_layers(layers: tuple[int, ...], config: DrafterConfig) -> No
         )
     if len(set(layers)) != len(layers):
         raise ValueError(f"boundary_layers: named twice in {list(layers)}")
-    if layers and not set(layers) <= set(config.boundary_sources):
+    if layers and not config.reads_last_boundary:
         raise ValueError(
-            f"boundary_layers: got {list(layers)}, but nothing reads a boundary hidden "
-            "state; set boundary_hidden of a layer, input or chain"
+            f"boundary_layers: got {list(layers)}, but nothing reads their mix; set "
+            "boundary_hidden of a layer (with boundary_of 'last'), input or chain"
         )
 
 
@@ -563,15 +577,23 @@ def _check_input(config: DrafterConfig) -> None:
     for name in ("noise", "chain", "extra_rows"):
         if value := getattr(config, name):
             raise ValueError(
-                f"{name}: got {value!r}, which does not go with input 'boundary'"
+                f"{name}: got {_shown(value)}, which does not go with input 'boundary'"
             )
     told_apart = alike or config.lm_head == "own" or config.markov is not None
-    attention = any(not isinstance(x, MLPLayerConfig) for x in config.layers)
-    if config.num_speculative_tokens > 1 and not (told_apart or attention):
+    # Attention to the block alone finds the same values in every row.
+    if config.num_speculative_tokens > 1 and not (told_apart or config.readers):
         raise ValueError(
             "input: got 'boundary', with which all positions would draft the same; "
-            "expected per_position in a layer, or lm_head 'own'"
+            "expected per_position in a layer, lm_head 'own', or a layer that reads "
+            "the prefix"
         )
+
+
+def _shown(value: object) -> str:
+    """A value of a config in a line, as JSON has it where that is short."""
+    if isinstance(value, Strict):
+        return "an object"
+    return "null" if value is None else repr(value)
 
 
 def _check_chain(config: DrafterConfig) -> None:
@@ -584,7 +606,8 @@ def _check_chain(config: DrafterConfig) -> None:
     ):
         if (value := getattr(config, name)) != expected:
             raise ValueError(
-                f"{name}: got {value!r}, expected {expected!r} where chain is not null"
+                f"{name}: got {_shown(value)}, expected {_shown(expected)} where chain "
+                "is not null"
             )
     read: set[int] = set()
     for index, layer in enumerate(config.layers):
