@@ -28,6 +28,11 @@ def _layers(kind: str, *indices: int) -> list[tuple[str, int]]:
         ("own:9,3,9", _layers("own", 9, 3, 9)),
         ("own:1,shared:2,own:3", [("own", 1), ("shared", 2), ("own", 3)]),
         (" shared : 0 - 1 , own : 2 ", _layers("shared", 0, 1) + _layers("own", 2)),
+        ("mlp:2", [("mlp", None)] * 2),
+        # A number of layers, and no target layer: it may be larger than those.
+        ("mlp:40", [("mlp", None)] * 40),
+        ("mlp:1,2,own:3", [*[("mlp", None)] * 3, ("own", 3)]),
+        ("own:3,mlp:1,shared:0", [("own", 3), ("mlp", None), ("shared", 0)]),
     ],
 )
 def test_reads(spec: str, expected: list[tuple[str, int]]) -> None:
@@ -66,6 +71,15 @@ def test_unreadable_items_are_named(spec: str, item: str) -> None:
         parse_layers(spec, NUM_LAYERS)
     assert f"--layers {spec!r}: cannot read {item};" in str(caught.value)
     assert "'shared:0-9,own:28,29'" in str(caught.value)  # what would be right
+
+
+@pytest.mark.parametrize("item", ["mlp:0", "mlp:all", "mlp:1-2", "mlp:513"])
+def test_mlp_layers_are_a_number(item: str) -> None:
+    with pytest.raises(LayerSpecError) as caught:
+        parse_layers(f"own:1,{item}", NUM_LAYERS)
+    assert f"{item!r} is no number of layers; expected something like mlp:2" in str(
+        caught.value
+    )
 
 
 @pytest.mark.parametrize("spec", ["3", "all", "0-3,own:4"])

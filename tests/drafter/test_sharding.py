@@ -190,6 +190,22 @@ DRAFTERS: dict[str, tuple[str, dict[str, Any]]] = {
     "own": ("own:0,3", {}),
     "mixed": ("shared:0,1,own:2", EVERYTHING),
 } | {name: ("shared:1,2", lora(name)) for name in MODULES}
+# With the number of sums over ranks.
+AXES: dict[str, tuple[str, dict[str, Any], int]] = {
+    "own layers per position": (
+        "own:0,3",
+        {"per_position": True, "bridges": True, "boundary_hidden": "all"},
+        4,
+    ),
+    "block alone": ("own:0,3", {"own_attention": "block"}, 4),
+    "bidirectional": ("shared:0,own:3", {"block_mask": "bidirectional"}, 4),
+    "gated": ("own:1,mlp:2", {"mlp_form": "gated"}, 4),
+    "plain": ("own:1,mlp:1", {"mlp_form": "plain"}, 3),
+    "plain per position": ("mlp:2", {"mlp_form": "plain", "per_position": True}, 2),
+    "square": ("own:1,mlp:2", {"mlp_form": "square", "per_position": True}, 2),
+    "full rank": ("shared:1,2", {"full_rank_modules": [*MODULES]}, 4),
+    "chain": ("shared:1,own:2,mlp:1", {"chain": True, **lora("o_proj")}, 5 * 3),
+}
 
 
 @pytest.mark.parametrize("name", DRAFTERS)
@@ -207,6 +223,33 @@ def test_ranks_together_compute_what_one_process_does(
         assert result.equal(results[0])
     # One behind the attention and one behind the MLP; LoRA needs none of its own.
     assert num_sums == 2 * len(drafter.layers)
+
+
+@pytest.mark.parametrize("name", AXES)
+def test_every_axis_is_cut_into_ranks(
+    name: str, target: PreTrainedModel, make: Callable[..., Drafter]
+) -> None:
+    layers, options, num_sums = AXES[name]
+    drafter = make(layers, **options)
+    host = HFTarget(target)
+    expected = run(host, drafter, host.encode(TOKENS))
+    results, found = run_in_ranks(target, drafter, 2)
+    for result in results:
+        torch.testing.assert_close(result, expected, atol=1e-4, rtol=1e-4)
+        assert result.equal(results[0])
+    assert found == num_sums
+
+
+def test_own_lm_heads_are_whole_on_every_rank(
+    target: PreTrainedModel, make: Callable[..., Drafter]
+) -> None:
+    drafter = make("mlp:1", lm_head="own", input="boundary", mlp_form="square")
+    hidden = torch.randn(2, NUM_PLACES, target.config.hidden_size)
+    host = HFTarget(target)
+    expected = BoundDrafter(drafter, host).logits(hidden)
+    for index in range(2):
+        part = BoundDrafter(part_of(drafter, Rank(index, 2)), host)
+        assert part.logits(hidden).equal(expected)
 
 
 def test_a_change_of_a_pair_shows_in_the_ranks(

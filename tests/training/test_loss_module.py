@@ -2,6 +2,7 @@
 """From a text to a lesson: anchors, candidates, states and the teacher."""
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +131,47 @@ class TestLearner:
 
         torch.testing.assert_close(loss(torch.arange(VOCAB_SIZE).flip(0)), whole)
         assert loss(torch.arange(8)) < whole
+
+    @pytest.mark.parametrize(
+        ("layers", "options"),
+        [
+            ("own:2", {"lm_head": "own"}),
+            (
+                "mlp:1",
+                {
+                    **{"lm_head": "own", "input": "boundary", "mlp_form": "square"},
+                    "markov_rank": None,
+                },
+            ),
+            ("shared:0,own:2", {"chain": True, "markov_rank": None}),
+            ("shared:all", {"lm_head": "own", "lora_rank": 2}),
+        ],
+    )
+    def test_candidates_that_are_all_tokens_change_no_loss(
+        self, host: HFTarget, tiny_llama: Path, layers: str, options: dict[str, Any]
+    ) -> None:
+        """Also with LM heads of the drafter's own, of which rows are taken then."""
+        objective = Objective(ce=0.5, kl=1, tv=1, teacher_tokens=0)
+        drafter = new_drafter(tiny_llama, layers, 3, replace(OPTIONS, **options))
+        fill_weights(drafter, 0.1, salt="lesson ")
+        plan = LossPlan(objective, anchors_per_text=6)
+        loss_module = LossModule(drafter, host, plan)
+
+        def gradients(candidates: LossVocabulary | None) -> dict[str, torch.Tensor]:
+            loss_module.token_loss = TokenLoss(loss_module.bound, candidates)
+            loss_module.zero_grad()
+            parts = loss_module([TEXT], step=3)
+            parts["loss"].backward()
+            found = {n: p.grad for n, p in drafter.named_parameters()}
+            return {"loss": parts["loss"].detach(), **found}  # type: ignore[dict-item]
+
+        whole = {name: x for name, x in gradients(None).items() if x is not None}
+        some = gradients(LossVocabulary(torch.arange(VOCAB_SIZE).flip(0), VOCAB_SIZE))
+        assert len(whole) > 2
+        for name, gradient in whole.items():
+            torch.testing.assert_close(some[name], gradient, atol=1e-5, rtol=1e-4)
+        few = gradients(LossVocabulary(torch.arange(8), VOCAB_SIZE))
+        assert few["loss"] < whole["loss"]
 
     def test_texts_in_a_batch_do_not_touch(
         self, host: HFTarget, tiny_llama: Path
