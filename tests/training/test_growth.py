@@ -3,6 +3,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from vllm_mtp.training.growth import (
     require_same_but_positions,
     warm_start,
 )
+from vllm_mtp.training.optimizer import optimizer_of
 from vllm_mtp.training.states import TrainingInputError
 
 OPTIONS = DrafterOptions(dtype="float32", markov_rank=2)
@@ -98,6 +100,126 @@ def test_a_looped_extension_keeps_the_first_positions(
     torch.testing.assert_close(after.hidden[:, :3], before.hidden)
     assert after.tokens[:, :3].equal(before.tokens)
     assert not longer.placeholders[2:4].equal(trained.placeholders)
+
+
+class _Rates:
+    """As a run that trains new positions alone sets them, with a large decay."""
+
+    learning_rate, weight_decay = 0.1, 0.5
+    placeholder_lr_scale = markov_lr_scale = 1.0
+    own_optimizer, train_only = "as_optim", "new_positions"
+
+
+HEADS = replace(
+    OPTIONS, markov_rank=None, input="boundary", lm_head="own", per_position=True
+)
+
+
+def _made(folder: Path, k: int, options: DrafterOptions = HEADS) -> Drafter:
+    drafter = new_drafter(folder, "own:1,mlp:1", k, options)
+    fill_weights(drafter, 0.2, salt=f"{k} ")
+    return drafter
+
+
+@pytest.mark.parametrize(
+    ("num_old", "num_new", "origins"),
+    [
+        # Added positions go round, but the first is that of the next token.
+        (3, 7, [0, 1, 2, 1, 2, 1, 2]),
+        (4, 2, [0, 1]),
+        (1, 3, [0, 0, 0]),
+        (2, 4, [0, 1, 1, 1]),
+    ],
+)
+def test_weights_per_position_go_round_as_placeholders_do(
+    tiny_llama: Path, num_old: int, num_new: int, origins: list[int]
+) -> None:
+    old, new = _made(tiny_llama, num_old), _made(tiny_llama, num_new)
+    assert warm_start(new, old) == []
+    theirs = old.state_dict()
+    assert new.weights_by_position().keys() >= {
+        *("lm_heads.weight", "layers.0.q_proj.weight", "layers.1.up_proj.weight")
+    }
+    for name, tensor in new.state_dict().items():
+        wanted = theirs[name]
+        if name in new.weights_by_position():
+            wanted = wanted[origins]
+        assert tensor.equal(wanted), name
+    rows = replace(HEADS, input="block", lm_head="target")
+    old, new = (_made(tiny_llama, k, rows) for k in (num_old, num_new))
+    assert warm_start(new, old) == (["placeholders"] if num_old == 1 else [])
+    if num_old > 1:
+        assert old.placeholders is not None
+        assert new.placeholders is not None
+        begun = [origin - 1 for origin in origins[1:]]
+        assert new.placeholders.equal(old.placeholders[begun])
+
+
+def test_positions_begin_with_the_weights_that_all_of_them_had(
+    tiny_llama: Path,
+) -> None:
+    options = replace(OPTIONS, markov_rank=None)
+    old = _made(tiny_llama, 2, options)
+    new = _made(tiny_llama, 3, replace(options, per_position=True))
+    assert warm_start(new, old) == []
+    weight = new.layers[0].q_proj.weight
+    assert weight.equal(old.layers[0].q_proj.weight.expand_as(weight))
+    # The other way, no one of several weights is that of all positions.
+    left = warm_start(_made(tiny_llama, 2, options), new)
+    assert "layers.0.q_proj.weight" in left
+    assert "layers.0.input_norm.weight" not in left
+
+
+def test_own_lm_heads_follow_their_tokens(tiny_llama: Path) -> None:
+    def made(*ids: int) -> Drafter:
+        options = replace(HEADS, draft_vocab_size=len(ids))
+        return new_drafter(tiny_llama, "mlp:1", 2, options, ids)
+
+    few, more = made(3, 5, 9), made(3, 4, 9, 11)
+    fill_weights(few, 0.2, salt="few ")
+    start = more.state_dict()["lm_heads.weight"].clone()
+    assert warm_start(more, few) == []
+    ours, theirs = more.state_dict(), few.state_dict()
+    rows = ours["lm_heads.weight"]
+    assert rows[:, [0, 2]].equal(theirs["lm_heads.weight"][:, [0, 2]])
+    assert rows[:, [1, 3]].equal(start[:, [1, 3]])
+    assert ours["draft_vocab.token_ids"].tolist() == [3, 4, 9, 11]
+
+
+def test_an_extension_of_heads_keeps_the_first_positions(tiny_llama: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama).eval()
+    old, new = _made(tiny_llama, 2), _made(tiny_llama, 4)
+    warm_start(new, old)
+    freeze_all_but_new_positions(new, num_old=2)
+    optimizer = optimizer_of(new, _Rates(), torch.optim.AdamW)  # type: ignore[arg-type]
+    before = {name: w.detach().clone() for name, w in new.named_parameters()}
+    for _ in range(2):
+        blocks = run_blocks(model, new, TOKENS, LENS, 4)
+        blocks.scores.square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for name, weight in new.named_parameters():
+        changed = weight != before[name]
+        if name in new.weights_by_position():
+            assert changed.flatten(1).any(1).tolist() == [False] * 2 + [True] * 2, name
+        else:
+            assert not changed.any(), name
+
+
+@pytest.mark.parametrize(
+    ("layers", "options", "reason"),
+    [
+        ("own:1", {"chain": True}, "neither placeholders nor weights per position"),
+        ("own:1", {"block_mask": "bidirectional"}, "block_mask 'bidirectional'"),
+    ],
+)
+def test_extensions_that_cannot_keep_the_first_positions_are_refused(
+    tiny_llama: Path, layers: str, options: dict[str, Any], reason: str
+) -> None:
+    settings = replace(OPTIONS, markov_rank=None, **options)
+    drafter = new_drafter(tiny_llama, layers, 4, settings)
+    with pytest.raises(TrainingInputError, match=reason):
+        freeze_all_but_new_positions(drafter, num_old=2)
 
 
 def test_an_extension_that_adds_nothing_is_refused(trained: Drafter) -> None:

@@ -407,6 +407,11 @@ class MLPLayer(nn.Module):
             out = out + self._bias_of(out, rows)
         return Stream(out, residual)
 
+    @property
+    def has_biases_by_position(self) -> bool:
+        """Whether ``down_bias`` is ``[positions, hidden_size]``."""
+        return self.config.form == "plain" and self.config.per_position
+
     def _bias_of(self, out: torch.Tensor, rows: BlockRows) -> torch.Tensor:
         assert self.down_bias is not None
         bias = self.down_bias.to(out.dtype)

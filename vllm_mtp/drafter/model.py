@@ -26,7 +26,14 @@ from vllm_mtp.drafter.heads import (
     pick_block,
 )
 from vllm_mtp.drafter.host import TargetHost
-from vllm_mtp.drafter.layers import BlockRows, MLPLayer, OwnLayer, SharedLayer, Stream
+from vllm_mtp.drafter.layers import (
+    BlockRows,
+    MLPLayer,
+    OwnLayer,
+    PositionLinear,
+    SharedLayer,
+    Stream,
+)
 from vllm_mtp.drafter.layout import is_placeholder
 from vllm_mtp.drafter.scopes import CHOICE, HEAD, LAYERS
 
@@ -140,6 +147,19 @@ class Drafter(nn.Module):
         for weight in (self.extra_rows, self.boundary_mix):
             if weight is not None:
                 nn.init.zeros_(weight)
+
+    def weights_by_position(self) -> dict[str, int]:
+        """Tensors whose first dimension is positions of the draft, by name: which
+        position their first entry is of."""
+        found: dict[str, int] = {}
+        for path, module in self.named_modules():
+            if isinstance(module, PositionLinear | OwnHeads):
+                found |= {f"{path}.{name}": 0 for name, _ in module.named_parameters()}
+            elif isinstance(module, MLPLayer) and module.has_biases_by_position:
+                found[f"{path}.down_bias"] = 0
+        if self.placeholders is not None:
+            found["placeholders"] = 1  # the first position is the anchor's
+        return found
 
 
 class BoundDrafter:

@@ -12,7 +12,8 @@ from vllm_mtp.drafter.model import Drafter
 from vllm_mtp.training.states import TrainingInputError
 
 _TOKENS = "draft_vocab.token_ids"
-_ROWS_BY_TOKEN = "markov.unembed.weight"  # shape: [output tokens, rank]
+# Their last dimension but one is output tokens.
+_ROWS_BY_TOKEN = ("markov.unembed.weight", "lm_heads.weight")
 
 
 @torch.no_grad()
@@ -20,10 +21,12 @@ def warm_start(drafter: Drafter, source: Drafter) -> list[str]:
     """Take over every weight of ``source`` that fits.
 
     Layers fit by kind and target layer, in the order they come, so layers can be
-    left out ("healing"). Placeholders are taken from the first on; added ones go
-    round the trained ones again (looped extension, MTP-D, 2603.23911). What the Markov
-    correction has for a token that can be drafted is found by the token, so the
-    vocabularies may differ; that of ``drafter`` stays.
+    left out ("healing"). Placeholders and weights per position are taken from the
+    first on; added positions go round the trained ones again, all but the first of
+    them (looped extension, MTP-D, 2603.23911). Where the source has one weight for all
+    positions, each begins with it. What the Markov correction and own LM heads have for
+    a token that can be drafted is found by the token, so the vocabularies may differ;
+    that of ``drafter`` stays.
 
     Args:
         drafter: Changed in place.
@@ -43,14 +46,19 @@ def warm_start(drafter: Drafter, source: Drafter) -> list[str]:
     # Noise is the target's own, as the vocabulary is this drafter's.
     kept = {_TOKENS, "placeholders"} if drafter.config.noise else {_TOKENS}
     ours = {n: t for n, t in drafter.state_dict().items() if n not in kept}
+    by_position, theirs = drafter.weights_by_position(), source.weights_by_position()
     for name, tensor in ours.items():
-        origin = weights.get(_name_in_source(name, taken))
-        if name == _ROWS_BY_TOKEN and origin is not None:
+        name_there = _name_in_source(name, taken)
+        origin = weights.get(name_there)
+        if origin is not None and name in by_position:
+            if name_there in theirs:
+                first = by_position[name]
+                origin = origin[_positions_taken(len(tensor), len(origin), first)]
+            else:
+                origin = origin.expand(len(tensor), *origin.shape)
+        if origin is not None and name in _ROWS_BY_TOKEN:
             origin = _rows_of_tokens(tensor, drafter, origin, source)
-        if name == "placeholders" and origin is not None:
-            rows = torch.arange(len(tensor)) % len(origin)
-            tensor.copy_(origin[rows])
-        elif origin is not None and origin.shape == tensor.shape:
+        if origin is not None and origin.shape == tensor.shape:
             tensor.copy_(origin)
         else:
             left.append(name)
@@ -63,6 +71,18 @@ def warm_start(drafter: Drafter, source: Drafter) -> list[str]:
     return left
 
 
+def _positions_taken(num_ours: int, num_theirs: int, first: int) -> torch.Tensor:
+    """Which entry of the source each of ours begins as.
+
+    All tensors of a position are taken from the same one. The first position is the
+    anchor's, or a head's of the next token, so added ones begin as no such.
+    """
+    ours = torch.arange(num_ours)
+    start = min(1 - first, num_theirs - 1)
+    round_again = start + (ours - start) % (num_theirs - start)
+    return torch.where(ours < num_theirs, ours, round_again)
+
+
 def draft_tokens(folder: str | Path) -> tuple[int, ...] | None:
     """The reduced vocabulary of a drafter; None where it drafts every token."""
     vocab = load_drafter(Path(folder), dtype=torch.float32).draft_vocab
@@ -72,17 +92,19 @@ def draft_tokens(folder: str | Path) -> tuple[int, ...] | None:
 def _rows_of_tokens(
     rows: torch.Tensor, drafter: Drafter, origin: torch.Tensor, source: Drafter
 ) -> torch.Tensor:
-    """Rows ``[V, rank]`` for the drafter's tokens, from those that ``source`` has.
+    """Rows ``[.., V, size]`` for the drafter's tokens, from those that ``source`` has.
 
-    A token that ``source`` could not draft keeps its start value, which is no
-    correction.
+    A token that ``source`` could not draft keeps its start value: no correction, or
+    the target's own row.
     """
-    if rows.shape[1] != origin.shape[1]:
+    if rows.shape[-1] != origin.shape[-1] or rows.shape[:-2] != origin.shape[:-2]:
         return origin
-    by_token = rows.new_zeros(drafter.config.target.vocab_size, rows.shape[1])
-    by_token[_drafted(drafter)] = rows
-    by_token[_drafted(source)] = origin
-    return by_token[_drafted(drafter)]
+    where = torch.full((drafter.config.target.vocab_size,), -1)
+    where[_drafted(source)] = torch.arange(origin.shape[-2])
+    where = where[_drafted(drafter)]
+    known, found = where >= 0, rows.clone()
+    found[..., known, :] = origin[..., where[known], :].to(rows.dtype)
+    return found
 
 
 def _drafted(drafter: Drafter) -> torch.Tensor | slice:
@@ -147,7 +169,8 @@ def _name_in_source(name: str, taken: dict[int, int]) -> str:
 def freeze_all_but_new_positions(
     drafter: Drafter, num_old: int, num_taught: int | None = None
 ) -> None:
-    """Train the placeholders behind the first ``num_old`` positions alone.
+    """Train alone what belongs to the positions behind the first ``num_old``: their
+    placeholders, and their weights where each position has some.
 
     Args:
         drafter: The drafter.
@@ -158,14 +181,26 @@ def freeze_all_but_new_positions(
     exactly what they drafted before.
 
     Raises:
-        TrainingInputError: There is no new position, or none is taught.
+        TrainingInputError: There is no new position, none is taught, or the drafter has
+            nothing of a position's own.
     """
-    drafter.requires_grad_(False)
-    if drafter.placeholders is None or len(drafter.placeholders) < num_old:
+    config = drafter.config
+    by_position = drafter.weights_by_position()
+    if config.num_speculative_tokens <= num_old:
         raise TrainingInputError(
             f"train_only: new_positions, but num_speculative_tokens "
-            f"({drafter.config.num_speculative_tokens}) adds no position to the "
+            f"({config.num_speculative_tokens}) adds no position to the "
             f"{num_old} of warm_start; ask for more"
+        )
+    if not by_position:
+        raise TrainingInputError(
+            "train_only: new_positions, but this drafter has neither placeholders nor "
+            "weights per position: all of it is of every position; train all"
+        )
+    if config.block_mask != "causal":
+        raise TrainingInputError(
+            "train_only: new_positions keeps what the first positions draft, but with "
+            f"block_mask {config.block_mask!r} they read the new ones; train all"
         )
     if num_taught is not None and num_taught <= num_old:
         raise TrainingInputError(
@@ -173,7 +208,22 @@ def freeze_all_but_new_positions(
             f"those behind the {num_old} of warm_start alone; write {num_old + 1} or "
             "more, or leave it out"
         )
-    drafter.placeholders.requires_grad_(True)
-    mask = torch.ones_like(drafter.placeholders)
-    mask[: num_old - 1] = 0.0  # the first position is the anchor's
-    drafter.placeholders.register_hook(lambda gradient: gradient * mask)
+    train_by_position(drafter)
+    for name, first in by_position.items():
+        _mask_gradient(drafter.get_parameter(name), num_old - first)
+
+
+def train_by_position(drafter: Drafter) -> None:
+    """Train what belongs to single positions, and nothing else."""
+    drafter.requires_grad_(False)
+    for name in drafter.weights_by_position():
+        drafter.get_parameter(name).requires_grad_(True)
+
+
+def _mask_gradient(weight: torch.nn.Parameter, num_kept: int) -> None:
+    def masked(gradient: torch.Tensor) -> torch.Tensor:
+        gradient = gradient.clone()
+        gradient[:num_kept] = 0.0
+        return gradient
+
+    weight.register_hook(masked)

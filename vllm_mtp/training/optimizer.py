@@ -79,13 +79,15 @@ def groups_of(
     Args:
         weights: A drafter's, by their names in it.
         learning_rate: Of all that ``scales`` does not name.
-        weight_decay: Of matrices; vectors and placeholders are none to keep small.
+        weight_decay: Of matrices; vectors, also one for each position, and rows that
+            enter the layers are none to keep small.
         scales: Relative learning rates, by the first part of a weight's name.
     """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, weight in weights:
         scale = scales.get(name.partition(".")[0], 1.0)
-        matrix = weight.ndim > 1 and not name.startswith("placeholders")
+        vectors = name.startswith(("placeholders", "extra_rows"))
+        matrix = weight.ndim > 1 and not vectors and not name.endswith("bias")
         decay = weight_decay if matrix else 0.0
         groups.setdefault((scale, decay), []).append(weight)
     return [
@@ -100,8 +102,8 @@ def own_matrices(model: nn.Module) -> set[nn.Parameter]:
         parameter
         for layer in model.modules()
         if isinstance(layer, OwnLayer)
-        for parameter in layer.parameters()
-        if parameter.ndim == 2
+        for name, parameter in layer.named_parameters()
+        if parameter.ndim == 2 and not name.endswith("bias")
     }
 
 
@@ -136,12 +138,17 @@ def optimizer_of(
         if weight.requires_grad
     ]
 
+    # Decay would move positions that are to stay as they are, gradient or not.
+    keeps_some = getattr(args, "train_only", "all") == "new_positions"
+    decay = 0.0 if keeps_some else args.weight_decay
+
     def groups(chosen: Iterable[tuple[str, nn.Parameter]]) -> list[Group]:
         scales = {
             "placeholders": args.placeholder_lr_scale,
+            "extra_rows": args.placeholder_lr_scale,
             "markov": args.markov_lr_scale,
         }
-        return groups_of(chosen, args.learning_rate, args.weight_decay, scales)
+        return groups_of(chosen, args.learning_rate, decay, scales)
 
     matrices = own_matrices(module) if args.own_optimizer == "muon" else ()
     of_matrices = groups((n, w) for n, w in weights if w in matrices)

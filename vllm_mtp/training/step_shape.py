@@ -15,6 +15,7 @@ from vllm_mtp.torch_host.load import decoder_of
 from vllm_mtp.torch_host.texts import anchors_are_exact
 from vllm_mtp.torch_host.without_weights import BareTarget, drafter_config
 from vllm_mtp.training.arguments import DrafterTrainingArguments
+from vllm_mtp.training.growth import train_by_position
 from vllm_mtp.training.optimizer import make_optimizer
 
 
@@ -148,9 +149,8 @@ def _drafter_size(
     holder = nn.Module()
     with FakeTensorMode(allow_non_fake_inputs=True):
         drafter = Drafter(config)
-        if args.train_only == "new_positions" and drafter.placeholders is not None:
-            drafter.requires_grad_(False)
-            drafter.placeholders.requires_grad_(True)
+        if args.train_only == "new_positions":
+            train_by_position(drafter)
     holder.drafter = drafter
     optimizer = make_optimizer(holder, args)
     alike: dict[Any, list[torch.Tensor]] = {}
