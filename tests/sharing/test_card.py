@@ -5,11 +5,16 @@ import ast
 import json
 import re
 import shlex
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from huggingface_hub import ModelCard
 
+import checkpoints_spec.goldens
+from checkpoints_spec.goldens import GOLDENS
+from vllm_mtp.cli.inspect import describe
+from vllm_mtp.drafter.checkpoint import read_config
 from vllm_mtp.drafter.cost import draft_cost
 from vllm_mtp.drafter.layer_spec import parse_layers
 from vllm_mtp.drafter.model import Drafter
@@ -135,3 +140,102 @@ def test_layers_are_told_as_init_takes_them(spec: str) -> None:
     layers = parse_layers(spec, 30)
     config = SimpleNamespace(layers=layers)  # a layer's kind and number are enough
     assert parse_layers(layers_text(config), 30) == layers  # type: ignore[arg-type]
+
+
+GOLDEN = Path(checkpoints_spec.goldens.__file__).parent / "golden"
+
+
+@pytest.mark.parametrize("name", GOLDENS)
+def test_layers_are_listed_as_init_takes_them(name: str) -> None:
+    config = read_config(GOLDEN / name)
+    listed = parse_layers(layers_text(config), config.target.num_hidden_layers)
+    assert [(item.kind, item.target_layer) for item in listed] == [
+        (layer.kind, getattr(layer, "target_layer", None)) for layer in config.layers
+    ]
+
+
+# What `inspect` and the card say of each kind, and what neither may.
+SAID: dict[str, tuple[list[str], list[str], list[str]]] = {
+    "shared-lora": (
+        [
+            "tokens per draft 4 (1 anchor, 3 placeholders)",
+            "placeholders     trained vectors",
+            "boundary hidden  none",
+            "LM head          the target's",
+            "each of its 2 layers reads a target layer's, 64 bytes per token",
+        ],
+        ["It reads the target's own KV cache", "One forward drafts up to 4 tokens"],
+        ["times over"],
+    ),
+    "heads": (
+        [
+            "tokens per draft 3 (every one a row of the boundary hidden state)",
+            "placeholders     none",
+            "boundary hidden  the last one",
+            "mlp, reads no cache, square, weights for each position",
+            "LM head          3 of its own, one for each position",
+            "its own LM heads among them",
+            "none of its own: no layer reads the target's",
+        ],
+        ["It reads a hidden state of the target's, no cache,", "MLP, square: [0]"],
+        ["0 bytes per token of prefix that is read (", "trained vectors"],
+    ),
+    "block-attention": (
+        [
+            "reads the block alone, RoPE of target layer 1",
+            "none of its own: no layer reads the target's",
+        ],
+        [
+            "It reads the token before the draft, no cache, and keeps none of its own.",
+            "attends to the block alone: [0]",
+        ],
+        [],
+    ),
+    "chain": (
+        [
+            "tokens per draft 4 (a chain: one forward for each, on the token drafted",
+            "placeholders     none",
+            "of shared layers, 4 times over",
+            "2 of its 3 layers read a target layer's, 4 times over, 256 bytes per",
+        ],
+        ["One forward for each drafts up to 4 tokens"],
+        ["placeholders)"],
+    ),
+    "bidirectional": (
+        ["(1 anchor, 3 placeholders, bidirectional)", "2 of its 3 layers read"],
+        ["1 anchor, 3 placeholders, bidirectional"],
+        [],
+    ),
+    "full-rank": (
+        ["full rank on q_proj, k_proj, o_proj, gate_proj"],
+        ["full rank: [0, 1]"],
+        [],
+    ),
+    "extra-rows": (
+        ["tokens per draft 3 (1 anchor, 2 extra rows, 2 placeholders)"],
+        ["1 anchor, 2 extra rows, 2 placeholders"],
+        [],
+    ),
+    "mixed-streams": (
+        [
+            "boundary hidden  a learnt mix of the streams behind target layers [2, 0];",
+            "; the streams behind target layers [1], by layers bound there",
+        ],
+        ["a learnt mix of the streams behind target layers [2, 0]"],
+        [],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SAID)
+def test_every_kind_of_drafter_is_told(name: str) -> None:
+    config = read_config(GOLDEN / name)
+    inspected, card = describe(config), make_card(config).text
+    in_inspect, in_card, in_none = SAID[name]
+    for text in in_inspect:
+        assert text in inspected, inspected
+    for text in in_card:
+        assert text in card, card
+    for text in in_none:
+        assert text not in inspected
+        assert text not in card

@@ -34,6 +34,9 @@ TEXT = torch.arange(60) * 37 % VOCAB_SIZE
 PLACES = (5, 20, 55)  # the last is behind a sliding window
 
 
+TRAINED: dict[str, Any] = {"placeholder_kind": "trained", "mask_token_id": None}
+
+
 def import_adapter(folder: Path, target: Path, out: Path, *flags: str) -> int:
     command = ["import", str(folder), "--target", str(target), "--out", str(out)]
     if "--num-speculative-tokens" not in flags:
@@ -543,6 +546,29 @@ class TestExport:
             ("shared:all", {"markov_rank": 2}, "markov: it corrects logits"),
             ("shared:all", {"prefix_window": 64}, "prefix_window: it reads a part"),
             ("shared:all", {"draft_vocab_size": 2}, "draft_vocab_size: it drafts"),
+            ("shared:all,mlp:1", {}, "layers [4] are its own"),
+            (
+                "shared:all",
+                {"full_rank_modules": ["k_proj"]},
+                "layers [0, 1, 2, 3]: full_rank: no change of low rank",
+            ),
+            (
+                "shared:all",
+                {"block_mask": "bidirectional"},
+                "block_mask: its rows read rows behind them",
+            ),
+            ("shared:all", {"extra_rows": 2}, "extra_rows: it has trained rows"),
+            ("shared:all", {"lm_head": "own"}, "lm_head: it has LM heads of its own"),
+            (
+                "shared:all",
+                TRAINED | {"chain": True},
+                "chain: its positions run one after the other; it has no placeholders",
+            ),
+            (
+                "shared:all",
+                TRAINED | {"input": "boundary"},
+                "input: a hidden state enters it, and no tokens; it has no placehol",
+            ),
         ],
     )
     def test_what_an_adapter_cannot_say_is_refused_by_name(

@@ -44,7 +44,13 @@ def describe(config: DrafterConfig, speed: "SpeedRecord | None" = None) -> str:
         config: The drafter's.
         speed: What a benchmark found, if there was one.
     """
-    from vllm_mtp.sharing.card import placeholders_text, prefix_text
+    from vllm_mtp.sharing.card import (
+        boundary_text,
+        head_text,
+        placeholders_text,
+        prefix_text,
+        rows_text,
+    )
 
     facts = config.target
     heads = f"{facts.num_attention_heads} heads, {facts.num_key_value_heads} KV heads"
@@ -60,13 +66,12 @@ def describe(config: DrafterConfig, speed: "SpeedRecord | None" = None) -> str:
                 + ("" if facts.layer_heads is None else " (not in all layers)")
                 + f", vocabulary {facts.vocab_size}"
             ),
-            (
-                f"tokens per draft {config.num_speculative_tokens} (1 anchor, "
-                f"{config.num_speculative_tokens - 1} placeholders)"
-            ),
+            f"tokens per draft {config.num_speculative_tokens} ({rows_text(config)})",
             f"placeholders     {placeholders_text(config)}",
+            f"boundary hidden  {boundary_text(config)}",
             *_layer_lines(config),
             f"reads            of the prefix, {prefix_text(config)}",
+            f"LM head          {head_text(config)}",
             f"Markov           {markov}",
             f"vocabulary       {f'{vocab} tokens' if vocab else 'the whole one'}",
             f"weights          {config.dtype}",
@@ -109,22 +114,26 @@ def _reads(layer: LayerConfig) -> str:
 
 def _cost_lines(config: DrafterConfig) -> list[str]:
     from vllm_mtp.drafter.cost import draft_cost
+    from vllm_mtp.sharing.card import cache_text
 
     cost = draft_cost(config)
+    times = f", {cost.forwards} times over" if cost.forwards > 1 else ""
+    head = "its own LM heads among them"
+    if cost.head_parameters:
+        head = f"{cost.head_parameters:,} of the LM head{times}"
+    read = cost.kv_bytes_read_per_token
+    cache = (
+        f", {read:,} bytes per token of prefix that is read (the target keeps "
+        f"{cost.target_kv_bytes_per_token:,})"
+    )
     return [
         f"parameters       {cost.drafter_parameters:,} of its own",
         (
             f"a draft reads    {cost.draft_parameters:,} parameters "
-            f"({cost.shared_parameters:,} of shared layers, {cost.head_parameters:,} "
-            f"of the LM head): {cost.relative_weights:.2f} of the weights that a "
-            "target step reads"
+            f"({cost.shared_parameters:,} of shared layers{times}, {head}): "
+            f"{cost.relative_weights:.2f} of the weights that a target step reads"
         ),
-        (
-            f"KV cache         none of its own: each of its {len(config.layers)} "
-            f"layers reads a target layer's, {cost.kv_bytes_read_per_token:,} bytes "
-            "per token of prefix that is read (the target keeps "
-            f"{cost.target_kv_bytes_per_token:,})"
-        ),
+        f"KV cache         none of its own: {cache_text(config)}{cache * bool(read)}",
     ]
 
 

@@ -48,8 +48,13 @@ class DraftCost:
         drafter_parameters: Weights that the drafter brings (its checkpoint).
         looked_up_parameters: Those of them that are a table, of which a draft takes a
             few rows.
-        shared_parameters: Weights of target layers that a draft runs through.
-        head_parameters: LM-head weights that a draft multiplies with.
+        position_parameters: Those that belong to one position each.
+        shared_parameters: Weights of target layers that a forward of the drafter runs
+            through.
+        head_parameters: Weights of the target's LM head that it multiplies with; 0
+            where the drafter has heads of its own.
+        forwards: Of the drafter in a draft of all positions: one, or one for each
+            position of a chain.
         target_parameters: Weights of one target forward, LM head included.
         kv_bytes_read_per_token: Cache read by one draft, per token of prefix
             (16-bit cache).
@@ -58,17 +63,22 @@ class DraftCost:
 
     drafter_parameters: int
     looked_up_parameters: int
+    position_parameters: int
     shared_parameters: int
     head_parameters: int
+    forwards: int
     target_parameters: int
     kv_bytes_read_per_token: int
     target_kv_bytes_per_token: int
 
     @property
     def draft_parameters(self) -> int:
-        """Weights that one draft of k tokens reads."""
-        own = self.drafter_parameters - self.looked_up_parameters
-        return own + self.shared_parameters + self.head_parameters
+        """Weights that one draft of k tokens reads; those that each of several forwards
+        reads count as often."""
+        once = self.position_parameters
+        own = self.drafter_parameters - self.looked_up_parameters - once
+        each = own + self.shared_parameters + self.head_parameters
+        return once + self.forwards * each
 
     @property
     def relative_weights(self) -> float:
@@ -88,20 +98,27 @@ def draft_cost(config: DrafterConfig) -> DraftCost:
     head = facts.vocab_size * facts.hidden_size
     out_size = config.draft_vocab_size or facts.vocab_size
     with torch.device("meta"):
-        own = sum(p.numel() for p in Drafter(config).parameters())
+        drafter = Drafter(config)
+    forwards = config.num_speculative_tokens if config.chain else 1
     rank = config.markov.rank if config.markov else 0
     markov = markov_weights(rank, facts.hidden_size, facts.vocab_size, out_size)
     return DraftCost(
-        drafter_parameters=own,
+        drafter_parameters=sum(p.numel() for p in drafter.parameters()),
         looked_up_parameters=markov.looked_up,
+        position_parameters=sum(
+            drafter.get_parameter(name).numel()
+            for name in drafter.weights_by_position()
+        ),
         shared_parameters=sum(
             _layer_parameters(facts, i) for i in config.shared_layers
         ),
-        head_parameters=out_size * facts.hidden_size,
-        target_parameters=sum(_layer_parameters(facts, i) for i in all_layers) + head,
-        kv_bytes_read_per_token=sum(
-            _kv_bytes(facts, layer.target_layer) for layer in config.readers
+        head_parameters=(
+            out_size * facts.hidden_size if config.lm_head == "target" else 0
         ),
+        forwards=forwards,
+        target_parameters=sum(_layer_parameters(facts, i) for i in all_layers) + head,
+        kv_bytes_read_per_token=forwards
+        * sum(_kv_bytes(facts, layer.target_layer) for layer in config.readers),
         target_kv_bytes_per_token=sum(
             _kv_bytes(facts, i) for i in facts.cached_layers or all_layers
         ),

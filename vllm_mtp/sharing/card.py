@@ -8,7 +8,7 @@ from itertools import groupby
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from vllm_mtp.drafter.config import DrafterConfig, SharedLayerConfig
+from vllm_mtp.drafter.config import LAST_HIDDEN, DrafterConfig, SharedLayerConfig
 from vllm_mtp.drafter.cost import draft_cost
 from vllm_mtp.drafter.layout import WINDOW_STEP
 from vllm_mtp.evaluation.offline import OfflineResult
@@ -149,9 +149,53 @@ def layers_text(config: DrafterConfig) -> str:
     return ",".join(parts)
 
 
+def rows_text(config: DrafterConfig) -> str:
+    """The rows of a draft, and how they run."""
+    if config.chain is not None:
+        return "a chain: one forward for each, on the token drafted before it"
+    if config.input == "boundary":
+        return "every one a row of the boundary hidden state"
+    extra = f"{config.extra_rows} extra rows, " if config.extra_rows else ""
+    mask = ", bidirectional" if config.block_mask == "bidirectional" else ""
+    return f"1 anchor, {extra}{config.num_placeholders} placeholders{mask}"
+
+
+def boundary_text(config: DrafterConfig) -> str:
+    """Which hidden states of the target are read at the last token of the prefix."""
+    layers = list(config.boundary_layers)
+    parts = []
+    if config.reads_last_boundary:
+        mix = f"a learnt mix of the streams behind target layers {layers}"
+        one = f"the stream behind target layer {layers}"
+        parts.append((mix if len(layers) > 1 else one) if layers else "the last one")
+    bound = [i for i in config.boundary_sources if i >= 0 and i not in layers]
+    if bound:
+        parts.append(f"the streams behind target layers {bound}, by layers bound there")
+    return "; ".join(parts) or "none"
+
+
+def cache_text(config: DrafterConfig) -> str:
+    """Whose KV cache is read, and how often in a draft of all positions."""
+    number, readers = len(config.layers), len(config.readers)
+    if not readers:
+        return "no layer reads the target's"
+    who = f"each of its {number} layers reads"
+    if readers < number:
+        who = f"{readers} of its {number} layers read"
+    times = config.num_speculative_tokens if config.chain else 1
+    return f"{who} a target layer's" + f", {times} times over" * (times > 1)
+
+
+def head_text(config: DrafterConfig) -> str:
+    """What makes logits."""
+    if config.lm_head == "own":
+        return f"{config.num_speculative_tokens} of its own, one for each position"
+    return "the target's"
+
+
 def placeholders_text(config: DrafterConfig) -> str:
     """What stands at the positions behind the anchor."""
-    if config.num_speculative_tokens == 1:
+    if not config.num_placeholders:
         return "none"
     if (noise := config.noise) is None:
         return "trained vectors"
@@ -199,10 +243,24 @@ def _introduction(
         made = f"It was trained on {_texts(provenance)}."
     return (
         f"A drafter for speculative decoding of `{target}` in vLLM, with the method "
-        f"`{METHOD}` of the plugin vllm-mtp. It reads the target's own KV cache and "
-        f"keeps none of its own. One forward drafts up to "
+        f"`{METHOD}` of the plugin vllm-mtp. {_reading(config)} and "
+        f"keeps none of its own. {_drafting(config)} up to "
         f"{config.num_speculative_tokens} tokens. {made}"
     )
+
+
+def _reading(config: DrafterConfig) -> str:
+    if config.read_layers:
+        return "It reads the target's own KV cache"
+    if config.uses_boundary_hidden:
+        return "It reads a hidden state of the target's, no cache,"
+    return "It reads the token before the draft, no cache,"
+
+
+def _drafting(config: DrafterConfig) -> str:
+    if config.chain is not None:
+        return "One forward for each drafts"
+    return "One forward drafts"
 
 
 _OWN = "the target's own answers"
@@ -324,15 +382,22 @@ def _design(
     fingerprint = config.target.weights_fingerprint
     vocab = config.draft_vocab_size
     markov = config.markov
+    inside = set(config.boundary_sources) - {LAST_HIDDEN}
+    of_block = config.chain is None and config.input == "block"
+    plain_rows = of_block and config.block_mask == "causal" and not config.extra_rows
     rows = [
         ("Target", f"`{target}`" + (f", revision `{revision}`" if revision else "")),
         ("Target's fingerprint", f"`{fingerprint}`" if fingerprint else ""),
         ("Layers", f"`{layers_text(config)}`{_lora_text(config)}"),
+        ("Their kinds", _kinds_text(config)),
         (
             "Reads the target's last hidden state",
-            "yes" if config.uses_boundary_hidden else "no",
+            "yes" if LAST_HIDDEN in config.boundary_sources else "no",
         ),
+        ("Its hidden states that are read", boundary_text(config) if inside else ""),
         ("Tokens per draft", f"1 to {config.num_speculative_tokens}"),
+        ("Rows of a draft", "" if plain_rows else rows_text(config)),
+        ("LM head", head_text(config) if config.lm_head == "own" else ""),
         ("Placeholders", placeholders_text(config) if config.noise else ""),
         ("Markov correction", f"rank {markov.rank}" if markov else "no"),
         ("Vocabulary", f"{vocab:,} tokens" if vocab else "the target's whole one"),
@@ -345,7 +410,7 @@ def _design(
         ("Reads of the prefix", prefix_text(config)),
         (
             "KV cache of its own",
-            f"none: each of its {len(config.layers)} layers reads a target layer's",
+            f"none: {cache_text(config)}",
         ),
         (
             "Cache read per draft",
@@ -357,6 +422,21 @@ def _design(
         ),
     ]
     return f"## The drafter\n\n{_table(rows)}"
+
+
+def _kinds_text(config: DrafterConfig) -> str:
+    """What the layer list does not say."""
+    found: dict[str, list[int]] = {}
+    for index, layer in enumerate(config.layers):
+        for holds, what in (
+            (getattr(layer, "full_rank", ()), "full rank"),
+            (getattr(layer, "form", ""), f"MLP, {getattr(layer, 'form', '')}"),
+            (getattr(layer, "attention", "") == "block", "attends to the block alone"),
+            (getattr(layer, "per_position", False), "weights for each position"),
+        ):
+            if holds:
+                found.setdefault(what, []).append(index)
+    return "; ".join(f"{what}: {numbers}" for what, numbers in found.items())
 
 
 def _lora_text(config: DrafterConfig) -> str:

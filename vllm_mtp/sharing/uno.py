@@ -297,20 +297,39 @@ def adapter_of_drafter(
     return _peft_config(config, at, path_of, base), pairs, config.noise
 
 
+_AS_UNO: tuple[tuple[str, Any, str], ...] = (
+    ("chain", None, "its positions run one after the other"),
+    ("input", "block", "a hidden state enters it, and no tokens"),
+    ("block_mask", "causal", "its rows read rows behind them"),
+    ("lm_head", "target", "it has LM heads of its own"),
+    ("extra_rows", 0, "it has trained rows between anchor and noise"),
+)
+"""Keys of a drafter, what they are where an adapter's engine can draft, and why another
+value is more than an adapter."""
+
+
 def _not_in_peft(config: DrafterConfig) -> list[str]:
     problems = []
-    if own := [i for i, c in enumerate(config.layers) if c.kind == "own"]:
+    if own := [i for i, c in enumerate(config.layers) if c.kind != "shared"]:
         problems.append(f"layers {own} are its own (an adapter changes the target's)")
     elif not config.shares_whole_target:
         problems.append(
             "layers: it does not run every layer of the target, in order (an adapter's "
             "engine does)"
         )
-    if config.noise is None:
+    changed = [i for i, c in enumerate(config.layers) if getattr(c, "full_rank", ())]
+    if changed:
+        problems.append(f"layers {changed}: full_rank: no change of low rank")
+    for key, plain, why in _AS_UNO:
+        if getattr(config, key) != plain:
+            problems.append(f"{key}: {why}")
+    if config.noise is None and config.num_placeholders:
         problems.append(
             "its placeholders are trained vectors (an adapter's engine feeds noise "
             "tokens: train with placeholder_kind: noise)"
         )
+    elif config.noise is None:
+        problems.append("it has no placeholders, where an engine feeds noise tokens")
     if not any(getattr(layer, "lora", None) for layer in config.layers):
         problems.append("it has no LoRA")
     if config.markov is not None:
