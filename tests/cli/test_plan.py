@@ -237,3 +237,75 @@ def test_wrong_flags_are_one_line(
     assert reason in err
     assert err.startswith("vllm-mtp plan: ")
     assert len(err.strip().splitlines()) == 1
+
+
+UNCOUNTED = {
+    "mlp": (["--layers", "own:0,mlp:1"], "layers.1.kind"),
+    "per_position": (
+        ["--layers", "own:0", "--per-position", "true"],
+        "layers.0.per_position",
+    ),
+    "attention": (
+        ["--layers", "own:0", "--own-attention", "block"],
+        "layers.0.attention",
+    ),
+    "boundary_of": (
+        ["--boundary-hidden", "first", "--boundary-of", "bound"],
+        "layers.0.boundary_of",
+    ),
+    "boundary_layers": (
+        ["--boundary-hidden", "first", "--boundary-layers", "2", "0"],
+        "boundary_layers",
+    ),
+    "full_rank": (
+        ["--layers", "shared:0", "--full-rank-modules", "q_proj"],
+        "layers.0.full_rank",
+    ),
+    "input": (["--input", "boundary"], "input"),
+    "lm_head": (["--lm-head", "own"], "lm_head"),
+    "extra_rows": (["--extra-rows", "2"], "extra_rows"),
+    "chain": (["--chain", "true", "--markov-rank", "0"], "chain"),
+}
+
+
+@pytest.mark.parametrize("kind", UNCOUNTED)
+def test_what_has_no_formula_is_refused_in_a_line(
+    kind: str, settings: Path, target: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags, key = UNCOUNTED[kind]
+    assert main(["plan", str(settings), "--target", str(target), *flags]) == 1
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert f"plan: there is no formula for {key} " in line
+    assert "use --trace" in line
+
+
+def test_a_bidirectional_block_takes_what_a_causal_one_takes(
+    settings: Path, target: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = [str(settings), "--target", str(target)]
+    causal = planned(capsys, *flags)
+    assert planned(capsys, *flags, "--block-mask", "bidirectional") == causal
+
+
+@pytest.mark.parametrize(
+    ("memory", "code", "verdict"),
+    [("24", 0, "A step fits: 22.0 GiB"), ("2.01", 1, "A step does not fit: 0.0 GiB")],
+)
+def test_what_has_no_formula_is_traced(
+    memory: str,
+    code: int,
+    verdict: str,
+    settings: Path,
+    target: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    flags = [str(settings), "--target", str(target), *UNCOUNTED["mlp"][0], "--trace"]
+    flags += ["--device-memory", memory]
+    assert main(["plan", *flags]) == code, capsys.readouterr().err
+    text = capsys.readouterr().out
+    assert text.startswith("| The real step, traced")
+    assert verdict in text
+    found = planned(capsys, *flags, code=code)
+    assert found["fits"] is (code == 0)
+    parts = [size for name, size in found["traced"].items() if name != "peak"]
+    assert found["traced"]["peak"] == sum(parts) > 0

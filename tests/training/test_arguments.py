@@ -193,6 +193,22 @@ class TestTheBest:
         ({"eval_texts": -1}, "eval_texts: got -1"),
         ({"teacher_tokens": -1}, "teacher_tokens: got -1"),
         ({"block_attention": "flex"}, "block_attention: got 'flex' on cpu"),
+        (
+            {"block_attention": "flex", "block_mask": "bidirectional"},
+            "block_attention: got 'flex'.*but block_mask is 'bidirectional'; write sl",
+        ),
+        (
+            {"block_attention": "flex", "chain": True, "layers": "own:0"},
+            "block_attention: got 'flex'.*but chain is True; write slices",
+        ),
+        (
+            {"feature_weight": 0.5, "chain": True, "layers": "own:0"},
+            "feature_weight: got 0.5, but chain is True",
+        ),
+        (
+            {"feature_weight": 0.5, "extra_rows": 2, "layers": "own:0"},
+            "feature_weight: got 0.5, but extra_rows is 2",
+        ),
         ({"max_text_tokens": 0}, "max_text_tokens: got 0"),
         ({"train_texts": 0}, "train_texts: got 0, .*leave it out for all"),
         ({"loss_vocab_size": 0}, "loss_vocab_size: got 0"),

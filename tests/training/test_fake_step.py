@@ -55,6 +55,29 @@ KINDS: dict[str, dict[str, Any]] = {
         "loss_vocab_size": 50,
     },
     "on-policy": {"layers": "own:0,2", "on_policy_weight": 0.5, "kl_weight": 0.5},
+    "heads": {
+        "layers": "mlp:2",
+        "input": "boundary",
+        "per_position": True,
+        "lm_head": "own",
+        "boundary_layers": [2, 0],
+    },
+    "chain": {
+        "layers": "own:0,2",
+        "chain": True,
+        "boundary_hidden": "first",
+        "loss_vocab_size": 50,
+    },
+    "others": {
+        "layers": "shared:1,own:2,mlp:1",
+        "mlp_form": "plain",
+        "full_rank_modules": ["up_proj"],
+        "own_attention": "block",
+        "block_mask": "bidirectional",
+        "extra_rows": 2,
+        "boundary_hidden": "all",
+        "boundary_of": "bound",
+    },
 }
 
 
@@ -98,8 +121,11 @@ def test_a_label_holds_inside_its_block() -> None:
         ("shared", {"bf16": False}),
         ("shared", {"bf16": True, "gradient_checkpointing": True}),
         ("on-policy", {"bf16": True, "gradient_checkpointing": True}),
+        ("heads", {"bf16": True}),
+        ("chain", {"bf16": True}),
+        ("chain", {"bf16": False, "gradient_checkpointing": True}),
+        ("others", {"bf16": False, "gradient_checkpointing": True}),
     ],
-    ids=["own-bf16", "shared-float32", "shared-again", "on-policy-bf16"],
 )
 def test_a_fake_step_is_as_large_as_a_real_one(
     arguments: MakeArguments, kind: str, more: dict[str, Any], tmp_path: Path

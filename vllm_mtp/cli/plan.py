@@ -92,8 +92,10 @@ class PlanCommand(DrafterTrainingArguments):
             )
 
     def run(self) -> int:
+        from vllm_mtp.torch_host.without_weights import drafter_config
         from vllm_mtp.training.fake_step import fake_step
-        from vllm_mtp.training.plan import make_plan
+        from vllm_mtp.training.plan import RESERVE, make_plan
+        from vllm_mtp.training.step_memory import uncounted
         from vllm_mtp.training.step_time import Device
 
         target = bare_target(self.target)
@@ -104,6 +106,9 @@ class PlanCommand(DrafterTrainingArguments):
             self.device_memory * _GIB,
         )
         texts = self._texts()
+        config = drafter_config(target, self.layers, self.num_speculative_tokens, self)
+        if self.trace and uncounted(config):
+            return self._show(fake_step(target, self), device.memory - RESERVE)
         plan = make_plan(
             target, self, device, self.num_devices, texts, self.generated_at_once
         )
@@ -113,6 +118,21 @@ class PlanCommand(DrafterTrainingArguments):
         else:
             print(as_text(plan, self, texts, traced))
         return 0 if plan.fits_after_changes else 1
+
+    def _show(self, traced: "StepTrace", capacity: float) -> int:
+        """Show the memory of a step for which there is no formula."""
+        fits = traced.total <= capacity
+        if self.json:
+            memory = _traced_json(traced)
+            print(json.dumps({"traced": memory, "fits": fits}, indent=2))
+        else:
+            verdict = "A step fits" if fits else "A step does not fit"
+            print(
+                f"{_traced_text(traced)}\n\n{verdict}: {_gib(capacity)} GiB are free."
+                "\nThere is no formula for such a drafter, so times, and changes that "
+                "would make it fit,\nare not known."
+            )
+        return 0 if fits else 1
 
     def _texts(self) -> "Texts":
         from vllm_mtp.training.plan import Texts, texts_of_folders
@@ -202,16 +222,7 @@ def as_text(
         "",
     ]
     if traced is not None:
-        parts += [
-            aligned(
-                ("The real step, traced", "GiB"),
-                [
-                    *((name, _gib(size)) for name, size in traced.peak.items()),
-                    ("peak", _gib(traced.total)),
-                ],
-            ),
-            "",
-        ]
+        parts += [_traced_text(traced), ""]
     if shape.args.on_policy_weight:
         parts += [
             "The formula leaves on_policy_weight out; the traced step has it.",
@@ -236,6 +247,22 @@ def as_text(
         ),
     ]
     return "\n".join(parts)
+
+
+def _traced_text(traced: "StepTrace") -> str:
+    from vllm_mtp.markdown import aligned
+
+    return aligned(
+        ("The real step, traced", "GiB"),
+        [
+            *((name, _gib(size)) for name, size in traced.peak.items()),
+            ("peak", _gib(traced.total)),
+        ],
+    )
+
+
+def _traced_json(traced: "StepTrace") -> dict[str, int]:
+    return {**traced.peak, "peak": traced.total}
 
 
 def _verdict(plan: "Plan") -> list[str]:
@@ -282,7 +309,7 @@ def as_json(plan: "Plan", traced: "StepTrace | None" = None) -> dict[str, Any]:
     """A plan for programs; bytes and seconds, but for hours."""
     return {
         "memory": {**plan.memory, "peak": plan.peak, "free": plan.capacity},
-        "traced": None if traced is None else {**traced.peak, "peak": traced.total},
+        "traced": None if traced is None else _traced_json(traced),
         "fits": plan.fits,
         "fits_after_changes": plan.fits_after_changes,
         "changes": [

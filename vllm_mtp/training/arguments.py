@@ -58,7 +58,7 @@ class DrafterTrainingArguments(DrafterOptions, TrainingArguments):
     )
     train_only: Literal["all", "new_positions"] = flag(
         "new_positions: keep what came with warm_start as it is, and train the added "
-        "placeholders alone (looped extension)",
+        "positions' placeholders and weights alone (looped extension)",
         "all",
     )
 
@@ -476,6 +476,28 @@ def _require_own_layers(args: DrafterTrainingArguments) -> None:
         )
 
 
+def _require_rows(args: DrafterTrainingArguments) -> None:
+    """Refuse what is made for whole blocks, each row one position after the other."""
+    for name, value, plain, asks in (
+        ("chain", args.chain, False, "flex and features"),
+        ("extra_rows", args.extra_rows, 0, "features"),
+        ("block_mask", args.block_mask, "causal", "flex"),
+    ):
+        if value == plain:
+            continue
+        if args.block_attention == "flex" and "flex" in asks:
+            raise MTPError(
+                "block_attention: got 'flex', which is made for causal blocks that run "
+                f"at once, but {name} is {value!r}; write slices"
+            )
+        if args.feature_weight > 0 and "features" in asks:
+            raise MTPError(
+                f"feature_weight: got {args.feature_weight}, but {name} is {value!r}, "
+                "and only rows of a block at once, one for each position, are compared "
+                "with the target's; write 0"
+            )
+
+
 def _require_one_mode(args: DrafterTrainingArguments) -> None:
     optim = getattr(args.optim, "value", args.optim)
     # These have a mode for training and one for evaluation; Muon has none.
@@ -538,6 +560,7 @@ _REQUIREMENTS = (
     _require_positions,
     _require_schedule,
     _require_own_layers,
+    _require_rows,
     _require_one_mode,
     _require_few_teacher_tokens,
     _require_best,

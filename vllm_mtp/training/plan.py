@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from vllm_mtp.data.store import read_split
+from vllm_mtp.errors import MTPError
 from vllm_mtp.torch_host.without_weights import BareTarget
 from vllm_mtp.training.arguments import DrafterTrainingArguments
-from vllm_mtp.training.step_memory import step_memory
+from vllm_mtp.training.step_memory import step_memory, uncounted
 from vllm_mtp.training.step_shape import StepShape, step_shape
 from vllm_mtp.training.step_time import (
     Device,
@@ -150,12 +151,20 @@ def make_plan(
         generated_at_once: Prompts that a device answers at once, at most.
 
     Raises:
-        MTPError: The target or the settings do not go.
+        MTPError: The target or the settings do not go, or there is no formula for such
+            a drafter.
     """
     shapes = [
         step_shape(target, replace(args, layers=layers))
         for layers in (*args.stages, args.layers)
     ]
+    for shape in shapes:
+        if keys := uncounted(shape.config):
+            raise MTPError(
+                f"plan: there is no formula for {', '.join(keys[:3])}"
+                + f" and {len(keys) - 3} more" * (len(keys) > 3)
+                + " of this drafter; use --trace, which runs a step without numbers"
+            )
     # The largest of its stages is what has to fit.
     shape = max(shapes, key=lambda s: sum(step_memory(s, num_devices).values()))
     memory = step_memory(shape, num_devices)

@@ -12,8 +12,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from vllm_mtp.drafter.config import (
+    DrafterConfig,
     LayerConfig,
     LinearName,
+    MLPLayerConfig,
     OwnLayerConfig,
     SharedLayerConfig,
 )
@@ -33,6 +35,30 @@ _WIDE = 4  # bytes of float32
 # Of a score, where a slice of attention is largest: masked, with the block's own, in
 # float32, and after softmax; the backward has as many bytes.
 _PER_SCORE = 12
+
+
+def uncounted(config: DrafterConfig) -> list[str]:
+    """Keys of a drafter's config for which there is no formula, here or in
+    `step_time`."""
+    found = [
+        key
+        for key, plain in (
+            *(("chain", None), ("input", "block"), ("lm_head", "target")),
+            *(("extra_rows", 0), ("boundary_layers", ())),
+        )
+        if getattr(config, key) != plain
+    ]
+    for index, layer in enumerate(config.layers):
+        if isinstance(layer, MLPLayerConfig):
+            found.append(f"layers.{index}.kind")
+            continue
+        for key, plain in (
+            *(("per_position", False), ("attention", "prefix")),
+            *(("boundary_of", "last"), ("full_rank", ())),
+        ):
+            if getattr(layer, key, plain) != plain:
+                found.append(f"layers.{index}.{key}")
+    return found
 
 
 @dataclass(frozen=True)
