@@ -17,7 +17,9 @@ from vllm_mtp.flags import flag
 class Init(DrafterOptions):
     """Make a new drafter for a target: untrained, but loadable. Layers that are
     `shared` are the target's own, read in place; `own` layers get weights of their
-    own, at first a copy of the target layer whose KV cache they read."""
+    own, at first a copy of the target layer whose KV cache they read; `mlp:2` are two
+    layers without attention. docs/drafter-space.md shows which published systems
+    these are."""
 
     target: str = flag("the target's Hugging Face folder")
     layers: str = flag(f"such as {EXAMPLES}")

@@ -13,7 +13,7 @@ from vllm_mtp.errors import LayerSpecError
 _ITEM = re.compile(
     r"(?:(?P<kind>shared|own|mlp):)?(?:(?P<all>all)|(?P<first>\d+)(?:-(?P<last>\d+))?)"
 )
-EXAMPLES = "'shared:all', 'own:0,7,14' or 'shared:0-9,own:28,29'"
+EXAMPLES = "'shared:all', 'own:0,7,14', 'shared:0-9,own:28,29' or 'mlp:2'"
 _HELP = f"expected something like {EXAMPLES}"
 
 

@@ -112,9 +112,15 @@ class DrafterOptions(_Knobs):
         "for all MLP layers: " + help_of(MLPLayerConfig, "form"), "gated"
     )
     mlp_size: int | None = flag(
-        help_of(MLPLayerConfig, "intermediate_size") + " (default: the target's)", None
+        "width between the linear maps of all MLP layers; none where their form is "
+        "square (default: the target's)",
+        None,
     )
-    chain: bool = flag(help_of(DrafterConfig, "chain"), False)
+    chain: bool = flag(
+        "draft positions one after the other, each from the token drafted before it "
+        "and the hidden state behind that, in place of all at once (DeepSeek-V3)",
+        False,
+    )
     full_rank_modules: list[str] = flag(
         "for all shared layers: " + help_of(SharedLayerConfig, "full_rank"), []
     )
@@ -227,6 +233,16 @@ class DrafterOptions(_Knobs):
         self.shared_layer(0)
         self.mlp_layer(1, 1e-6)
         self.markov_config()
+        if self.mlp_form == "square" and self.mlp_size:
+            raise MTPError(
+                f"mlp_size: got {self.mlp_size}, but mlp_form is 'square', which is as "
+                "wide as the target; leave mlp_size out"
+            )
+        if self.boundary_of == "bound" and self.boundary_hidden == "none":
+            raise MTPError(
+                "boundary_of: got 'bound', but boundary_hidden is 'none'; write first "
+                "or all there, or leave boundary_of out"
+            )
         if self.placeholder_kind == "trained":
             for name, default in (("mask_token_id", None), ("noise_low", _NOISE_LOW)):
                 if (value := getattr(self, name)) != default:
