@@ -13,13 +13,15 @@ from transformers import PreTrainedModel
 from transformers.models.auto import AutoModelForCausalLM
 
 from checkpoints_spec.goldens import fill_weights, fixed_values
-from tests.tiny_targets import NUM_LAYERS, VOCAB_SIZE
+from tests.tiny_targets import NUM_LAYERS, VOCAB_SIZE, make_tiny
 from vllm_mtp.drafter.config import DrafterConfig
 from vllm_mtp.drafter.heads import OwnHeads, pick_greedy
 from vllm_mtp.drafter.layers import PositionLinear
 from vllm_mtp.drafter.layout import block_positions
 from vllm_mtp.drafter.model import BoundDrafter, Drafter, Traced
+from vllm_mtp.torch_host import block_attention
 from vllm_mtp.torch_host.hf_target import HFTarget
+from vllm_mtp.torch_host.load import load_frozen
 from vllm_mtp.torch_host.new_drafter import DrafterOptions, new_drafter
 from vllm_mtp.torch_host.texts import (
     TextBlocks,
@@ -284,6 +286,66 @@ def _dense_layer(
     return host.decoder.norm(x)
 
 
+# Each with something that rows, blocks or texts could be mistaken in.
+ALL: dict[str, tuple[str, dict[str, Any]]] = {
+    "chain": ("shared:0,own:2", {"chain": True, "boundary_hidden": "all"}),
+    "bidirectional": ("shared:0,own:2", {"block_mask": "bidirectional"}),
+    "block alone": ("own:1,own:2", {"own_attention": "block"}),
+    "positions": ("own:2,mlp:1", {"per_position": True, "boundary_hidden": "all"}),
+    "heads": (
+        "mlp:2",
+        {
+            **{"input": "boundary", "per_position": True},
+            "boundary_layers": [2, 0],
+        },
+    ),
+    "streams": ("own:0,2", {"boundary_hidden": "all", "boundary_of": "bound"}),
+    "extra rows": ("shared:all", {"extra_rows": 2}),
+}
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_texts_and_slices_in_one_forward_equal_each_alone(
+    name: str, host: HFTarget, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layers, options = ALL[name]
+    drafter = make(layers, **options)
+    other, lens = TOKENS.flip(0)[:17], torch.tensor([3, 9])
+    alone = [hidden_of(host, drafter), hidden_of(host, drafter, other, lens)]
+    for scores in (None, 2 * 16 * K):  # the whole text at once, or two blocks or so
+        if scores is not None:
+            monkeypatch.setattr(block_attention, "_CPU_SCORES", scores)
+        texts = [
+            blocks_of(host, drafter.config),
+            blocks_of(host, drafter.config, other, lens),
+        ]
+        with torch.no_grad():
+            together = forward_texts(BoundDrafter(drafter, host), texts, K)
+        torch.testing.assert_close(together, torch.cat(alone), **CLOSE)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_layers_computed_anew_give_the_same_gradients(
+    name: str, host: HFTarget, make: Make
+) -> None:
+    layers, options = ALL[name]
+    drafter = make(layers, **options).requires_grad_(True)
+    text = blocks_of(host, drafter.config)
+
+    def gradients(again: bool) -> dict[str, torch.Tensor]:
+        bound = BoundDrafter(drafter, host)
+        if again:
+            bound.layer_call = host.recomputed
+        drafter.zero_grad()
+        forward_texts(bound, [text], K).square().mean().backward()
+        return {n: p.grad for n, p in drafter.named_parameters() if p.grad is not None}
+
+    plain, again = gradients(False), gradients(True)
+    assert plain.keys() == again.keys() == dict(drafter.named_parameters()).keys()
+    for weight, gradient in plain.items():
+        torch.testing.assert_close(again[weight], gradient, atol=1e-6, rtol=1e-4)
+
+
 # --- Heads
 
 
@@ -427,9 +489,14 @@ def test_a_chain_attends_to_its_rows_beside_their_hidden_state(
     assert (_known_chain(host, chain, tokens) != before).any(-1).all()
 
 
+@pytest.mark.parametrize("window", [None, 6])
 @torch.no_grad()
-def test_a_chain_equals_a_dense_reference(host: HFTarget, make: Make) -> None:
-    chain = make("own:1", chain=True)
+def test_a_chain_equals_a_dense_reference(window: int | None, tmp_path: Path) -> None:
+    """Also where the layer reads its last tokens alone, those of the chain included."""
+    folder = make_tiny("mistral", tmp_path, sliding_window=window)
+    host = HFTarget(load_frozen(folder, "float32", "cpu"))
+    options = DrafterOptions(dtype="float32", chain=True)
+    chain = _random(new_drafter(folder, "own:1", K, options))
     tokens = torch.arange(len(PREFIX_LENS) * K).unflatten(0, (-1, K)) * 11
     got = _known_chain(host, chain, tokens)
     text = blocks_of(host, chain.config)
@@ -446,6 +513,8 @@ def test_a_chain_equals_a_dense_reference(host: HFTarget, make: Make) -> None:
             rows.append(fuse.fuse.weight @ torch.cat(halves))
             size = i + 1
             mask = torch.ones(size, n + size, dtype=torch.bool).tril(n)
+            if window is not None:
+                mask = mask.triu(n + 1 - window)
             positions = torch.arange(n, n + size)
             stacked = torch.stack(rows)
             out = _dense_layer(host, layer, stacked, positions, text, n, mask)

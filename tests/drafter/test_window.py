@@ -2,7 +2,7 @@
 """A drafter that reads a window of the prefix, in plain torch."""
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -21,6 +21,13 @@ TOKENS = torch.arange(400) * 37 % VOCAB_SIZE
 # Behind the first, tokens 128 to 255 are skipped; behind the second, none.
 PREFIX_LENS = torch.tensor([390, 300])
 LAYERS = ["shared:all", "own:0,2", "shared:0,own:3"]
+SHAPES: list[tuple[str, dict[str, Any]]] = [
+    *((layers, {}) for layers in LAYERS),
+    ("shared:0,own:3", {"chain": True}),
+    ("shared:0,own:3", {"block_mask": "bidirectional"}),
+    ("shared:0,own:3", {"extra_rows": 2}),
+    ("own:0,2", {"per_position": True, "input": "boundary"}),
+]
 
 
 class Case(NamedTuple):
@@ -36,16 +43,18 @@ class Case(NamedTuple):
         return forward_texts(bound, [text], 3)
 
 
-def case(folder: Path, layers: str, prefix_window: int | None = 50) -> Case:
+def case(
+    folder: Path, layers: str, prefix_window: int | None = 50, **shape: Any
+) -> Case:
     model = AutoModelForCausalLM.from_pretrained(folder)
     host = HFTarget(model.eval().requires_grad_(False))
-    options = DrafterOptions(dtype="float32", prefix_window=prefix_window)
+    options = DrafterOptions(dtype="float32", prefix_window=prefix_window, **shape)
     drafter = new_drafter(folder, layers, 3, options)
     fill_weights(drafter, 0.2, salt="window ")
     return Case(host, drafter, host.encode(TOKENS))
 
 
-@pytest.mark.parametrize("layers", LAYERS)
+@pytest.mark.parametrize(("layers", "shape"), SHAPES)
 @pytest.mark.parametrize(
     ("first", "last", "changed"),
     [
@@ -57,9 +66,14 @@ def case(folder: Path, layers: str, prefix_window: int | None = 50) -> Case:
     ],
 )
 def test_only_what_the_window_leaves_out_is_not_read(
-    tiny_llama: Path, layers: str, first: int, last: int, changed: list[bool]
+    tiny_llama: Path,
+    layers: str,
+    shape: dict[str, Any],
+    first: int,
+    last: int,
+    changed: list[bool],
 ) -> None:
-    windowed = case(tiny_llama, layers)
+    windowed = case(tiny_llama, layers, **shape)
     before = windowed.run()
     for values in windowed.states.values.values():
         values[:, first : last + 1] += 1.0
@@ -95,6 +109,23 @@ def test_a_window_is_no_shorter_than_the_targets(tmp_path: Path) -> None:
     # The target's own is shorter, so it decides.
     windowed, whole = (case(folder, "own:1", w).run() for w in (WINDOW, None))
     torch.testing.assert_close(windowed, whole)
+
+
+@pytest.mark.parametrize(
+    ("shape", "reason"),
+    [
+        ({"block_mask": "bidirectional"}, "block_mask: got 'bidirectional'"),
+        ({"extra_rows": 2}, "extra_rows: got 2"),
+    ],
+)
+def test_a_targets_window_counts_rows_one_after_the_other(
+    tmp_path: Path, shape: dict[str, Any], reason: str
+) -> None:
+    folder = make_tiny("mistral", tmp_path / "mistral")
+    with pytest.raises(TargetMismatchError, match=f"{reason}, but a target layer.*win"):
+        case(folder, "own:1", None, **shape)
+    # Layers that read no cache have no window.
+    case(folder, "own:1", None, own_attention="block", **shape)
 
 
 @pytest.mark.parametrize("window", [-3, 2**25])

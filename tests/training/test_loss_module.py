@@ -173,6 +173,29 @@ class TestLearner:
         few = gradients(LossVocabulary(torch.arange(8), VOCAB_SIZE))
         assert few["loss"] < whole["loss"]
 
+    def test_own_lm_heads_learn_from_their_own_positions(
+        self, host: HFTarget, tiny_llama: Path
+    ) -> None:
+        """Also where the first position is not taught, since it is exact."""
+        options = replace(OPTIONS, lm_head="own", markov_rank=None)
+        drafter = new_drafter(tiny_llama, "shared:all", 3, options)
+        fill_weights(drafter, 0.1, salt="lesson ")
+        loss_module = LossModule(drafter, host, LossPlan(anchors_per_text=6))
+        blocks = loss_module.blocks(TEXT, 0)
+        with torch.no_grad():
+            hidden = forward_texts(loss_module.bound, [blocks], 3)
+            logits = loss_module.bound.logits(hidden)[:, 1:]
+            labels = blocks.labels(3)[:, 1:]
+            each = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
+        parts = loss_module.loss_of([blocks])
+        expected = each[labels != IGNORE_LABEL].mean()
+        torch.testing.assert_close(parts["ce"], expected)
+        parts["loss"].backward()
+        assert drafter.lm_heads is not None
+        gradient = drafter.lm_heads.weight.grad
+        assert gradient is not None
+        assert gradient.flatten(1).any(1).tolist() == [False, True, True]
+
     def test_texts_in_a_batch_do_not_touch(
         self, host: HFTarget, tiny_llama: Path
     ) -> None:
