@@ -12,6 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers.models.auto import AutoModelForCausalLM
 
+from checkpoints_spec import goldens
+from checkpoints_spec.goldens import GOLDENS, TOKEN_IDS, golden_target
 from tests.evaluation.drafter_faults import FAULTS, Fault
 from tests.tiny_targets import VOCAB_SIZE
 from vllm_mtp.drafter.checkpoint import load_drafter, read_config, save_drafter
@@ -36,6 +38,7 @@ from vllm_mtp.evaluation.probe import (
     PROBE_FILE,
     Probe,
     flat_config,
+    make_probe,
     read_probe,
     write_probe,
 )
@@ -314,3 +317,21 @@ def test_a_draft_may_differ_where_the_probe_shows_a_tie() -> None:
     assert worst_gap(drafts, expected, gaps, is_chained=False) == pytest.approx(0.9)
     # With the Markov correction the third position follows from the second.
     assert worst_gap(drafts, expected, gaps, is_chained=True) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("name", GOLDENS)
+def test_every_kind_of_drafter_is_probed_and_read_back(
+    name: str, tmp_path: Path
+) -> None:
+    """Also chains, whose rows run one after the other, and rows that draft nothing."""
+    folder = Path(goldens.__file__).parent / "golden" / name
+    drafter = load_drafter(folder, dtype=torch.float32)
+    save_drafter(drafter, tmp_path)
+    bound = BoundDrafter(drafter, HFTarget(golden_target(name)))
+    write_probe(tmp_path, bound, [{"input_ids": [*TOKEN_IDS, 1, 5, 9]}])
+    found = read_probe(tmp_path)
+    assert found is not None
+    expected = make_probe(bound, found.texts).run
+    assert found.run.outcome.drafts.equal(expected.outcome.drafts)
+    for stage, rows in expected.outcome.stages.items():
+        torch.testing.assert_close(found.run.outcome.stages[stage], rows)
