@@ -374,7 +374,11 @@ def _is_free(path: KeyPath) -> bool:
 
 _NO_OBJECT: list[Any] = [7, "x", True, 1.5, [[]]]
 _NO_LIST: list[Any] = [{}, "q_proj", 7, True, None, [], [None], [7], [[]]]
-_MAY_BE_EMPTY = ("full_rank", "boundary_layers")
+# Such lists may be this too.
+_SOUND: list[tuple[str | int, Any]] = [
+    *(("full_rank", []), ("boundary_layers", [])),
+    ("cached_layers", None),
+]
 _NO_BOOL: list[Any] = ["true", 1, 0, None, [], {}, 1.5]
 _NO_INT: list[Any] = [
     *("4", "", 1.5, 4.0, True, False, [1], {"a": 1}, -1, -(10**30)),
@@ -395,7 +399,7 @@ def _wrong_for(path: KeyPath, value: Any) -> list[Any]:
     if isinstance(value, dict):
         return _NO_OBJECT
     if isinstance(value, list):
-        return [x for x in _NO_LIST if x != [] or path[-1] not in _MAY_BE_EMPTY]
+        return [x for x in _NO_LIST if (path[-1], x) not in _SOUND]
     if isinstance(value, bool):
         return _NO_BOOL
     if isinstance(value, int):

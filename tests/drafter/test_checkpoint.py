@@ -34,6 +34,7 @@ NO_WEIGHTS: dict[str, Any] = {
     "num_speculative_tokens": 1,
     "layers": [{"kind": "shared", "target_layer": 0}],
     "markov": None,
+    "extra_rows": 0,
     "draft_vocab_size": None,
 }
 

@@ -427,6 +427,12 @@ TOGETHER: list[tuple[dict[str, Any], dict[str, Any], str]] = [
         "boundary_layers: named twice in [2, 2]",
     ),
     ({}, {"boundary_layers": [2]}, "boundary_layers: got [2], but nothing reads"),
+    # Heads are bound to no layer, which would have to be one of these.
+    (
+        HEADS,
+        {"target": VALID["target"] | {"cached_layers": [1, 7]}},
+        "cached_layers: got 7, the target has layers 0 to 3",
+    ),
     # That layer reads the stream behind its own target layer, and no mix.
     (
         _layers(_OWN | {"boundary_hidden": True, "boundary_of": "bound"}),

@@ -122,8 +122,7 @@ def test_a_label_holds_inside_its_block() -> None:
         ("shared", {"bf16": True, "gradient_checkpointing": True}),
         ("on-policy", {"bf16": True, "gradient_checkpointing": True}),
         ("heads", {"bf16": True}),
-        ("chain", {"bf16": True}),
-        ("chain", {"bf16": False, "gradient_checkpointing": True}),
+        ("chain", {"bf16": True, "gradient_checkpointing": True}),
         ("others", {"bf16": False, "gradient_checkpointing": True}),
     ],
 )

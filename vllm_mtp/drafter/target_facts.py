@@ -94,12 +94,18 @@ class TargetFacts(BaseModel):
     )
 
     @model_validator(mode="after")
-    def _one_for_each_layer(self) -> "TargetFacts":
+    def _of_its_layers(self) -> "TargetFacts":
         of_layers = self.layer_heads
         if of_layers is not None and len(of_layers) != self.num_hidden_layers:
             raise ValueError(
                 f"layer_heads: got {len(of_layers)} entries, expected one for each of "
                 f"the {self.num_hidden_layers} layers, or null"
+            )
+        last = self.num_hidden_layers - 1
+        cached = self.cached_layers or ()
+        if wrong := [index for index in cached if not 0 <= index <= last]:
+            raise ValueError(
+                f"cached_layers: got {wrong[0]}, the target has layers 0 to {last}"
             )
         return self
 
