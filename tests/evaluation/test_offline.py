@@ -23,6 +23,7 @@ from vllm_mtp.evaluation.offline import (
     OfflineResult,
     anchors_of,
     draft_everywhere,
+    evaluate_rows,
     evaluate_texts,
     greedy_continuation,
     walk,
@@ -342,6 +343,8 @@ class TestCategories:
             for index in where:
                 total += alone[index]
             assert result.by_category[name] == total
+        found = list(evaluate_rows(bound, iter(rows), K))
+        assert found == list(zip("aabbab", alone, strict=True))
 
     def test_answers_of_one_token_are_sequences_without_drafts(
         self, bound: BoundDrafter, target: PreTrainedModel

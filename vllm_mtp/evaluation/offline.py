@@ -27,7 +27,7 @@ for this:
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import reduce
 from operator import add
@@ -197,7 +197,6 @@ def _derived(by_k: Sequence[AcceptanceCounts], length: str) -> dict[str, Any]:
     }
 
 
-@torch.no_grad()
 def evaluate_texts(
     bound: BoundDrafter,
     rows: Iterable[Mapping[str, Any]],
@@ -219,15 +218,31 @@ def evaluate_texts(
         DataError: There is no row, no row with an anchor, or a row with a span that
             leaves its tokens.
     """
-    require_positions(bound.drafter.config, k)
     results: dict[str, CategoryResult] = {}
-    for row in rows:
-        name = row["category"]
-        before = results.get(name, CategoryResult.nothing(k))
-        results[name] = before + _evaluate_row(bound, row, k, max_anchors_per_span)
+    for name, found in evaluate_rows(bound, rows, k, max_anchors_per_span):
+        results[name] = results.get(name, CategoryResult.nothing(k)) + found
     result = OfflineResult(k, dict(sorted(results.items())))
     _require_drafts(result.total)
     return result
+
+
+@torch.no_grad()
+def evaluate_rows(
+    bound: BoundDrafter,
+    rows: Iterable[Mapping[str, Any]],
+    k: int,
+    max_anchors_per_span: int | None = None,
+) -> Iterator[tuple[str, CategoryResult]]:
+    """Measure acceptance behind known answers, row by row; as `evaluate_texts`.
+
+    Two drafters on the same rows are compared in pairs (`vllm_mtp.evaluation.paired`).
+
+    Yields:
+        The row's category, and what was counted in this row.
+    """
+    require_positions(bound.drafter.config, k)
+    for row in rows:
+        yield row["category"], _evaluate_row(bound, row, k, max_anchors_per_span)
 
 
 def require_positions(config: DrafterConfig, k: int) -> None:
