@@ -1,0 +1,402 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Presets of published systems, and the page that shows what came of them."""
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import LlamaConfig
+
+from tools.systems import report
+from tools.systems.gather import curve_of, labels_of_text
+from tools.systems.presets import BASE, ROOT, Preset, preset_of, presets, settings_of
+from tools.systems.reference import SETS, Reference
+from tools.systems.runs import Run, trained_runs
+from tools.systems.speed import best, predicted
+from tools.systems.train import budget_of
+from vllm_mtp.cli.main import _load
+from vllm_mtp.drafter.config import DrafterConfig
+from vllm_mtp.drafter.model import Drafter
+from vllm_mtp.errors import MTPError
+from vllm_mtp.torch_host.without_weights import BareTarget, drafter_config
+from vllm_mtp.training.arguments import DrafterTrainingArguments
+
+SMOLLM2 = LlamaConfig(
+    hidden_size=576,
+    intermediate_size=1536,
+    num_hidden_layers=30,
+    num_attention_heads=9,
+    num_key_value_heads=3,
+    vocab_size=49152,
+    tie_word_embeddings=True,
+)
+SYSTEMS = (
+    *("apple-gated-lora", "bita", "bpd", "deepseek-chain", "dmtd", "glide", "i-dlm"),
+    *("longspark", "medusa", "medusa-shared-head", "meta-heads", "mtp-d", "orthrus"),
+    *("ours", "parallelspec", "pass", "self-distill-mtp", "set-block", "uno", "whs"),
+)
+ARMS = (
+    *("arm-bidirectional", "arm-chain", "arm-hidden", "arm-kv", "arm-kv-hidden"),
+    "arm-medusa",
+)
+# What differs between the arms that read differently, and nothing else.
+WHAT_IS_READ = {"own_attention", "boundary_hidden"}
+
+
+@pytest.fixture(scope="module")
+def configs() -> dict[str, DrafterConfig]:
+    """Of every preset's drafter for SmolLM2-135M, without weights."""
+    target = BareTarget(SMOLLM2)
+    found = {}
+    for preset in presets().values():
+        args = arguments_of(preset)
+        k = args.num_speculative_tokens
+        found[preset.name] = drafter_config(target, args.layers, k, args)
+    return found
+
+
+def arguments_of(preset: Preset) -> DrafterTrainingArguments:
+    needed = ["--target", "t", "--data", "d", "--use_cpu", "true"]
+    return _load("train", [str(preset.file), *needed])
+
+
+def test_every_system_has_its_settings() -> None:
+    assert tuple(presets()) == (*SYSTEMS, *ARMS)
+
+
+@pytest.mark.parametrize("name", [*SYSTEMS, *ARMS])
+def test_settings_hold_what_all_have_in_common(name: str) -> None:
+    common, own = settings_of(BASE), presets()[name].settings()
+    assert common.items() <= own.items()
+    # Whether it is a system's own or common to all is to be seen in the file.
+    text = presets()[name].file.read_text("utf-8")
+    before, _, behind = text.partition("# Common to all systems, as in base.yaml.\n")
+    assert set(map(str.strip, behind.splitlines())) == {
+        line.strip()
+        for line in BASE.read_text("utf-8").splitlines()
+        if line and not line.startswith("#")
+    }
+    assert "layers:" in before
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_a_head_says_where_it_comes_from_and_what_was_changed(name: str) -> None:
+    preset = presets()[name]
+    head = preset.file.read_text("utf-8").partition("\nlayers:")[0]
+    if preset.arxiv is None:
+        assert preset.source == "this package"
+    else:
+        assert "Changed: " in head
+
+
+def test_drafters_are_the_systems(configs: dict[str, DrafterConfig]) -> None:
+    """What makes each system what it is, as the drafter has it."""
+    shared = {"apple-gated-lora", "bita", "i-dlm", "orthrus", "pass"}
+    shared |= {"self-distill-mtp", "set-block", "uno"}
+    assert {n for n, c in configs.items() if c.shares_whole_target} == shared
+    assert {n for n, c in configs.items() if c.are_heads} == {
+        *("arm-medusa", "bpd", "medusa", "medusa-shared-head", "whs")
+    }
+    assert {n for n, c in configs.items() if c.chain} == {
+        *("arm-chain", "deepseek-chain", "dmtd", "glide", "mtp-d")
+    }
+    assert {n for n, c in configs.items() if c.block_mask == "bidirectional"} == {
+        *("arm-bidirectional", "longspark", "set-block")
+    }
+    assert {n for n, c in configs.items() if c.noise} == {"uno"}
+    assert {n for n, c in configs.items() if c.lm_head == "own"} == {
+        *("arm-medusa", "medusa")
+    }
+    assert configs["bita"].extra_rows == 16
+    assert configs["longspark"].boundary_sources == (0, 7, 15, 22, 29)
+    assert configs["arm-hidden"].readers == ()
+    assert not configs["arm-kv"].uses_boundary_hidden
+    for config in configs.values():
+        assert config.num_speculative_tokens == 4
+
+
+def test_a_drafter_of_every_system_can_be_built(
+    configs: dict[str, DrafterConfig],
+) -> None:
+    import torch
+
+    with torch.device("meta"):
+        sizes = {
+            name: sum(weight.numel() for weight in Drafter(config).parameters())
+            for name, config in configs.items()
+        }
+    assert min(sizes.values()) == sizes["pass"] == 3 * 576
+    # The arms that are compared have the same weights, but for what reads the state.
+    assert sizes["arm-kv-hidden"] == sizes["arm-hidden"] == sizes["arm-bidirectional"]
+    assert sizes["arm-kv-hidden"] - sizes["arm-kv"] == 7 * 576 * 576
+
+
+def test_arms_differ_in_one_thing() -> None:
+    whole = presets()["arm-kv-hidden"].settings()
+    for name, changed in (
+        ("arm-kv", WHAT_IS_READ),
+        ("arm-hidden", WHAT_IS_READ),
+        ("arm-bidirectional", {"block_mask"}),
+        ("arm-chain", {"chain", "markov_rank", "markov_lr_scale"}),
+    ):
+        other = presets()[name].settings()
+        differing = {key for key in whole | other if whole.get(key) != other.get(key)}
+        assert differing <= changed, name
+        assert differing, name
+
+
+def test_the_arm_is_the_system_of_its_name() -> None:
+    assert presets()["arm-medusa"].settings() == presets()["medusa"].settings()
+
+
+def test_ours_are_the_settings_of_cheap() -> None:
+    cheap = settings_of(ROOT / "examples" / "train" / "cheap.yaml")
+    beside = {"warmup_steps"}  # of a run from nothing
+    wanted = {k: v for k, v in cheap.items() if k not in beside}
+    assert wanted.items() <= presets()["ours"].settings().items()
+
+
+def test_a_run_belongs_to_the_longest_name_that_it_begins_with() -> None:
+    found = {
+        run: preset.name if (preset := preset_of(run)) else None
+        for run in ("arm-kv", "arm-kv-2", "arm-kv-hidden-1", "pass", "passage", "x")
+    }
+    assert found == {
+        "arm-kv": "arm-kv",
+        "arm-kv-2": "arm-kv",
+        "arm-kv-hidden-1": "arm-kv-hidden",
+        "pass": "pass",
+        "passage": None,
+        "x": None,
+    }
+
+
+class TestBudget:
+    def test_steps_fill_the_minutes(self) -> None:
+        assert budget_of(15, 4.0).steps == 225
+        assert budget_of(0.01, 4.0).steps == 2
+
+    def test_a_short_run_keeps_the_shape_of_a_long_one(self) -> None:
+        settings = {"warmup_steps": 20, "ce_start_steps": 60}
+        assert budget_of(15, 4.0).overrides(settings) == {"max_steps": 225}
+        assert budget_of(4, 4.0).overrides(settings) == {
+            "max_steps": 60,
+            "warmup_steps": 12,
+            "ce_start_steps": 20,
+        }
+        assert budget_of(4, 4.0).overrides({}) == {"max_steps": 60}
+
+
+class TestLabels:
+    def test_each_block_has_as_many_as_there_are_tokens(self) -> None:
+        # Anchors 0 .. 4 of six tokens: 4, 4, 3, 2 and 1 labels.
+        assert labels_of_text([6], k=4, most_blocks=64) == 14
+        assert labels_of_text([6], k=4, most_blocks=2) == pytest.approx(14 * 2 / 5)
+        assert labels_of_text([1, -3, 0], k=4, most_blocks=2) == 0
+        assert labels_of_text([3, 3], k=1, most_blocks=64) == 4
+
+    def test_a_curve_has_a_point_for_each_evaluation(self) -> None:
+        log = [
+            {"step": 0, "eval_teacher_forced_length": 1.0},
+            {"step": 25, "loss": 3.0},
+            {"step": 50, "eval_teacher_forced_length": 1.5},
+            {"step": 50, "eval_teacher_forced_length": 1.5},  # the last, once more
+        ]
+        assert curve_of(log, 100.0) == [(0, 1.0), (5000, 1.5)]
+
+
+def test_an_answer_is_compared_with_that_of_the_target_alone() -> None:
+    row = {"input_ids": [9, 9, 1, 2, 3], "loss_spans": [[2, 5]], "category": "x"}
+    likeliest = ({1: -0.1, 7: -4.0}, {2: -0.7, 8: -0.7005}, {3: -0.1})
+    reference = Reference("float32", (row,), (likeliest,))
+    verdicts = [
+        reference.compare(0, answer).verdict
+        for answer in ([1, 2, 3], [1, 8, 5], [7, 2, 3], [1, 2])
+    ]
+    assert verdicts == ["equal", "tie", "different", "different"]
+
+
+def sets(*lengths: float) -> dict[str, Any]:
+    return {
+        name: {
+            "acceptance_length_by_k": list(lengths),
+            "acceptance_per_position": [0.5, 0.25, 0.125, 0.0625],
+            "drafts": 100,
+        }
+        for name in SETS
+    }
+
+
+def made_up(preset: str, label: str = "", **more: Any) -> dict[str, Any]:
+    known = {
+        "preset": preset,
+        "label": label,
+        "steps": 225,
+        "overrides": {"max_steps": 225},
+        "minutes": 15.4,
+        "labels": 412_345,
+        "trained_parameters": 1_234_567,
+        "draft_weights": 0.4321,
+        "is_served": True,
+        "predicted": None,
+        "curve": [],
+        "offline": sets(1.4, 1.6, 1.7, 1.75),
+    }
+    return known | more
+
+
+RESULTS = {
+    "runs": {
+        "medusa": made_up(
+            "medusa",
+            served={
+                "sets": sets(1.5, 1.71, 1.81, 1.87),
+                "answers": {"equal": 511, "tie": 1},
+            },
+            cost={"draft": 0.25, "step": 1.5},
+            predicted=1.2467,
+            speed={"ratio": {"median": 1.19, "low": 1.1, "high": 1.3}},
+        ),
+        "bita": made_up("bita", is_served=False),
+        "arm-kv-1": made_up("arm-kv", "1", curve=[(0, 1.0), (9_000, 1.5)]),
+    },
+    "differences": [
+        {
+            "one": "arm-kv-hidden",
+            "other": "arm-kv",
+            "label": "1",
+            "estimate": 0.1234,
+            "low": -0.01,
+            "high": 0.2,
+            "prompts": 64,
+        }
+    ],
+}
+
+
+def page(results: dict[str, Any]) -> str:
+    return report.renewed(report.PAGE.read_text("utf-8"), results)
+
+
+def line_of(text: str, beginning: str) -> str:
+    (line,) = (x for x in text.splitlines() if x.startswith(f"| {beginning} | ["))
+    return line
+
+
+class TestReport:
+    def test_a_line_says_what_was_measured(self) -> None:
+        line = line_of(page(RESULTS), "Medusa")
+        assert line == (
+            "| Medusa | [arXiv 2401.10774](https://arxiv.org/abs/2401.10774) | 1.50 | "
+            "1.71 | 1.81 | 1.87 | 0.50 0.25 0.12 0.06 | 1.87 | 1.23 M | 0.25 | 1.25 | "
+            "1.19 | vLLM | 511 of 512 equal, 1 float ties | 15 | 412 k |"
+        )
+
+    def test_what_was_not_measured_is_not_shown_as_if_it_were(self) -> None:
+        line = line_of(page(RESULTS), "BiTA")
+        assert "| 1.75 | 1.23 M | (0.43) |  |  | torch (not served) |  | 15 |" in (
+            line.replace("| | ", "|  | ").replace("| | ", "|  | ")
+        )
+        pass_line = line_of(page(RESULTS), "PaSS")
+        assert not any(char.isdigit() for char in pass_line.partition(") |")[2])
+
+    def test_every_preset_has_its_line_and_its_command(self) -> None:
+        text = page(report.NOTHING)
+        for preset in presets().values():
+            assert sum(x.startswith(f"| {preset.title} |") for x in text.splitlines())
+            assert f"`vllm-mtp train {preset.command_file}`" in text
+        assert "vllm-mtp train examples/systems/bita.yaml --max-steps=225`" in page(
+            RESULTS
+        )
+
+    def test_differences_name_both_sides(self) -> None:
+        assert (
+            "| cache and hidden state | cache alone | 1 | +0.123 | -0.010 to +0.200 | "
+            "64 |" in page(RESULTS)
+        )
+
+    def test_plots_are_shown_where_there_is_something_to_plot(
+        self, tmp_path: Path
+    ) -> None:
+        for name in ("systems.png", "systems-arms.png"):
+            assert f"({name})" in page(RESULTS)
+            assert f"({name})" not in page(report.NOTHING)
+        assert report.points_of(RESULTS) == [("medusa", 0.25, 1.87)]
+        assert [run["label"] for run in report.curves_of(RESULTS)] == ["1"]
+        report.plot_systems(RESULTS, tmp_path / "systems.png")
+        report.plot_arms(RESULTS, tmp_path / "arms.png")
+        for file in tmp_path.iterdir():
+            assert file.stat().st_size > 10_000
+
+    def test_the_page_is_what_its_numbers_give(self) -> None:
+        results = json.loads(report.DATA.read_text("utf-8"))
+        text = report.PAGE.read_text("utf-8")
+        assert page(results) == text, "python -m tools.systems report"
+
+    def test_a_page_without_marks_is_refused(self) -> None:
+        with pytest.raises(ValueError, match="no marks for 'systems'"):
+            report.renewed("# Systems\n", RESULTS)
+
+    def test_new_results_replace_those_of_the_same_name(self) -> None:
+        new = {
+            "runs": {"bita": made_up("bita", steps=7)},
+            "differences": [RESULTS["differences"][0] | {"estimate": 0.5}],  # type: ignore[index]
+        }
+        both = report.merged(RESULTS, new)
+        assert set(both["runs"]) == set(RESULTS["runs"])
+        assert both["runs"]["bita"]["steps"] == 7
+        assert [d["estimate"] for d in both["differences"]] == [0.5]
+
+
+class TestRuns:
+    @pytest.fixture
+    def folder(self, tmp_path: Path, configs: dict[str, DrafterConfig]) -> Path:
+        """Drafters without weights."""
+        for name in ("medusa", "bita", "ours", "arm-kv-1"):
+            preset = preset_of(name)
+            assert preset is not None
+            (tmp_path / name).mkdir()
+            config = configs[preset.name].model_dump_json()
+            (tmp_path / name / "config.json").write_text(config)
+        (tmp_path / "unknown").mkdir()
+        (tmp_path / "unknown" / "config.json").write_text("{}")
+        return tmp_path
+
+    def test_are_found_by_their_names(self, folder: Path) -> None:
+        named = partial(trained_runs, folder)
+        assert [run.name for run in named([])] == ["bita", "medusa", "ours", "arm-kv-1"]
+        assert [run.name for run in named(["arm-kv", "ours"])] == ["ours", "arm-kv-1"]
+        with pytest.raises(MTPError, match="no trained run of these"):
+            named(["pass"])
+
+    def test_know_whether_vllm_can_run_them(self, folder: Path) -> None:
+        served = {run.name: run.is_served for run in trained_runs(folder, [])}
+        assert served["medusa"]
+        assert served["ours"]
+        assert not served["bita"]
+
+    def test_the_fastest_are_those_with_most_tokens_per_time(
+        self, folder: Path
+    ) -> None:
+        runs = {run.name: run for run in trained_runs(folder, [])}
+        for name, length, step in (
+            ("medusa", 2.0, 1.25),
+            ("ours", 2.4, 1.2),
+            ("arm-kv-1", 9.0, 1.0),
+        ):
+            runs[name].keep("served", {"sets": sets(1.0, length)})
+            runs[name].keep("cost", {"draft": 0.2, "step": step})
+        assert predicted(runs["medusa"].results()) == pytest.approx(1.6)
+        assert predicted(runs["bita"].results()) is None
+        fastest = best(runs.values(), 8)
+        assert [run.name for run in fastest] == ["ours", "medusa"], "arms are no system"
+        assert [run.name for run in best(runs.values(), 1)] == ["ours"]
+
+    def test_keep_what_each_command_measured(self, folder: Path) -> None:
+        run = Run(folder / "ours", presets()["ours"])
+        run.keep("cost", {"draft": 1})
+        run.keep("speed", {"ratio": 2})
+        run.keep("cost", {"draft": 3})
+        assert run.results() == {"cost": {"draft": 3}, "speed": {"ratio": 2}}

@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line of `tools.systems`."""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import tools.systems
+from tools.systems.presets import presets
+from vllm_mtp.errors import MTPError
+
+_COMMANDS = ("train", "evaluate", "cost", "speed", "report")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run from the command line; returns the exit code."""
+    options = _parser().parse_args(argv)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    try:
+        return _run(options)
+    except MTPError as error:
+        print(f"systems {options.command}: {error}", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.systems",
+        description=tools.systems.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("command", choices=_COMMANDS)
+    parser.add_argument("--target", help="the target's folder")
+    parser.add_argument("--data", help="folder of its answers")
+    parser.add_argument("--out", type=Path, help="where the runs are")
+    parser.add_argument("--only", nargs="*", default=[], help="these systems or runs")
+    parser.add_argument(
+        "--minutes", type=float, default=15.0, help="of one core, for each training"
+    )
+    parser.add_argument(
+        "--max-steps", type=int, help="optimizer steps in place of the minutes"
+    )
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16"], default="float32", help="to measure"
+    )
+    parser.add_argument(
+        "--prompts", type=int, default=64, help="most of each set, to evaluate"
+    )
+    parser.add_argument(
+        "--max-tokens", type=int, default=128, help="longest answer, to evaluate"
+    )
+    parser.add_argument(
+        "--best", type=int, default=8, help="systems whose speed is measured"
+    )
+    parser.add_argument(
+        "--speed-prompts", type=int, default=10, help="prompts of each round of that"
+    )
+    return parser
+
+
+def _run(options: argparse.Namespace) -> int:
+    if options.command == "report":
+        return _report(options)
+    _require(options, "target", "out")
+    if options.command != "speed":
+        _require(options, "data")
+    if options.command == "train":
+        return _train(options)
+    # Here, since they load torch and more.
+    from tools.systems import acceptance, speed
+    from tools.systems.reference import reference
+    from tools.systems.runs import trained_runs
+
+    runs = trained_runs(options.out, options.only)
+    if options.command == "speed":
+        speed.speed(
+            runs, options.target, options.dtype, options.best, options.speed_prompts
+        )
+        return 0
+    answers = reference(
+        options.target,
+        options.data,
+        options.out,
+        options.dtype,
+        options.prompts,
+        options.max_tokens,
+    )
+    if options.command == "cost":
+        speed.cost(runs, options.target, answers)
+    else:
+        acceptance.evaluate(runs, options.target, answers)
+    return 0
+
+
+def _train(options: argparse.Namespace) -> int:
+    from tools.systems.train import train
+
+    # Arms train for as long as their question takes, by `vllm-mtp train`.
+    names = options.only or [n for n, preset in presets().items() if not preset.is_arm]
+    if unknown := sorted(set(names) - set(presets())):
+        raise MTPError(f"--only {unknown[0]}: expected some of {', '.join(presets())}")
+    failed = []
+    for name in names:
+        try:
+            train(
+                presets()[name],
+                options.target,
+                options.data,
+                options.out,
+                options.minutes,
+                options.max_steps,
+            )
+        except subprocess.CalledProcessError:
+            failed.append(name)
+    if failed:
+        raise MTPError(
+            f"not trained: {', '.join(failed)}; what each said stands above, and the "
+            "same command goes on with them"
+        )
+    return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    from tools.systems import report
+
+    results = report.NOTHING
+    if report.DATA.is_file():
+        results = json.loads(report.DATA.read_text("utf-8"))
+    if options.out is not None:
+        from tools.systems.gather import gathered
+        from tools.systems.runs import trained_runs
+
+        _require(options, "data")
+        runs = trained_runs(options.out, options.only)
+        results = report.merged(results, gathered(runs, options.data))
+    report.write(results)
+    print(f"written: {report.PAGE}")
+    return 0
+
+
+def _require(options: argparse.Namespace, *names: str) -> None:
+    for name in names:
+        if getattr(options, name) is None:
+            raise MTPError(f"--{name}: got nothing, which this command needs")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

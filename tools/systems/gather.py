@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From the runs' folders to what the page shows: docs/systems.json."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from functools import cache
+from typing import Any
+
+from tools.systems.reference import HELD_OUT_SET
+from tools.systems.runs import Run
+from tools.systems.speed import predicted
+from vllm_mtp.cli.main import _load
+from vllm_mtp.data.store import read_split
+from vllm_mtp.drafter.cost import draft_cost
+from vllm_mtp.evaluation.paired import paired_difference
+from vllm_mtp.metrics import AcceptanceCounts
+from vllm_mtp.sharing.provenance import read_provenance
+
+STATE = "trainer_state.json"
+_LENGTH = "eval_teacher_forced_length"
+PAIRS = (
+    ("arm-kv-hidden", "arm-kv"),
+    ("arm-kv-hidden", "arm-hidden"),
+    ("arm-kv-hidden", "arm-medusa"),
+    ("arm-kv", "arm-hidden"),
+    ("arm-kv", "arm-medusa"),
+    ("arm-hidden", "arm-medusa"),
+    ("arm-kv-hidden", "arm-chain"),
+    ("arm-kv-hidden", "arm-bidirectional"),
+)
+"""Presets whose acceptance lengths are compared, run by run of the same label."""
+
+
+def gathered(runs: Sequence[Run], data: str) -> dict[str, Any]:
+    """What is known of all runs, and of differences between arms.
+
+    Args:
+        runs: Trained ones.
+        data: The folder that they were trained on.
+    """
+    return {
+        "runs": {run.name: _of_run(run, data) for run in runs},
+        "differences": differences(runs),
+    }
+
+
+def _of_run(run: Run, data: str) -> dict[str, Any]:
+    results = run.results()
+    state = json.loads((run.folder / STATE).read_text("utf-8"))
+    per_step = labels_per_step(str(run.preset.file), data)
+    log = state["log_history"]
+    trained = [line for line in log if "trained_parameters" in line]
+    training = results.get("train", {})
+    found = {
+        "preset": run.preset.name,
+        "label": run.label,
+        "steps": state["global_step"],
+        "overrides": training.get("overrides", {}),
+        "minutes": _minutes(run, training),
+        "labels": round(state["global_step"] * per_step),
+        "trained_parameters": trained[-1]["trained_parameters"] if trained else None,
+        "draft_weights": draft_cost(run.config).relative_weights,
+        "is_served": run.is_served,
+        "predicted": predicted(results),
+        "curve": curve_of(log, per_step),
+    }
+    offline = results.get("offline")
+    # The rows are for differences, and far too many for a page.
+    kept = {
+        name: results[name] for name in ("served", "cost", "speed") if name in results
+    }
+    return found | kept | ({"offline": offline["sets"]} if offline else {})
+
+
+def _minutes(run: Run, training: Mapping[str, Any]) -> float | None:
+    """CPU time of the training where `train` measured it, else what its clock said."""
+    if seconds := training.get("cpu_seconds"):
+        return seconds / 60
+    provenance = read_provenance(run.folder)
+    if provenance is None or provenance.training is None:
+        return None
+    return provenance.training.wall_seconds / 60
+
+
+def curve_of(
+    log: Iterable[Mapping[str, Any]], labels_per_step: float
+) -> list[tuple[int, float]]:
+    """Labels seen and teacher-forced length of each evaluation while training.
+
+    Args:
+        log: ``log_history`` of Trainer's state.
+        labels_per_step: As `labels_per_step` gives them.
+    """
+    found = {line["step"]: line[_LENGTH] for line in log if _LENGTH in line}
+    return [
+        (round(step * labels_per_step), length)
+        for step, length in sorted(found.items())
+    ]
+
+
+@cache
+def labels_per_step(file: str, data: str) -> float:
+    """Tokens that the blocks of an average step are held against.
+
+    Args:
+        file: The settings.
+        data: The folder of the target's answers.
+    """
+    args = _load("train", [file, "--target", "none", "--data", data])
+    spans = read_split(data)["loss_spans"]
+    k, blocks = args.num_speculative_tokens, args.anchors_per_text
+    per_text = [
+        labels_of_text(
+            [min(end, args.max_text_tokens) - start for start, end in row], k, blocks
+        )
+        for row in spans
+    ]
+    texts = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    return texts * sum(per_text) / len(per_text)
+
+
+def labels_of_text(answers: Iterable[int], k: int, most_blocks: int) -> float:
+    """Labels of one text in one step, on average over where its blocks stand.
+
+    Args:
+        answers: Tokens of each of its answers, as far as the text is read.
+        k: Positions of a block.
+        most_blocks: Of a text.
+    """
+    # Behind an answer's last token but one there is one label, behind the last none.
+    anchors = [max(tokens - 1, 0) for tokens in answers]
+    labels = sum(min(k, left) for n in anchors for left in range(1, n + 1))
+    total = sum(anchors)
+    return labels * min(total, most_blocks) / total if total else 0.0
+
+
+def differences(runs: Iterable[Run]) -> list[dict[str, Any]]:
+    """Every pair of `PAIRS` that has runs of the same label, on held-out prompts."""
+    by_name = {(run.preset.name, run.label): run for run in runs if run.preset.is_arm}
+    labels = sorted({label for _, label in by_name})
+    found = []
+    for label in labels:
+        for one, other in PAIRS:
+            sides = [by_name.get((name, label)) for name in (one, other)]
+            counts = [_rows(run) if run else [] for run in sides]
+            if not all(counts):
+                continue
+            result = paired_difference(*counts)
+            found.append({"one": one, "other": other, "label": label, **asdict(result)})
+    return found
+
+
+def _rows(run: Run) -> list[AcceptanceCounts]:
+    offline = run.results().get("offline", {"rows": []})
+    k = run.config.num_speculative_tokens
+    return [
+        AcceptanceCounts(drafts, drafts * k, (accepted,))
+        for name, accepted, drafts in offline["rows"]
+        if name == HELD_OUT_SET
+    ]

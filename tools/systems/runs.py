@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The runs of a folder, and what was measured of each."""
+
+import json
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from tools.systems.presets import Preset, preset_of
+from vllm_mtp.drafter.checkpoint import CONFIG_FILE, read_config
+from vllm_mtp.drafter.config import DrafterConfig
+from vllm_mtp.errors import MethodConfigError, MTPError
+from vllm_mtp.files import write_whole
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training of a preset.
+
+    Attributes:
+        folder: The drafter's.
+        preset: Its settings.
+    """
+
+    folder: Path
+    preset: Preset
+
+    @property
+    def name(self) -> str:
+        """Of the folder."""
+        return self.folder.name
+
+    @property
+    def label(self) -> str:
+        """What tells it from other runs of its preset; empty for the only one."""
+        return self.name.removeprefix(self.preset.name).removeprefix("-")
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether the drafter is there."""
+        return (self.folder / CONFIG_FILE).is_file()
+
+    @cached_property
+    def config(self) -> DrafterConfig:
+        """The drafter's."""
+        return read_config(self.folder)
+
+    @property
+    def is_served(self) -> bool:
+        """Whether vLLM can run it."""
+        # Imports vLLM, which reads its settings then: not before they are made.
+        from vllm_mtp.serving.refusals import require_served
+
+        try:
+            require_served(self.config)
+        except MethodConfigError:
+            return False
+        return True
+
+    @property
+    def _results(self) -> Path:
+        return self.folder.parent / f"{self.name}.json"
+
+    def results(self) -> dict[str, Any]:
+        """What was measured, by the command that did it."""
+        if not self._results.is_file():
+            return {}
+        return json.loads(self._results.read_text("utf-8"))
+
+    def keep(self, part: str, found: Any) -> None:
+        """Write down what one command has measured."""
+        text = json.dumps(self.results() | {part: found}, indent=1)
+        write_whole(self._results, text + "\n")
+
+
+def trained_runs(folder: Path, only: Sequence[str]) -> list[Run]:
+    """The finished runs of a folder, systems before arms.
+
+    Args:
+        folder: Where they are.
+        only: Names of runs or of presets; empty for all.
+
+    Raises:
+        MTPError: There is none.
+    """
+    runs = []
+    for config in sorted(folder.glob(f"*/{CONFIG_FILE}")):
+        preset = preset_of(config.parent.name)
+        if preset is None:
+            continue
+        run = Run(config.parent, preset)
+        if not only or {run.name, preset.name} & set(only):
+            runs.append(run)
+    if not runs:
+        raise MTPError(
+            f"--out {folder}: no trained run{' of these' if only else ''}; "
+            "`python -m tools.systems train` makes them"
+        )
+    return sorted(runs, key=lambda run: (run.preset.is_arm, run.name))
+
+
+def alone(work: Any, *arguments: Any) -> Any:
+    """What a function gives in a process of its own: vLLM reads its settings when it is
+    imported, and memory comes back for sure."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        return pool.submit(work, *arguments).result()
