@@ -109,7 +109,7 @@ def test_drafters_are_the_systems(configs: dict[str, DrafterConfig]) -> None:
     assert {n for n, c in configs.items() if c.lm_head == "own"} == {
         *("arm-medusa", "medusa")
     }
-    assert configs["bita"].extra_rows == 16
+    assert configs["bita"].extra_rows == 4
     assert configs["longspark"].boundary_sources == (0, 7, 15, 22, 29)
     assert configs["arm-hidden"].readers == ()
     assert not configs["arm-kv"].uses_boundary_hidden
