@@ -13,9 +13,9 @@ from tools.systems import report
 from tools.systems.gather import curve_of, labels_of_text
 from tools.systems.presets import BASE, ROOT, Preset, preset_of, presets, settings_of
 from tools.systems.reference import SETS, Reference
-from tools.systems.runs import Run, trained_runs
+from tools.systems.runs import Run, of_each, trained_runs
 from tools.systems.speed import best, predicted
-from tools.systems.train import budget_of
+from tools.systems.train import budget_of, train
 from vllm_mtp.cli.main import _load
 from vllm_mtp.drafter.config import DrafterConfig
 from vllm_mtp.drafter.model import Drafter
@@ -393,6 +393,24 @@ class TestRuns:
         fastest = best(runs.values(), 8)
         assert [run.name for run in fastest] == ["ours", "medusa"], "arms are no system"
         assert [run.name for run in best(runs.values(), 1)] == ["ours"]
+
+    def test_are_measured_behind_one_that_fails(self, folder: Path) -> None:
+        seen = []
+
+        def measure(run: Run) -> None:
+            if run.name == "medusa":
+                raise RuntimeError("the engine died")
+            seen.append(run.name)
+
+        with pytest.raises(MTPError, match="not measured: medusa; "):
+            of_each(trained_runs(folder, []), measure)
+        assert seen == ["bita", "ours", "arm-kv-1"]
+
+    def test_go_on_with_their_own_budget_alone(self, folder: Path) -> None:
+        run = Run(folder / "pass", presets()["pass"])
+        run.keep("train", {"asked": {"minutes": 15.0}, "overrides": {}})
+        with pytest.raises(MTPError, match=r"begun with \{'minutes': 15.0\}, got"):
+            train(run.preset, "target", "data", folder, 20.0, None)
 
     def test_keep_what_each_command_measured(self, folder: Path) -> None:
         run = Run(folder / "ours", presets()["ours"])

@@ -3,10 +3,11 @@
 
 from collections import Counter
 from collections.abc import Iterable
+from functools import cache
 from typing import Any
 
 from tools.systems.reference import SETS, Reference
-from tools.systems.runs import Run, alone
+from tools.systems.runs import Run, alone, of_each
 from vllm_mtp import engine
 from vllm_mtp.drafter.checkpoint import load_drafter
 from vllm_mtp.drafter.model import BoundDrafter
@@ -26,17 +27,19 @@ def evaluate(runs: Iterable[Run], target: str, reference: Reference) -> None:
         target: The target's folder.
         reference: Its own answers.
     """
-    host: HFTarget | None = None
-    for run in runs:
+    # One for all of them: loading it takes as long as an evaluation.
+    host = cache(lambda: HFTarget(load_frozen(target, reference.dtype, "cpu")))
+
+    def measure(run: Run) -> None:
         known = run.results()
         if "offline" not in known:
-            # One target for all of them: loading it takes as long as an evaluation.
-            host = host or HFTarget(load_frozen(target, reference.dtype, "cpu"))
-            run.keep("offline", offline(run, host, reference))
+            run.keep("offline", offline(run, host(), reference))
             print(f"{run.name}: evaluated in plain torch", flush=True)
         if "served" not in known and run.is_served:
             run.keep("served", alone(served, run, target, reference))
             print(f"{run.name}: evaluated in vLLM", flush=True)
+
+    of_each(runs, measure)
 
 
 def offline(run: Run, host: HFTarget, reference: Reference) -> dict[str, Any]:

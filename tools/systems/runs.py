@@ -2,7 +2,8 @@
 """The runs of a folder, and what was measured of each."""
 
 import json
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -101,6 +102,26 @@ def trained_runs(folder: Path, only: Sequence[str]) -> list[Run]:
             "`python -m tools.systems train` makes them"
         )
     return sorted(runs, key=lambda run: (run.preset.is_arm, run.name))
+
+
+def of_each(runs: Iterable[Run], measure: Callable[[Run], None]) -> None:
+    """Measure every run, also behind one that fails: a night is long.
+
+    Raises:
+        MTPError: Names those that failed; what each said stands above.
+    """
+    failed = []
+    for run in runs:
+        try:
+            measure(run)
+        except Exception:  # of vLLM, torch, the drafter
+            traceback.print_exc()
+            failed.append(run.name)
+    if failed:
+        raise MTPError(
+            f"not measured: {', '.join(failed)}; what each said stands above, and the "
+            "same command goes on with them"
+        )
 
 
 def alone(work: Any, *arguments: Any) -> Any:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tools.systems.reference import HELD_OUT_SET, UNSEEN_PROMPTS, Reference
-from tools.systems.runs import Run, alone
+from tools.systems.runs import Run, alone, of_each
 from vllm_mtp.bench.measure import measure
 from vllm_mtp.bench.plan import Load, Plan, Side, drafter_side, plain_side
 from vllm_mtp.bench.servers import sigterm_unwinds
@@ -34,9 +34,10 @@ def cost(runs: Iterable[Run], target: str, reference: Reference) -> None:
     """
     row = reference.rows[0]
     prompt = tuple(row["input_ids"][: row["loss_spans"][0][0]])
-    for run in runs:
+
+    def measure_cost(run: Run) -> None:
         if "cost" in run.results() or not run.is_served:
-            continue
+            return
         sides = (plain_side(), _side(run))
         rounds: list[dict[str, float]] = []
         for _ in range(_ROUNDS):
@@ -52,6 +53,8 @@ def cost(runs: Iterable[Run], target: str, reference: Reference) -> None:
         }
         run.keep("cost", found | {"rounds": rounds})
         print(f"{run.name}: draft {found['draft']:.2f} steps", flush=True)
+
+    of_each(runs, measure_cost)
 
 
 def _steps(side: Side, target: str, dtype: str, prompt: tuple[int, ...]) -> StepsWanted:
@@ -107,12 +110,19 @@ def speed(
     # Of every kind some: the file has one kind behind the other.
     some = lines[:: max(len(lines) // prompts, 1)][:prompts]
     texts = tuple(json.loads(line)["prompt"] for line in some)
-    for run in best(runs, count):
+
+    def measure_speed(run: Run) -> None:
         if "speed" in run.results():
-            continue
-        sides = (plain_side(), _side(run))
-        load = Load("one request", texts, 1, _TOKENS)
-        plan = Plan(target, dtype, _MODEL_LEN, _ROUNDS, sides, (load,), True)
+            return
+        plan = Plan(
+            target=target,
+            dtype=dtype,
+            max_model_len=_MODEL_LEN,
+            rounds=_ROUNDS,
+            sides=(plain_side(), _side(run)),
+            loads=(Load("one request", texts, 1, _TOKENS),),
+            enforce_eager=True,
+        )
         with tempfile.TemporaryDirectory() as logs, sigterm_unwinds():
             (measured,) = measure(plan, Path(logs), lambda _: None)
         plain, ours = lines_of(plan, measured.records)
@@ -125,3 +135,5 @@ def speed(
         }
         run.keep("speed", found)
         print(f"{run.name}: {ours.ratio.median:.2f} times as fast", flush=True)
+
+    of_each(best(runs, count), measure_speed)

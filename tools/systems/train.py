@@ -22,6 +22,7 @@ from tools.systems.presets import Preset
 from tools.systems.runs import Run, alone
 from vllm_mtp.cli.main import _load
 from vllm_mtp.cli.targets import target_folder
+from vllm_mtp.errors import MTPError
 from vllm_mtp.training.run import TrainingRun
 
 _TIMED_STEPS = 6
@@ -115,6 +116,7 @@ def train(
         steps: Optimizer steps in place of the minutes.
 
     Raises:
+        MTPError: The run was begun with another budget.
         subprocess.CalledProcessError: Training failed, and has said why.
     """
     run = Run(out / preset.name, preset)
@@ -123,16 +125,24 @@ def train(
         return
     out.mkdir(parents=True, exist_ok=True)
     known = run.results().get("train")
+    asked = {"steps": steps} if steps else {"minutes": minutes}
     if known is None:
         took = alone(seconds_per_step, str(preset.file), target, data)
         budget = Budget(steps, took) if steps else budget_of(minutes, took)
         changed = budget.overrides(preset.settings())
         known = {
+            "asked": asked,
             "seconds_per_step": budget.seconds_per_step,
             "overrides": changed,
             "cpu_seconds": 0.0,
         }
         run.keep("train", known)
+    if known["asked"] != asked:
+        raise MTPError(
+            f"{run.folder}: was begun with {known['asked']}, got {asked}; its learning "
+            "rate falls to its end there. Go on with that, or remove the folder and "
+            f"{run.name}.json"
+        )
     # Evaluations on the way are for the curves of long runs.
     flags = {
         "target": target,
