@@ -59,6 +59,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--speed-prompts", type=int, default=10, help="prompts of each round of that"
     )
+    parser.add_argument(
+        "--rounds", type=int, default=3, help="how often sides take turns to be timed"
+    )
     return parser
 
 
@@ -78,7 +81,12 @@ def _run(options: argparse.Namespace) -> int:
     runs = trained_runs(options.out, options.only)
     if options.command == "speed":
         speed.speed(
-            runs, options.target, options.dtype, options.best, options.speed_prompts
+            runs,
+            options.target,
+            options.dtype,
+            options.best,
+            options.speed_prompts,
+            options.rounds,
         )
         return 0
     answers = reference(
@@ -90,7 +98,7 @@ def _run(options: argparse.Namespace) -> int:
         options.max_tokens,
     )
     if options.command == "cost":
-        speed.cost(runs, options.target, answers)
+        speed.cost(runs, options.target, answers, options.rounds)
     else:
         acceptance.evaluate(runs, options.target, answers)
     return 0

@@ -20,17 +20,17 @@ from vllm_mtp.bench.summary import lines_of
 
 _MODEL_LEN = 1024
 _STEPS = 40
-_ROUNDS = 3  # of sides that take turns
 _TOKENS = 128
 
 
-def cost(runs: Iterable[Run], target: str, reference: Reference) -> None:
+def cost(runs: Iterable[Run], target: str, reference: Reference, rounds: int) -> None:
     """Time a draft, and a step with it, beside a step without.
 
     Args:
         runs: Trained ones; those that vLLM cannot run are left out.
         target: The target's folder.
         reference: Its first row is the request.
+        rounds: How often both sides take turns.
     """
     row = reference.rows[0]
     prompt = tuple(row["input_ids"][: row["loss_spans"][0][0]])
@@ -39,20 +39,18 @@ def cost(runs: Iterable[Run], target: str, reference: Reference) -> None:
         if "cost" in run.results() or not run.is_served:
             return
         sides = (plain_side(), _side(run))
-        rounds: list[dict[str, float]] = []
-        for _ in range(_ROUNDS):
+        found: list[dict[str, float]] = []
+        for _ in range(rounds):
             profiles: list[StepProfile] = []
             for side in sides:
                 wanted = _steps(side, target, reference.dtype, prompt)
                 profiles += alone(profile_steps, wanted)
             beside = beside_plain(profiles[1], profiles)
             assert beside is not None, "the second side drafts"
-            rounds.append(beside._asdict())
-        found: dict[str, Any] = {
-            name: statistics.median(each[name] for each in rounds) for name in rounds[0]
-        }
-        run.keep("cost", found | {"rounds": rounds})
-        print(f"{run.name}: draft {found['draft']:.2f} steps", flush=True)
+            found.append(beside._asdict())
+        medians = {n: statistics.median(each[n] for each in found) for n in found[0]}
+        run.keep("cost", {**medians, "rounds": found})
+        print(f"{run.name}: draft {medians['draft']:.2f} steps", flush=True)
 
     of_each(runs, measure_cost)
 
@@ -93,7 +91,7 @@ def best(runs: Iterable[Run], count: int) -> list[Run]:
 
 
 def speed(
-    runs: Sequence[Run], target: str, dtype: str, count: int, prompts: int
+    runs: Sequence[Run], target: str, dtype: str, count: int, prompts: int, rounds: int
 ) -> None:
     """Measure tokens per second of the best systems, each beside no speculation.
 
@@ -105,6 +103,7 @@ def speed(
         dtype: Of the servers.
         count: How many systems.
         prompts: Of each round.
+        rounds: How often both sides take turns.
     """
     lines = UNSEEN_PROMPTS.read_text("utf-8").splitlines()
     # Of every kind some: the file has one kind behind the other.
@@ -118,7 +117,7 @@ def speed(
             target=target,
             dtype=dtype,
             max_model_len=_MODEL_LEN,
-            rounds=_ROUNDS,
+            rounds=rounds,
             sides=(plain_side(), _side(run)),
             loads=(Load("one request", texts, 1, _TOKENS),),
             enforce_eager=True,
