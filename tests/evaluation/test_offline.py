@@ -187,6 +187,23 @@ class TestAgainstDecoding:
             assert part.simulated == whole.simulated_by_k[k - 1]
             assert part.teacher_forced == whole.teacher_forced_by_k[k - 1]
 
+    def test_fewer_positions_of_a_block_that_sees_itself_whole(
+        self, folder: Path, target: PreTrainedModel
+    ) -> None:
+        """Its shorter drafts are not the starts of the longer ones."""
+        options = DrafterOptions(dtype="float32", block_mask="bidirectional")  # type: ignore[call-arg]
+        made = new_drafter(folder, LAYERS[1], K, options)
+        fill_weights(made, 0.3, salt="offline ")
+        bound = BoundDrafter(made.requires_grad_(False), HFTarget(target))
+        rows = answers(target, bound)
+        whole = evaluate_texts(bound, rows, K).total
+        differing = 0
+        for k in range(1, K):
+            part = evaluate_texts(bound, rows, k).total
+            assert part.simulated == whole.simulated_by_k[k - 1]
+            differing += part.teacher_forced != whole.teacher_forced_by_k[k - 1]
+        assert differing, "else the case shows nothing"
+
     def test_continuation_is_the_targets(self, target: PreTrainedModel) -> None:
         host, text = HFTarget(target), torch.tensor(PROMPTS[-1])
         expected = text.tolist()[:11]

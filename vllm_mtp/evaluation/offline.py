@@ -105,7 +105,8 @@ class CategoryResult:
 
     @property
     def teacher_forced_by_k(self) -> tuple[AcceptanceCounts, ...]:
-        """Drafts of 1, 2, .. k tokens; shorter drafts are the longer ones' starts."""
+        """Drafts of 1, 2, .. k tokens, as the starts of those of k tokens. In a
+        bidirectional block shorter drafts are others."""
         drafts = self.teacher_forced.drafts
         positions = self.teacher_forced.accepted_per_position
         return tuple(
@@ -274,9 +275,16 @@ def _evaluate_row(
 ) -> CategoryResult:
     tokens = sum(end - start for start, end in _spans_of(row))
     result = replace(CategoryResult.nothing(k), sequences=1, tokens=tokens)
-    for lengths in accepted_lengths(bound, row, k, most):
-        simulated = tuple(walk(lengths, positions) for positions in range(1, k + 1))
-        result += CategoryResult(0, 0, _counts(lengths, k), simulated)
+    whole, shorter = accepted_lengths(bound, row, k, most), {}
+    if bound.drafter.config.block_mask == "bidirectional":
+        # Rows of a shorter block see fewer others, and draft other tokens.
+        shorter = {n: accepted_lengths(bound, row, n, most) for n in range(1, k)}
+    for index, lengths in enumerate(whole):
+        simulated = (
+            walk(shorter[n][index] if n in shorter else lengths, n)
+            for n in range(1, k + 1)
+        )
+        result += CategoryResult(0, 0, _counts(lengths, k), tuple(simulated))
     return result
 
 
