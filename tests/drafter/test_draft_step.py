@@ -52,12 +52,14 @@ class Batch:
 
     @property
     def covered(self) -> int:
-        """Tokens that every table has room for, up to the limit's own cache block."""
+        """Tokens that every table has room for, up to the limit's own cache block;
+        without a table, the limit."""
         needed = [-(-self.max_model_len // size) for _, size in self.tables]
-        return min(
+        room = [
             min(len(rows[0]), blocks) * size
             for (rows, size), blocks in zip(self.tables, needed, strict=True)
-        )
+        ]
+        return min(room, default=self.max_model_len)
 
 
 @st.composite
@@ -73,7 +75,7 @@ def batches(draw: st.DrawFn, windowed: bool = False) -> Batch:
         draw(st.integers(1 + r, 9 + r)) for r in (rejected or [0] * len(prefix_lens))
     ]
     tables = []
-    for size in draw(st.lists(sizes, min_size=1, max_size=3)):
+    for size in draw(st.lists(sizes, max_size=3)):  # none where no cache is read
         # Some tables end with the longest sequence, others have room for its block.
         width = -(-limit // size) + draw(st.integers(0, 2))
         numbers = st.integers(NULL_BLOCK, 99)
@@ -114,8 +116,11 @@ def test_rows_stand_behind_their_prefix_and_inside_the_limit(batch: Batch) -> No
         [min(p, last) for p in range(n, n + k)] for n in batch.prefix_lens
     ]
     expected = [min(n + k, batch.covered) for n in batch.prefix_lens]
-    assert layout.seq_lens.tolist() == expected
+    assert layout.seq_lens[:, -1].tolist() == expected
     assert max(expected) <= layout.most_read == batch.covered
+    assert layout.seq_lens.tolist() == [  # each row's own, in a chain
+        [min(p + 1, batch.covered) for p in range(n, n + k)] for n in batch.prefix_lens
+    ]
 
 
 @given(batches())
@@ -152,7 +157,7 @@ def test_a_window_leaves_whole_cache_blocks_out(batch: Batch) -> None:
             rows,
             read.tolist(),
             batch.prefix_lens,
-            layout.seq_lens.tolist(),
+            layout.seq_lens[:, -1].tolist(),
             strict=True,
         ):
             seen = windowed_tokens(n, batch.prefix_window)
@@ -160,6 +165,20 @@ def test_a_window_leaves_whole_cache_blocks_out(batch: Batch) -> None:
             assert seq_len == len(seen) <= most
             wanted = [row[token // size] for token in seen]
             assert [cut[at // size] for at in range(seq_len)] == wanted
+
+
+@given(batches(windowed=True))
+def test_rows_of_a_chain_leave_out_the_same(batch: Batch) -> None:
+    layout, k = batch.laid_out(), batch.num_draft_tokens
+    assert batch.prefix_window is not None
+    assert layout.seq_lens.tolist() == [
+        [
+            len(windowed_tokens(n, batch.prefix_window))
+            + len(range(n, min(p + 1, batch.covered)))
+            for p in range(n, n + k)
+        ]
+        for n in batch.prefix_lens
+    ]
 
 
 @given(batches(windowed=True))
@@ -179,4 +198,4 @@ def test_lengths_keep_the_runners_type(dtype: torch.dtype) -> None:
     layout = lay_out(DraftInputs(one * 20, one * 5, one, [table]), 1, 64, 16)
     assert layout.seq_lens.dtype == layout.prefix_lens.dtype == dtype
     assert layout.positions.tolist() == [[19]]  # k = 1: the anchor alone
-    assert layout.seq_lens.tolist() == [20]
+    assert layout.seq_lens.tolist() == [[20]]

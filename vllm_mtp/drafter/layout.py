@@ -138,12 +138,16 @@ class DraftInputs(NamedTuple):
 
 
 class DraftLayout(NamedTuple):
-    """All that B blocks of k rows need to run on a paged cache."""
+    """All that B blocks of k rows need to run on a paged cache.
+
+    The rows of a block run at once, or as a chain: one after the other.
+    """
 
     prefix_lens: torch.Tensor  # [B]; n of each block, as in `DraftInputs.seq_lens`
     boundary_rows: torch.Tensor  # [B] int64; the step's row of token n - 1
     positions: torch.Tensor  # [B, k] int64, inside the RoPE table
-    seq_lens: torch.Tensor  # [B]; tokens that are read, the block's own included
+    # [B, k]; tokens that are read by the time that row i runs, row i's own included
+    seq_lens: torch.Tensor
     slots: tuple[torch.Tensor, ...]  # by table, [B * k] int64; `PAD_SLOT` for none
     read_tables: tuple[torch.Tensor, ...]  # by table, [B, M'], windows cut out
     most_read: int  # bound of ``seq_lens`` that is known without a look at them
@@ -163,7 +167,9 @@ def lay_out(
     not leave the RoPE table or the block table. Where ``seq_lens`` is cut to what a
     block table covers, all rows of that block read a little less of the prefix
     (attention aligns the rows with the sequence's end): these last few drafts may be
-    worse, never wrong.
+    worse, never wrong. A chain's rows each end at their own token, up to the limit.
+
+    A drafter that reads no cache has no tables, and needs positions alone.
 
     Args:
         inputs: The batch.
@@ -177,11 +183,12 @@ def lay_out(
         ends = ends - inputs.num_rejected
     tables = inputs.tables
     most = covered_tokens(tables, max_model_len)
-    seq_lens = (prefix_lens + num_draft_tokens).clamp(max=most)
+    seq_lens = block_positions(prefix_lens, num_draft_tokens) + 1
+    seq_lens = seq_lens.clamp(max=most)
     read_tables = tuple(table.cache_blocks for table in tables)
     if prefix_window is not None:
         skipped = skipped_tokens(prefix_lens, prefix_window)
-        seq_lens = seq_lens - skipped
+        seq_lens = seq_lens - skipped[:, None]
         most = min(most, most_read(prefix_window, num_draft_tokens))
         read_tables = tuple(table_without(*table, skipped, most) for table in tables)
     positions = block_positions(prefix_lens.long(), num_draft_tokens)
@@ -208,18 +215,16 @@ def lay_out(
 
 def covered_tokens(tables: Iterable[CacheTable], max_model_len: int) -> int:
     """Tokens of a sequence that every table has room for: whole cache blocks, up to
-    the one with the limit.
+    the one with the limit; the limit itself, where there is no table.
 
     A table may be wider, but backends size their buffers by the limit.
     """
-    return min(
-        (
-            min(table.cache_blocks.shape[1], -(-max_model_len // table.block_size))
-            * table.block_size
-            for table in tables
-        ),
-        default=max_model_len,  # a drafter that reads no cache
+    covered = (
+        min(table.cache_blocks.shape[1], -(-max_model_len // table.block_size))
+        * table.block_size
+        for table in tables
     )
+    return min(covered, default=max_model_len)
 
 
 def is_placeholder(

@@ -2,6 +2,7 @@
 """What cannot be served, found before vLLM starts anything; each in one line."""
 
 import logging
+from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
@@ -172,6 +173,26 @@ def require_served(config: DrafterConfig) -> None:
                 f"method {METHOD!r}: {name}: got {value!r}, expected {plain!r}; such "
                 "drafters are not served yet, only trained and evaluated "
                 "(vllm-mtp eval). Use a drafter without it"
+            )
+
+
+def require_bidirectional(config: DrafterConfig, backends: Iterable[Any]) -> None:
+    """Refuse attention backends that cannot let a block's rows read what is behind.
+
+    Args:
+        config: The drafter's.
+        backends: vLLM's ``AttentionBackend`` of each layer that is read.
+    """
+    if config.block_mask == "causal":
+        return
+    for backend in backends:
+        can = getattr(backend, "supports_non_causal", None)  # not in older releases
+        if can is None or not can():
+            raise UnsupportedTargetError(
+                f"method {METHOD!r}: block_mask: got {config.block_mask!r}, but vLLM's "
+                f"attention backend {backend.get_name()} is causal only. Choose "
+                "another with --attention-backend (FLASH_ATTN, for one), or use a "
+                "drafter whose block_mask is 'causal'"
             )
 
 

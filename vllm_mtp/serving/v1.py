@@ -48,6 +48,7 @@ from vllm_mtp.serving.faults import FILLER_TOKEN, DraftGuard
 from vllm_mtp.serving.ledger import install_for_runner
 from vllm_mtp.serving.loading import load_bound_drafter, replace_weights
 from vllm_mtp.serving.lookup import Lookups
+from vllm_mtp.serving.refusals import require_bidirectional
 from vllm_mtp.serving.requests import MOST_DRAFTS
 from vllm_mtp.serving.sampling import with_seeds
 from vllm_mtp.serving.settings import require_v2
@@ -181,6 +182,8 @@ class MTPPlaceholderProposer(DraftModelProposer):
                 self.vllm_config, self.device, kernel_block_size=size
             )
         self.draft_attn_groups = list(found.values())
+        backends = [group.backend for group in self.draft_attn_groups]
+        require_bidirectional(self._bound.drafter.config, backends)
         self._table_gids = sorted({g.kv_cache_group_id for g in found.values()})
         groups = kv_cache_config.kv_cache_groups
         # A drafter may read no cache at all.
@@ -605,7 +608,7 @@ def _metadata_of(
         # Made where it is wanted: a copy would make the host wait.
         return torch.arange(0, num_rows + 1, per_block, dtype=torch.int32, device=where)
 
-    behind = num_draft_tokens - (rows.stop or num_draft_tokens)
+    read = layout.seq_lens[:, rows][:, -1]
     upper = metadata.seq_lens_cpu_upper_bound
     if upper is not None:
         # Some backends index the block table by this bound.
@@ -613,7 +616,7 @@ def _metadata_of(
     return metadata.replace(
         query_start_loc=starts(device),
         query_start_loc_cpu=starts("cpu"),
-        seq_lens=(layout.seq_lens - behind).to(metadata.seq_lens.dtype),
+        seq_lens=read.contiguous().to(metadata.seq_lens.dtype),
         seq_lens_cpu_upper_bound=upper,
         num_actual_tokens=num_rows,
         max_query_len=per_block,
