@@ -93,9 +93,9 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
 V2_ATTRIBUTES: dict[str, tuple[str, ...]] = {
     # Whose tables are copied without what a window leaves out.
     "vllm.v1.worker.gpu.block_table:BlockTables": ("input_block_tables",),
-    "vllm.v1.worker.gpu.input_batch:InputBuffers": (
-        *("positions", "query_start_loc", "seq_lens", "max_num_tokens"),
-    ),
+    "vllm.config.attention:AttentionConfig": ("use_non_causal",),
+    "vllm.v1.attention.backend:AttentionBackend": ("get_name", "supports_non_causal"),
+    "vllm.v1.worker.utils:AttentionGroup": ("backend", "metadata_builders"),
 }
 # Methods of our classes that no base class has; all other public ones override.
 OWN_METHODS = {"late_drafts", "replace_weights"}

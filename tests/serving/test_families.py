@@ -262,7 +262,7 @@ def test_graphs_and_waiting_on_v2(
         eager = generate(llm, PROMPTS, 6)
         speculator.propose = propose
         llm.reset_prefix_cache()
-        played = play_graphs(speculator, sizes=(3, 6, 12), monkeypatch=monkeypatch)
+        played = play_graphs(speculator, num_reqs=(1, 2, 4), monkeypatch=monkeypatch)
         graphed = generate(llm, PROMPTS, 6)
     assert waits == []
     assert max(sizes) == len(PROMPTS)

@@ -77,6 +77,7 @@ def host_tensors(values: tuple[Any, ...]) -> Iterator[Any]:
     "name",
     [
         "mixed-windowed",
+        "chain-all",
         pytest.param("shared-4", marks=pytest.mark.slow),
         pytest.param("own-some", marks=pytest.mark.slow),
     ],

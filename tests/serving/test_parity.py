@@ -4,18 +4,18 @@ the same logits, for every kind of layer list."""
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from tests.serving.conftest import DRAFTERS, SHAPES
 from tests.serving.engines import ON_V2, bound_drafter_of, engine, generate
 from vllm_mtp.drafter.checkpoint import load_drafter
 from vllm_mtp.drafter.heads import pick_greedy
-from vllm_mtp.drafter.model import BoundDrafter
+from vllm_mtp.drafter.model import BoundDrafter, Traced
 from vllm_mtp.torch_host.hf_target import HFTarget
-from vllm_mtp.torch_host.texts import TextBlocks, forward_texts
+from vllm_mtp.torch_host.texts import TextBlocks, draft_texts
 
 pytestmark = pytest.mark.engine
 
@@ -33,37 +33,37 @@ PROMPTS = prompts_of(70, 33, 5)
 LONG_PROMPTS = prompts_of(470, 310, 298)
 
 
-def record_steps(llm: Any) -> list[dict[str, torch.Tensor]]:
-    """Keep what every drafting step of the engine reads and gives."""
-    bound = bound_drafter_of(llm)
+def record_steps(bound: BoundDrafter) -> list[dict[str, torch.Tensor]]:
+    """Keep what every drafting step reads and gives, of blocks and of chains."""
     steps: list[dict[str, torch.Tensor]] = []
-    forward, logits, draft = bound.forward, bound.logits, bound.draft
-
-    def recorded_forward(anchors: Any, positions: Any, boundary: Any) -> Any:
-        steps.append({"anchors": anchors.clone(), "positions": positions.clone()})
-        return forward(anchors, positions, boundary)
+    seen: dict[int, torch.Tensor] = {}
+    rows: list[torch.Tensor] = []
+    logits = bound.logits
 
     def recorded_logits(hidden: torch.Tensor) -> torch.Tensor:
-        result = logits(hidden)
-        steps[-1]["logits"] = result.clone()
-        return result
+        rows.append(logits(hidden).clone())
+        return rows[-1]
 
-    def recorded_draft(hidden: torch.Tensor, pick: Any, **kwargs: Any) -> Any:
-        tokens, probs = draft(hidden, pick, **kwargs)
-        steps[-1]["tokens"] = tokens.clone()
-        return tokens, probs
+    def trace(stage: int, values: torch.Tensor) -> None:
+        seen[stage] = values.clone()
+        if stage == Traced.DRAFTS:  # the last of a step
+            steps.append(
+                {
+                    "anchors": seen.pop(Traced.ANCHORS, torch.empty(0)),
+                    "positions": seen[Traced.POSITIONS],
+                    "tokens": seen[Traced.DRAFTS],
+                    "logits": torch.cat(rows, dim=1),
+                }
+            )
+            rows.clear()
 
-    bound.forward, bound.logits, bound.draft = (
-        recorded_forward,
-        recorded_logits,
-        recorded_draft,
-    )
+    bound.logits, bound.trace = recorded_logits, trace  # type: ignore[method-assign]
     return steps
 
 
-WINDOWED = ["windowed", "mixed-windowed"]
-NAMES = ["shared-1", "shared-4", "own-1", "own-some", "mixed", *WINDOWED]
-PAIRS = [("llama", name) for name in NAMES]
+NAMES = ["shared-1", "shared-4", "own-1", "own-some", "mixed", "windowed"]
+NAMES.append("mixed-windowed")
+PAIRS = [("llama", name) for name in (*NAMES, *SHAPES)]
 # Qwen3 differs from Llama in its layers only: own ones, and all options.
 PAIRS += [("qwen3", "own-1"), ("qwen3", "mixed-windowed")]
 SLOW_PAIRS = [("qwen3", name) for name in NAMES if ("qwen3", name) not in PAIRS]
@@ -78,7 +78,8 @@ PAIRS += [
 ]
 PAIRS.append(("phi3_longrope", "shared-4"))
 if ON_V2:  # Triton's interpreter takes about 0.2 s per step
-    PAIRS = [("llama", name) for name in ("own-some", "mixed", "mixed-windowed")]
+    names = ("own-some", "mixed", "mixed-windowed", *SHAPES)
+    PAIRS = [("llama", name) for name in names]
     SLOW_PAIRS = [("llama", name) for name in NAMES if ("llama", name) not in PAIRS]
     PAIRS.append(("gemma3", "windowed"))
 
@@ -98,13 +99,14 @@ def test_same_tokens_same_logits(
 ) -> None:
     folder = tiny_drafter(family, name)
     spec = {"method": "mtp_placeholder", "model": str(folder)}
-    prompts = LONG_PROMPTS if name in WINDOWED else PROMPTS
+    prompts = LONG_PROMPTS if DRAFTERS[name][2].prefix_window else PROMPTS
     with engine(tiny_targets[family], spec, max_model_len=512) as llm:
-        steps = record_steps(llm)
+        steps = record_steps(bound_drafter_of(llm))
         outputs = generate(llm, prompts, 12).token_ids
 
     model = AutoModelForCausalLM.from_pretrained(tiny_targets[family]).eval()
     torch_drafter = BoundDrafter(load_drafter(folder), HFTarget(model))
+    torch_steps = record_steps(torch_drafter)
     texts = [torch.tensor(p + o) for p, o in zip(prompts, outputs, strict=True)]
     compared = 0
     for step in steps:
@@ -113,12 +115,11 @@ def test_same_tokens_same_logits(
             text = text_of(texts, prefix_len, int(step["anchors"][row]))
             if text is None:
                 continue  # behind the last token, or a prompt that goes on
-            expected_logits, expected_tokens = torch_step(
-                torch_drafter, text, prefix_len, len(positions)
-            )
-            difference = (step["logits"][row] - expected_logits).abs().max()
+            run_torch_step(torch_drafter, text, prefix_len, len(positions))
+            expected = torch_steps.pop()
+            difference = (step["logits"][row] - expected["logits"][0]).abs().max()
             assert difference <= MAX_ABS_DIFFERENCE
-            assert step["tokens"][row].tolist() == expected_tokens.tolist()
+            assert step["tokens"][row].tolist() == expected["tokens"][0].tolist()
             compared += 1
     assert compared >= 12
 
@@ -134,13 +135,12 @@ def text_of(
 
 
 @torch.no_grad()
-def torch_step(
+def run_torch_step(
     drafter: BoundDrafter, tokens: torch.Tensor, prefix_len: int, num_draft_tokens: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits ``[k, V]`` and greedy tokens ``[k]`` of one step in plain torch."""
+) -> None:
+    """Draft greedily in plain torch."""
     target = drafter.target
     assert isinstance(target, HFTarget)
     lens = torch.tensor([prefix_len])
     text = TextBlocks(tokens, target.encode(tokens[: prefix_len + 1]), lens)
-    hidden = forward_texts(drafter, [text], num_draft_tokens)
-    return drafter.logits(hidden)[0], drafter.draft(hidden, pick_greedy)[0][0]
+    draft_texts(drafter, [text], num_draft_tokens, pick_greedy)

@@ -11,19 +11,32 @@ from typing import Any
 import pytest
 import torch
 
-from tests.serving.engines import ON_V2, bound_drafter_of, engine, generate, runner_of
+from tests.serving.conftest import SHAPES
+from tests.serving.engines import (
+    ON_V2,
+    Run,
+    bound_drafter_of,
+    engine,
+    generate,
+    runner_of,
+)
 from tests.serving.lossless.matrix import Runs
 from tests.serving.lossless.plays import thinking
 from tests.serving.lossless.rows import Row
 from tests.serving.lossless.subjects import shorter_for_v2, tiny_chain_subject
 from tests.serving.played_graphs import play_graphs
+from tests.serving.test_parity import record_steps
 from vllm_mtp.drafter.layout import PAD_SLOT
+from vllm_mtp.serving import v2
 
 pytestmark = pytest.mark.skipif(not ON_V2, reason="needs test_v2.py's environment")
 
 PROMPTS = [[(7 * i + j) % 512 for i in range(20 + j)] for j in range(3)]
 # As long as it takes for the drafters with a window to skip tokens.
-LONG_PROMPTS = [[(7 * i + j) % 512 for i in range(n)] for j, n in enumerate((450, 310))]
+UNEQUAL_PROMPTS = [
+    [(7 * i + j) % 512 for i in range(n)] for j, n in enumerate((450, 310, 20))
+]
+SLOW = pytest.mark.slow
 
 
 def spec_for(folder: Path, **settings: object) -> dict[str, object]:
@@ -153,8 +166,9 @@ def test_a_limit_that_vllm_lowers_after_start_is_kept(
         )
         layout = speculator._lay_out(batch, torch.tensor([2]))
         speculator._stage(layout, torch.empty(0), dummy_run=False)
-    assert speculator.input_buffers.positions[:4].tolist() == [62, 63, 63, 63]
-    slots = speculator._slots[0]
+    buffers = speculator._buffers
+    assert buffers.positions[0, :4].tolist() == [62, 63, 63, 63]
+    slots = buffers.slots[0, 0]
     assert (slots[2:] == PAD_SLOT).all()
     assert (slots[:2] != PAD_SLOT).all()
 
@@ -180,37 +194,89 @@ def test_boundary_hidden_is_the_last_valid_tokens_after_rejections(
         assert anchors.tolist() == best.tolist()
 
 
+# In pieces, and the second time some of them from the prefix cache.
+IN_PIECES: dict[str, Any] = {"max_model_len": 512, "max_num_batched_tokens": 160}
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_targets: dict[str, Path]) -> dict[int, Run]:
+    """The target's own answers, by the number of prompts that are asked at once."""
+    with engine(tiny_targets["llama"], **IN_PIECES) as llm:
+        batches = (UNEQUAL_PROMPTS, UNEQUAL_PROMPTS[:1])
+        return {len(batch): generate(llm, batch, 10) for batch in batches}
+
+
 @pytest.mark.parametrize(
-    ("name", "prompts"),
-    [
-        ("mixed", PROMPTS),
-        ("mixed-windowed", [*LONG_PROMPTS, PROMPTS[0]]),
-        pytest.param("shared-4", PROMPTS, marks=pytest.mark.slow),
-    ],
+    "name",
+    ["mixed", "mixed-windowed", *SHAPES, pytest.param("shared-4", marks=SLOW)],
 )
 def test_what_a_graph_would_hold_gives_the_same_drafts(
     name: str,
-    prompts: list[list[int]],
+    alone: dict[int, Run],
     tiny_targets: dict[str, Path],
     tiny_drafter: Callable[[str, str], Path],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """`_generate_draft` again and again with the objects of its capture: only the
-    buffers differ from step to step, and the batch is padded."""
+    buffers differ from step to step, and the batch is padded. With graphs or without,
+    the answers are the target's."""
     spec = spec_for(tiny_drafter("llama", name), enforce_eager=False)
-    with engine(tiny_targets["llama"], spec, max_model_len=512) as llm:
+    with engine(tiny_targets["llama"], spec, **IN_PIECES) as llm:
         speculator = runner_of(llm).speculator
         assert speculator._graphs is None  # vLLM captures nothing on a CPU
-        batches = (prompts, prompts[:1], prompts)
+        batches = (UNEQUAL_PROMPTS, UNEQUAL_PROMPTS[:1], UNEQUAL_PROMPTS)
         eager = [generate(llm, batch, 10) for batch in batches]
-        played = play_graphs(speculator, sizes=(4, 8, 32), monkeypatch=monkeypatch)
+        assert llm.reset_prefix_cache()
+        played = play_graphs(speculator, num_reqs=(1, 2, 8), monkeypatch=monkeypatch)
         graphed = [generate(llm, batch, 10) for batch in batches]
+        assert speculator.faults.failures == 0
     for one, other in zip(eager, graphed, strict=True):
+        assert one.token_ids == alone[len(one.token_ids)].token_ids
         assert other.token_ids == one.token_ids
         assert other.counts == one.counts
         assert other.counts.accepted_tokens < other.counts.draft_tokens
+    assert eager[0].chunked
+    assert eager[2].prefix_hits
+    if name == "chain":  # nearly the target, row after row
+        assert all(eager[0].counts.accepted_per_position[:2])
     # One request in a graph for one, and three in a graph for eight.
     assert {(1, 1), (3, 8)} <= set(played)
+
+
+def test_a_chains_rows_are_drawn_at_their_positions(
+    tiny_targets: dict[str, Path],
+    tiny_drafter: Callable[[str, str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each by the noise of its position, and what it was drawn from is kept there."""
+    drawn: list[tuple[list[int], int]] = []
+    sample = v2.gumbel_sample
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        drawn.append((args[4].tolist(), int(kwargs["logits_cache_col"])))
+        return sample(*args, **kwargs)
+
+    monkeypatch.setattr(v2, "gumbel_sample", watched)
+    spec = spec_for(tiny_drafter("llama", "chain"), draft_sample_method="probabilistic")
+    with engine(tiny_targets["llama"], spec) as llm:
+        speculator = runner_of(llm).speculator
+        propose, steps = speculator.propose, record_steps(bound_drafter_of(llm))
+
+        def proposed(batch: Any, *args: Any, **kwargs: Any) -> Any:
+            drafts = propose(batch, *args, **kwargs)
+            slots = batch.idx_mapping[: batch.num_reqs].long()
+            kept = speculator.draft_logits[slots]
+            torch.testing.assert_close(kept, steps[-1]["logits"])
+            assert drafts.equal(steps[-1]["tokens"])
+            positions = steps[-1]["positions"].T.tolist()
+            assert drawn[-4:] == list(zip(positions, range(4), strict=True))
+            return drafts
+
+        speculator.propose = proposed
+        run = generate(llm, PROMPTS, 10, temperature=1.0, seed=3)
+        assert speculator.faults.failures == 0
+    assert len(steps) > 2
+    assert all(run.counts.accepted_per_position[:2])
 
 
 def test_the_gpu_run_counts_every_replay(
@@ -227,7 +293,7 @@ def test_the_gpu_run_counts_every_replay(
         assert not side.has_draft_graphs
         without = side.answer(PROMPTS, 6)
         played = play_graphs(
-            runner_of(llm).speculator, sizes=(4, 32), monkeypatch=monkeypatch
+            runner_of(llm).speculator, num_reqs=(4, 8), monkeypatch=monkeypatch
         )
         assert side.has_draft_graphs
         answers = side.answer(PROMPTS, 6)

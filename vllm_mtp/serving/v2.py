@@ -2,16 +2,22 @@
 """The V2 runner's drafter: vLLM's speculator base class with our forward.
 
 `propose` has four parts. `_lay_out` translates vLLM's batch (`drafter.layout.lay_out`),
-`_stage` copies that into buffers of fixed size, `_block_metadata` has vLLM build the
+`_stage` copies that into buffers of fixed size, `_attention` has vLLM build the
 attention metadata over these buffers, and `_generate_draft` reads nothing but them: it
 is what a CUDA graph holds, and it runs the same way without one. Nothing waits for the
 device, and no shape depends on what is in a tensor.
+
+A block of k rows runs in one forward. A chain's rows run one after the other, in k
+forwards of one row for each request. All forwards of a step are staged beforehand, and
+one graph holds them all. See `v2_buffers` for the letters F and R.
 """
 
 import copy
 from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from vllm.config import CUDAGraphMode, VllmConfig
@@ -26,13 +32,13 @@ from vllm.v1.worker.gpu.cudagraph_utils import (
     BatchExecutionDescriptor,
     CudaGraphManager,
 )
-from vllm.v1.worker.gpu.input_batch import InputBatch, InputBuffers
+from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.sample.gumbel import gumbel_sample
 from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 
-from vllm_mtp.drafter.heads import pick_greedy
+from vllm_mtp.drafter.config import DrafterConfig
+from vllm_mtp.drafter.heads import Pick, pick_greedy
 from vllm_mtp.drafter.layout import (
-    PAD_SLOT,
     CacheTable,
     DraftInputs,
     DraftLayout,
@@ -45,6 +51,8 @@ from vllm_mtp.plugin import METHOD
 from vllm_mtp.serving.faults import FILLER_TOKEN, DraftGuard
 from vllm_mtp.serving.ledger import install_for_runner
 from vllm_mtp.serving.loading import load_bound_drafter, replace_weights
+from vllm_mtp.serving.refusals import require_bidirectional
+from vllm_mtp.serving.v2_buffers import DraftBuffers
 from vllm_mtp.serving.v2_graphs import draft_graphs
 from vllm_mtp.serving.worker import DraftWeights
 
@@ -52,8 +60,15 @@ from vllm_mtp.serving.worker import DraftWeights
 _WARMUP_REQUESTS = ("_warmup_", "_v2_mixed_warmup_")
 
 
+class _Attention(NamedTuple):
+    """What the attention of one forward goes by; both are None without a cache."""
+
+    metadata: dict[str, Any] | None  # by layer
+    slots: dict[str, torch.Tensor] | None  # by layer, [rows] int64
+
+
 class MTPPlaceholderSpeculator(DraftModelSpeculator):
-    """Drafts all tokens of a step in one forward over the target's KV cache."""
+    """Drafts all tokens of a step over the target's KV cache, at once or in a chain."""
 
     faults: DraftGuard
 
@@ -63,21 +78,12 @@ class MTPPlaceholderSpeculator(DraftModelSpeculator):
         install_for_runner(vllm_config)
         config.runner_has_drafter = True
         self.num_query_per_req = num_draft_tokens = self.num_speculative_steps
-        # The base class sizes its buffers by the target's token budget; ours may be
-        # larger, since the drafter does not take from that budget.
-        num_rows = self.max_num_reqs * num_draft_tokens
-        self.input_buffers = InputBuffers(self.max_num_reqs, num_rows, device)
-        self._starts = (
-            torch.arange(self.max_num_reqs + 1, dtype=torch.int32, device=device)
-            * num_draft_tokens
-        )
         self._columns = torch.arange(num_draft_tokens, device=device)
         self._anchors, self._prefix_lens = torch.zeros(
             2, self.max_num_reqs, dtype=torch.int64, device=device
         )
         self._boundary: torch.Tensor | None = None
         self._rope_state: Any = None  # the runner's, with M-RoPE
-        self._rope_positions = self.input_buffers.positions
         self._graphs: CudaGraphManager | None = None
         self.faults = DraftGuard(alone=vllm_config.parallel_config.world_size == 1)
 
@@ -88,7 +94,8 @@ class MTPPlaceholderSpeculator(DraftModelSpeculator):
         self._bound, self._host = load_bound_drafter(
             target_model, self.vllm_config, self.device
         )
-        if self._bound.drafter.config.uses_boundary_hidden:
+        self._buffers = self._new_buffers(num_groups=0)
+        if self._config.uses_boundary_hidden:
             assert isinstance(self.dtype, torch.dtype), "vLLM resolved it before"
             self._boundary = torch.zeros(
                 self.max_num_reqs,
@@ -97,6 +104,22 @@ class MTPPlaceholderSpeculator(DraftModelSpeculator):
                 device=self.device,
             )
         return DraftWeights(self._bound.weights)
+
+    @property
+    def _config(self) -> DrafterConfig:
+        return self._bound.drafter.config
+
+    def _new_buffers(self, num_groups: int) -> DraftBuffers:
+        num_draft_tokens = self.num_speculative_steps
+        forwards = 1 if self._config.chain is None else num_draft_tokens
+        return DraftBuffers(
+            forwards,
+            num_draft_tokens // forwards,
+            num_groups,
+            self.max_num_reqs,
+            self.device,
+            has_rope_deltas=self._rope_state is not None,
+        )
 
     def replace_weights(self, model: str, revision: str | None) -> Path:
         """Draft with another drafter's weights from now on; see `loading`.
@@ -117,38 +140,72 @@ class MTPPlaceholderSpeculator(DraftModelSpeculator):
     ) -> None:
         """Build attention metadata of our own over the target's layers."""
         super().set_attn(model_state, kv_cache_config, block_tables, *args, **kwargs)
-        rope_state = getattr(model_state, "rope_state", None)
-        if rope_state is not None:
-            self._rope_state = rope_state
-            self._rope_positions = torch.zeros_like(self.input_buffers.positions)
+        self._rope_state = getattr(model_state, "rope_state", None)
         # Not by the base class, which has no layers of a draft model to build it for:
         # the runner would leave such layers out of the target's own bookkeeping.
         names = self._host.attention_layer_names
-        self.attn_groups, self.attn_cg_support, _ = init_attn_backend(
-            kv_cache_config, self.vllm_config, self.device, active_layer_names=names
+        self.attn_groups, self.attn_cg_support, block_sizes = init_attn_backend(
+            kv_cache_config,
+            self.attn_vllm_config,
+            self.device,
+            active_layer_names=names,
         )
+        require_bidirectional(self._config, self._draft_backends())
+        self._build_for_each_forward(block_sizes)
         cache_groups = kv_cache_config.kv_cache_groups
         self._bound_gids = [
             gid
             for gid, group in enumerate(cache_groups)
             if not names.isdisjoint(group.layer_names)
         ]
-        self._slots = torch.full(
-            (len(cache_groups), self.input_buffers.max_num_tokens),
-            PAD_SLOT,
-            dtype=torch.int64,
-            device=self.device,
-        )
+        self._buffers = self._new_buffers(len(cache_groups))
         # What `lay_out` will give, for graphs, which are captured before any step.
         self._tables = block_tables
         tables = self._target_tables()
         limit = self.vllm_config.model_config.max_model_len
         self._most_read = covered_tokens(tables, limit)
-        self._window = self._bound.drafter.config.prefix_window
+        self._window = self._config.prefix_window
         if self._window is not None:
             most = most_read(self._window, self.num_speculative_steps)
             self._most_read = min(self._most_read, most)
             self._read_within_window(tables)
+
+    @property
+    def attn_vllm_config(self) -> VllmConfig:
+        """The target's config; where rows of a block read those behind them, as vLLM's
+        DFlash has it, by which some builders choose what they can capture."""
+        if self._config.block_mask == "causal":
+            return self.vllm_config
+        config = copy.copy(self.vllm_config)
+        config.attention_config = replace(config.attention_config, use_non_causal=True)
+        return config
+
+    def _draft_backends(self) -> list[Any]:
+        return [group.backend for groups in self.attn_groups for group in groups]
+
+    def _build_for_each_forward(self, block_sizes: list[int]) -> None:
+        """Give each forward of a chain a metadata builder of its own.
+
+        Some builders keep what they build in buffers of their own, for graphs, and the
+        metadata of all forwards must hold until the last one. For microbatches vLLM
+        has the same need, and does the same (`init_attn_backend`).
+        """
+        if self._buffers.num_forwards == 1:
+            return
+        for gid, groups in enumerate(self.attn_groups):
+            for group in groups:
+                first: Any = group.get_metadata_builder()
+                group.create_metadata_builders(
+                    self.attn_vllm_config,
+                    self.device,
+                    kernel_block_size=block_sizes[gid] if block_sizes else None,
+                    num_metadata_builders=self._buffers.num_forwards,
+                )
+                if hasattr(first, "_get_workspace_buffer"):
+                    workspace = first._get_workspace_buffer()
+                    builders: list[Any] = group.metadata_builders
+                    for builder in builders:
+                        builder.set_workspace_buffer(workspace)
 
     def _target_tables(self) -> list[CacheTable]:
         """The target's tables ``[max_num_reqs, M]`` of the groups that are read."""
@@ -235,7 +292,8 @@ class MTPPlaceholderSpeculator(DraftModelSpeculator):
             )
             self._anchors[:num_reqs].copy_(anchors)
             if skip_attn_for_dummy_run:
-                self._generate_draft(num_reqs, None, None)
+                nothing = _Attention(None, None)
+                self._generate_draft(num_reqs, [nothing] * self._buffers.num_forwards)
             else:
                 self._host.follow_weights()
                 layout = self._lay_out(input_batch, num_rejected[:num_reqs])
@@ -301,22 +359,13 @@ class MTPPlaceholderSpeculator(DraftModelSpeculator):
             last_hidden_states: As in `propose`.
             dummy_run: Give no slot to any row.
         """
-        num_reqs, buffers = len(layout.positions), self.input_buffers
-        num_rows = layout.positions.numel()
+        num_reqs = len(layout.positions)
         self._prefix_lens[:num_reqs].copy_(layout.prefix_lens)
-        buffers.positions[:num_rows].copy_(layout.positions.flatten())
-        if self._rope_state is not None:
-            self._rope_positions[:num_rows].copy_(layout.rope_positions.flatten())
-        buffers.seq_lens[:num_reqs].copy_(layout.seq_lens)
-        buffers.seq_lens[num_reqs:].zero_()
-        torch.clamp(self._starts, max=num_rows, out=buffers.query_start_loc)
-        self._slots.fill_(PAD_SLOT)
-        for index, gid in enumerate(self._bound_gids):
-            if not dummy_run:
-                self._slots[gid, :num_rows].copy_(layout.slots[index])
-            if self._window is not None:
+        self._buffers.fill(layout, self._bound_gids, write=not dummy_run)
+        if self._window is not None:
+            for gid, table in zip(self._bound_gids, layout.read_tables, strict=True):
                 ours = self.block_tables.input_block_tables[gid]
-                ours[:num_reqs].copy_(layout.read_tables[index])
+                ours[:num_reqs].copy_(table)
                 ours[num_reqs:] = 0  # as vLLM's own: the null block
         if self._boundary is not None:
             boundary = last_hidden_states[layout.boundary_rows]
@@ -324,79 +373,114 @@ class MTPPlaceholderSpeculator(DraftModelSpeculator):
 
     def _draft_staged(self, input_batch: InputBatch) -> None:
         """Draft on what is staged: replay a graph, or run what it would hold."""
-        num_reqs, num_draft_tokens = input_batch.num_reqs, self.num_speculative_steps
-        num_rows = num_reqs * num_draft_tokens
+        num_reqs, rows = input_batch.num_reqs, self._buffers.num_rows
         batch = BatchExecutionDescriptor(
             cg_mode=CUDAGraphMode.NONE,
-            num_tokens=num_rows,
+            num_tokens=num_reqs * rows,
             num_reqs=num_reqs,
-            uniform_token_count=num_draft_tokens,
+            uniform_token_count=rows,
         )
         if self._graphs is not None:
-            batch = self._graphs.dispatch(num_reqs, num_rows, num_draft_tokens, 0)
+            batch = self._graphs.dispatch(num_reqs, batch.num_tokens, rows, 0)
         # With a graph too: vLLM's builders refresh what the graph reads.
-        metadata = self._block_metadata(input_batch, batch)
+        attention = self._attention(
+            batch, num_reqs, input_batch.seq_lens_cpu_upper_bound
+        )
         if self._graphs is not None and batch.cg_mode == CUDAGraphMode.FULL:
             self._graphs.run_fullgraph(batch)
         else:
-            slots_by_layer = build_slot_mappings_by_layer(
-                self._slots[:, :num_rows], self.kv_cache_config
-            )
-            self._generate_draft(num_reqs, metadata, slots_by_layer)
+            self._generate_draft(num_reqs, attention)
 
-    def _block_metadata(
-        self, input_batch: InputBatch, batch: BatchExecutionDescriptor
-    ) -> dict[str, Any] | None:
-        """The drafter's batch: k query rows behind every request's prefix."""
-        num_reqs, num_draft_tokens = input_batch.num_reqs, self.num_speculative_steps
-        # As NumPy, since this must stay a tensor of the host.
-        upper = input_batch.seq_lens_cpu_upper_bound
-        longest = int(upper[:num_reqs].numpy().max())
-        self.draft_max_seq_len = min(longest + num_draft_tokens, self._most_read)
-        return self._build_attn_metadata(
-            num_reqs=num_reqs,
-            batch_desc=batch,
-            query_start_loc_np=self.arange_np[: num_reqs + 1] * num_draft_tokens,
-            # Some backends index the block table by this bound, k added.
-            seq_lens_cpu_upper_bound=upper.clamp(
-                max=self._most_read - num_draft_tokens
-            ),
-            step=num_draft_tokens,
-            slot_mappings=self._slots[:, : batch.num_tokens],
-        )
-
-    def _generate_draft(
+    def _attention(
         self,
+        batch: BatchExecutionDescriptor,
         num_reqs: int,
-        metadata: dict[str, Any] | None,
-        slots_by_layer: dict[str, torch.Tensor] | None,
-    ) -> None:
-        """Forward and choice of tokens, from the staged buffers to ``draft_tokens``.
+        upper: torch.Tensor | None,
+    ) -> list[_Attention]:
+        """What the attention of each forward goes by, over the staged buffers.
+
+        Args:
+            batch: Its size with padding.
+            num_reqs: Without.
+            upper: ``[num_reqs]`` on the host, no less than the prefixes' lengths; None
+                to capture.
+        """
+        buffers, padded = self._buffers, batch.num_reqs
+        assert padded is not None, "batches of blocks have a size"
+        starts = torch.arange(padded + 1, dtype=torch.int32).clamp_(max=num_reqs)
+        # As NumPy, since it must stay a tensor of the host.
+        longest = None if upper is None else int(upper[:num_reqs].numpy().max())
+        found = []
+        for forward in range(buffers.num_forwards):
+            behind = (forward + 1) * buffers.num_rows
+            limits = None
+            if upper is not None:
+                # Some backends index the block table by these.
+                limits = torch.zeros(padded, dtype=torch.int32)
+                limits[:num_reqs] = (upper[:num_reqs] + behind).clamp_(
+                    max=self._most_read
+                )
+            slots = buffers.slots[forward, :, : batch.num_tokens]
+            metadata = build_attn_metadata(
+                attn_groups=self.attn_groups,
+                num_reqs=padded,
+                num_tokens=batch.num_tokens,
+                query_start_loc_gpu=buffers.starts[: padded + 1],
+                query_start_loc_cpu=starts * buffers.num_rows,
+                max_query_len=buffers.num_rows,
+                seq_lens=buffers.seq_lens[forward, :padded],
+                max_seq_len=self._most_read
+                if longest is None
+                else min(longest + behind, self._most_read),
+                block_tables=[
+                    table[:padded] for table in self.block_tables.input_block_tables
+                ],
+                slot_mappings=slots,
+                kv_cache_config=self.kv_cache_config,
+                seq_lens_cpu_upper_bound=limits,
+                positions=buffers.positions[forward, : batch.num_tokens],
+                is_prefilling=self.draft_is_prefilling[:padded],
+                for_cudagraph_capture=upper is None,
+                causal=self._config.block_mask == "causal",
+                ubatch_idx=forward,
+            )
+            by_layer = build_slot_mappings_by_layer(slots, self.kv_cache_config)
+            found.append(_Attention(metadata, by_layer))
+        return found
+
+    def _generate_draft(self, num_reqs: int, attention: list[_Attention]) -> None:
+        """Forwards and choice of tokens, from the staged buffers to ``draft_tokens``.
 
         All that it reads of the step lies in buffers, so it can be captured.
 
         Args:
             num_reqs: Blocks to run, padding included.
-            metadata: The attention metadata by layer; None without a cache.
-            slots_by_layer: ``[num_reqs * k]`` each; None without a cache.
+            attention: Of each forward.
         """
-        num_rows = num_reqs * self.num_speculative_steps
-        positions = self._rope_positions[:num_rows].view(num_reqs, -1)
-        with self._host.forward_context(metadata, num_rows, slots_by_layer):
-            hidden = self._bound.forward(
-                self._anchors[:num_reqs],
-                positions,
-                None if self._boundary is None else self._boundary[:num_reqs],
-            )
-        self.draft_tokens[:num_reqs].copy_(self._draft(hidden))
 
-    def _draft(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Choose the tokens. ``[B, k]`` int64."""
+        def step(forward: int) -> AbstractContextManager[None]:
+            metadata, slots = attention[forward]
+            num_rows = num_reqs * self._buffers.num_rows
+            return self._host.forward_context(metadata, num_rows, slots)
+
+        pick, whole_vocab = self._pick(num_reqs)
+        tokens, _ = self._bound.propose(
+            self._anchors[:num_reqs],
+            self._buffers.block_positions(num_reqs),
+            None if self._boundary is None else self._boundary[:num_reqs],
+            pick,
+            step=step,
+            whole_vocab=whole_vocab,
+        )
+        self.draft_tokens[:num_reqs].copy_(tokens)
+
+    def _pick(self, num_reqs: int) -> tuple[Pick, bool]:
+        """What chooses the tokens, position by position, and whether it must see logits
+        over the whole vocabulary."""
         cache = self.draft_logits
         estimates = getattr(self, "acceptance_estimator", None) is not None
         if cache is None and not estimates:
-            return self._bound.draft(hidden, pick_greedy)[0]
-        num_reqs = hidden.shape[0]
+            return pick_greedy, False
         slots = self.idx_mapping[:num_reqs]
         columns = iter(self._columns)
 
@@ -422,12 +506,16 @@ class MTPPlaceholderSpeculator(DraftModelSpeculator):
                 self._maybe_predict_acceptance(logits, slots, column)
             return tokens, None
 
-        return self._bound.draft(hidden, pick, whole_vocab=True)[0]
+        return pick, True
 
     def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
         """Prepare the drafter's own graphs, where they are asked for."""
         self._graphs = draft_graphs(
-            self.vllm_config, self.device, cudagraph_mode, self.attn_cg_support
+            self.attn_vllm_config,
+            self.device,
+            cudagraph_mode,
+            self.attn_cg_support,
+            self._buffers.num_rows,
         )
 
     def capture(self, *_: Any, **__: Any) -> None:
@@ -439,27 +527,10 @@ class MTPPlaceholderSpeculator(DraftModelSpeculator):
         self, desc: BatchExecutionDescriptor, warmup: bool
     ) -> Callable[[CUDAGraphMode], None]:
         """Stage a made-up batch that writes nothing; vLLM runs and captures it."""
-        num_reqs, num_draft_tokens = desc.num_reqs, self.num_speculative_steps
+        num_reqs = desc.num_reqs
         assert num_reqs is not None, "graphs of whole batches have a size"
-        buffers, slots = self.input_buffers, self._slots[:, : desc.num_tokens]
         self.idx_mapping.fill_(-1)
-        self._slots.fill_(PAD_SLOT)
-        buffers.query_start_loc.copy_(self._starts)
-        buffers.seq_lens.fill_(num_draft_tokens)
-        starts = self.arange_np[: num_reqs + 1] * num_draft_tokens
-        metadata = build_attn_metadata(
-            attn_groups=self.attn_groups,
-            num_reqs=num_reqs,
-            num_tokens=desc.num_tokens,
-            query_start_loc_gpu=buffers.query_start_loc[: num_reqs + 1],
-            query_start_loc_cpu=torch.from_numpy(starts),
-            max_query_len=num_draft_tokens,
-            seq_lens=buffers.seq_lens[:num_reqs],
-            max_seq_len=self._most_read,
-            block_tables=self.block_tables.get_dummy_block_tables(num_reqs),
-            slot_mappings=slots,
-            kv_cache_config=self.kv_cache_config,
-            for_cudagraph_capture=True,
-        )
-        slots_by_layer = build_slot_mappings_by_layer(slots, self.kv_cache_config)
-        return lambda _: self._generate_draft(num_reqs, metadata, slots_by_layer)
+        self._buffers.fill_for_capture()
+        self.block_tables.get_dummy_block_tables(num_reqs)  # which clears them
+        attention = self._attention(desc, num_reqs, None)
+        return lambda _: self._generate_draft(num_reqs, attention)
