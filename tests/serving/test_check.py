@@ -35,7 +35,9 @@ def check(capfd: pytest.CaptureFixture[str]) -> Check:
     return run
 
 
-@pytest.mark.parametrize("name", ["shared-4", "own-some", "mixed-windowed"])
+@pytest.mark.parametrize(
+    "name", ["shared-4", "own-some", "mixed-windowed", "chain-all", "heads"]
+)
 def test_a_good_drafter_passes(
     name: str,
     check: Check,

@@ -8,12 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
 from tests.serving.conftest import DRAFTERS, SHAPES
 from tests.serving.engines import ON_V2, bound_drafter_of, engine, generate
 from vllm_mtp.drafter.checkpoint import load_drafter
 from vllm_mtp.drafter.heads import pick_greedy
 from vllm_mtp.drafter.model import BoundDrafter, Traced
+from vllm_mtp.errors import UnsupportedTargetError
 from vllm_mtp.torch_host.hf_target import HFTarget
 from vllm_mtp.torch_host.texts import TextBlocks, draft_texts
 
@@ -144,3 +146,20 @@ def run_torch_step(
     lens = torch.tensor([prefix_len])
     text = TextBlocks(tokens, target.encode(tokens[: prefix_len + 1]), lens)
     draft_texts(drafter, [text], num_draft_tokens, pick_greedy)
+
+
+def test_rows_that_read_ahead_need_a_backend_that_can(
+    tiny_targets: dict[str, Path],
+    tiny_drafter: Callable[[str, str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = tiny_drafter("llama", "bidirectional")
+    spec = {"method": "mtp_placeholder", "model": str(folder)}
+    monkeypatch.setattr(CPUAttentionBackend, "supports_non_causal", lambda: False)
+    message = "block_mask: got 'bidirectional', .* CPU_ATTN is causal only. .*another"
+    with (
+        pytest.raises(UnsupportedTargetError, match=message) as error,
+        engine(tiny_targets["llama"], spec),
+    ):
+        pass
+    assert "\n" not in str(error.value)

@@ -150,7 +150,8 @@ class MTPPlaceholderSpeculator(DraftModelSpeculator):
             self.device,
             active_layer_names=names,
         )
-        require_bidirectional(self._config, self._draft_backends())
+        backends = [group.backend for groups in self.attn_groups for group in groups]
+        require_bidirectional(self._config, backends)
         self._build_for_each_forward(block_sizes)
         cache_groups = kv_cache_config.kv_cache_groups
         self._bound_gids = [
@@ -180,9 +181,6 @@ class MTPPlaceholderSpeculator(DraftModelSpeculator):
         config.attention_config = replace(config.attention_config, use_non_causal=True)
         return config
 
-    def _draft_backends(self) -> list[Any]:
-        return [group.backend for groups in self.attn_groups for group in groups]
-
     def _build_for_each_forward(self, block_sizes: list[int]) -> None:
         """Give each forward of a chain a metadata builder of its own.
 
@@ -193,12 +191,13 @@ class MTPPlaceholderSpeculator(DraftModelSpeculator):
         if self._buffers.num_forwards == 1:
             return
         for gid, groups in enumerate(self.attn_groups):
+            size = block_sizes[gid] if gid < len(block_sizes) else None
             for group in groups:
                 first: Any = group.get_metadata_builder()
                 group.create_metadata_builders(
                     self.attn_vllm_config,
                     self.device,
-                    kernel_block_size=block_sizes[gid] if block_sizes else None,
+                    kernel_block_size=size,
                     num_metadata_builders=self._buffers.num_forwards,
                 )
                 if hasattr(first, "_get_workspace_buffer"):
@@ -408,8 +407,11 @@ class MTPPlaceholderSpeculator(DraftModelSpeculator):
         buffers, padded = self._buffers, batch.num_reqs
         assert padded is not None, "batches of blocks have a size"
         starts = torch.arange(padded + 1, dtype=torch.int32).clamp_(max=num_reqs)
-        # As NumPy, since it must stay a tensor of the host.
-        longest = None if upper is None else int(upper[:num_reqs].numpy().max())
+        longest = self._most_read
+        if upper is not None:
+            # As NumPy, since it must stay a tensor of the host.
+            longest = int(upper[:num_reqs].numpy().max())
+        tables = [table[:padded] for table in self.block_tables.input_block_tables]
         found = []
         for forward in range(buffers.num_forwards):
             behind = (forward + 1) * buffers.num_rows
@@ -417,9 +419,8 @@ class MTPPlaceholderSpeculator(DraftModelSpeculator):
             if upper is not None:
                 # Some backends index the block table by these.
                 limits = torch.zeros(padded, dtype=torch.int32)
-                limits[:num_reqs] = (upper[:num_reqs] + behind).clamp_(
-                    max=self._most_read
-                )
+                limits[:num_reqs] = upper[:num_reqs] + behind
+                limits.clamp_(max=self._most_read)
             slots = buffers.slots[forward, :, : batch.num_tokens]
             metadata = build_attn_metadata(
                 attn_groups=self.attn_groups,
@@ -429,12 +430,8 @@ class MTPPlaceholderSpeculator(DraftModelSpeculator):
                 query_start_loc_cpu=starts * buffers.num_rows,
                 max_query_len=buffers.num_rows,
                 seq_lens=buffers.seq_lens[forward, :padded],
-                max_seq_len=self._most_read
-                if longest is None
-                else min(longest + behind, self._most_read),
-                block_tables=[
-                    table[:padded] for table in self.block_tables.input_block_tables
-                ],
+                max_seq_len=min(longest + behind, self._most_read),
+                block_tables=tables,
                 slot_mappings=slots,
                 kv_cache_config=self.kv_cache_config,
                 seq_lens_cpu_upper_bound=limits,
@@ -511,7 +508,7 @@ class MTPPlaceholderSpeculator(DraftModelSpeculator):
     def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
         """Prepare the drafter's own graphs, where they are asked for."""
         self._graphs = draft_graphs(
-            self.attn_vllm_config,
+            self.vllm_config,
             self.device,
             cudagraph_mode,
             self.attn_cg_support,

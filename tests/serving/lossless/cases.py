@@ -20,6 +20,12 @@ DRAFTERS = {
     "own-random": (3, False),
     "mixed": (4, False),
     "overflows": (4, False),
+    "heads": (4, False),
+    "block": (4, False),
+    "bidirectional": (4, False),
+    "chain": (4, False),
+    "position-layers": (4, False),
+    "full-rank": (4, True),
     "reference": (4, False),  # which the method finds by itself
 }
 
@@ -63,8 +69,11 @@ FAMILIES = {
     "llama": Family(
         "llama",
         ("shared-4", "shared-1", "own-1", "own-some", "mixed", "overflows"),
-        ("own-random",),
-        v2=("shared-4", "shared-1", "mixed"),
+        (
+            *("own-random", "heads", "block", "bidirectional", "chain"),
+            *("position-layers", "full-rank"),
+        ),
+        v2=("shared-4", "shared-1", "mixed", "heads", "chain"),
     ),
     "qwen3": Family(
         "qwen3",
