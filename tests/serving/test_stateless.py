@@ -51,11 +51,11 @@ def watched_drafts(llm: LLM, *, compare_cache: bool = False) -> Iterator[list[St
     drafter = runner.speculator if ON_V2 else runner.drafter
     # V1 drafts when the drafts are fetched.
     name = "propose" if ON_V2 else "late_drafts"
-    draft, forward, blocks = getattr(drafter, name), bound.forward, []
+    draft, propose, blocks = getattr(drafter, name), bound.propose, []
 
-    def watched_forward(anchors: Any, positions: Any, boundary: Any) -> Any:
+    def watched_propose(anchors: Any, positions: Any, *args: Any, **kwargs: Any) -> Any:
         blocks.append((anchors.tolist(), positions.clone()))
-        return forward(anchors, positions, boundary)
+        return propose(anchors, positions, *args, **kwargs)
 
     def watched_draft(*args: Any, **kwargs: Any) -> Any:
         layers = attention_layers(runner) if compare_cache else []
@@ -79,13 +79,13 @@ def watched_drafts(llm: LLM, *, compare_cache: bool = False) -> Iterator[list[St
             steps[-1].allowed += int(scratch.sum())
         return drafts
 
-    bound.forward = watched_forward
+    bound.propose = watched_propose
     setattr(drafter, name, watched_draft)
     try:
         yield steps
     finally:
         delattr(drafter, name)
-        del bound.forward
+        del bound.propose
 
 
 def _batch(runner: Any, args: Sequence[Any]) -> tuple[list[str], torch.Tensor]:
@@ -132,9 +132,11 @@ def spec(tiny_drafter: Callable[[str, str], Path]) -> dict[str, Any]:
     return {"method": "mtp_placeholder", "model": str(tiny_drafter("llama", "mixed"))}
 
 
+@pytest.mark.parametrize("name", ["mixed", "chain"])
 def test_a_draft_changes_no_byte_outside_the_scratch_slots(
-    tiny_targets: dict[str, Path], spec: dict[str, Any]
+    name: str, tiny_targets: dict[str, Path], tiny_drafter: Callable[[str, str], Path]
 ) -> None:
+    spec = {"method": "mtp_placeholder", "model": str(tiny_drafter("llama", name))}
     scenario = Scenario([*LENGTHS, 250, 253], MAX_TOKENS)
     with (
         engine(tiny_targets["llama"], spec, **FEW_BLOCKS) as llm,

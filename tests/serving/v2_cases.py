@@ -307,20 +307,22 @@ def test_the_gpu_run_counts_every_replay(
 
 
 @pytest.mark.parametrize(
-    ("enforce_eager", "mode", "support", "warning"),
+    ("enforce_eager", "mode", "support", "num_rows", "warning"),
     [
-        (None, "FULL_AND_PIECEWISE", "ALWAYS", None),
-        (True, "FULL_AND_PIECEWISE", "ALWAYS", None),
-        (False, "NONE", "ALWAYS", "cudagraph_mode is NONE"),
-        (False, "PIECEWISE", "ALWAYS", "cudagraph_mode is PIECEWISE"),
-        (False, "FULL", "UNIFORM_SINGLE_TOKEN_DECODE", "SomeBackend cannot be"),
-        (False, "FULL", "NEVER", "SomeBackend cannot be captured"),
+        (None, "FULL_AND_PIECEWISE", "ALWAYS", 4, None),
+        (True, "FULL_AND_PIECEWISE", "ALWAYS", 4, None),
+        (False, "NONE", "ALWAYS", 4, "cudagraph_mode is NONE"),
+        (False, "PIECEWISE", "ALWAYS", 4, "cudagraph_mode is PIECEWISE"),
+        (False, "FULL", "UNIFORM_SINGLE_TOKEN_DECODE", 4, "SomeBackend cannot be"),
+        (False, "FULL", "NEVER", 4, "SomeBackend cannot be captured"),
+        (False, "FULL", "NEVER", 1, "SomeBackend cannot be captured"),
     ],
 )
 def test_graphs_are_made_only_where_asked_for_and_possible(
     enforce_eager: bool | None,
     mode: str,
     support: str,
+    num_rows: int,
     warning: str | None,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
@@ -336,9 +338,31 @@ def test_graphs_are_made_only_where_asked_for_and_possible(
     info = AttentionCGSupportInfo(AttentionCGSupport[support], "SomeBackend")
     config: Any = SimpleNamespace(speculative_config=spec)
     device = torch.device("cpu")
-    assert draft_graphs(config, device, CUDAGraphMode[mode], info) is None
+    assert draft_graphs(config, device, CUDAGraphMode[mode], info, num_rows) is None
     assert (warning or "") in caplog.text
     assert bool(caplog.text) == (warning is not None)
+
+
+@pytest.mark.parametrize(
+    ("support", "num_rows"), [("UNIFORM_BATCH", 4), ("UNIFORM_SINGLE_TOKEN_DECODE", 1)]
+)
+def test_a_chains_rows_ask_less_of_a_backend(
+    support: str, num_rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm.config import CUDAGraphMode
+    from vllm.v1.attention.backend import AttentionCGSupport
+    from vllm.v1.worker.gpu.attn_utils import AttentionCGSupportInfo
+
+    from vllm_mtp.serving import v2_graphs
+
+    monkeypatch.setattr(v2_graphs, "CudaGraphManager", lambda *_, **given: given)
+    spec = SimpleNamespace(enforce_eager=False, num_speculative_tokens=4)
+    info = AttentionCGSupportInfo(AttentionCGSupport[support], "SomeBackend")
+    config: Any = SimpleNamespace(speculative_config=spec)
+    made: Any = v2_graphs.draft_graphs(
+        config, torch.device("cpu"), CUDAGraphMode.FULL, info, num_rows
+    )
+    assert made == {"decode_query_len": num_rows}
 
 
 @pytest.mark.slow
