@@ -71,6 +71,7 @@ PAIRS += [("qwen3", "own-1"), ("qwen3", "mixed-windowed")]
 SLOW_PAIRS = [("qwen3", name) for name in NAMES if ("qwen3", name) not in PAIRS]
 # Sliding windows, shorter than the longest prompt, alone and beside full attention.
 PAIRS += [("mistral", "shared-4"), ("gemma3", "shared-4"), ("gemma3", "windowed")]
+PAIRS.append(("gemma3", "chain"))
 SLOW_PAIRS += [("mistral", "mixed"), ("phi3", "shared-4"), ("qwen3_moe", "shared-4")]
 # Targets whose layers take and give the stream, rotate and attend in other ways.
 PAIRS += [
@@ -83,7 +84,7 @@ if ON_V2:  # Triton's interpreter takes about 0.2 s per step
     names = ("own-some", "mixed", "mixed-windowed", *SHAPES)
     PAIRS = [("llama", name) for name in names]
     SLOW_PAIRS = [("llama", name) for name in NAMES if ("llama", name) not in PAIRS]
-    PAIRS.append(("gemma3", "windowed"))
+    PAIRS += [("gemma3", "windowed"), ("gemma3", "chain")]
 
 
 @pytest.mark.parametrize(
