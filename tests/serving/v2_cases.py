@@ -263,7 +263,10 @@ def test_a_chains_rows_are_drawn_at_their_positions(
         propose, steps = speculator.propose, record_steps(bound_drafter_of(llm))
 
         def proposed(batch: Any, *args: Any, **kwargs: Any) -> Any:
+            before = len(steps)
             drafts = propose(batch, *args, **kwargs)
+            if len(steps) == before:  # 0.33 asks for none that nobody can use
+                return drafts
             slots = batch.idx_mapping[: batch.num_reqs].long()
             kept = speculator.draft_logits[slots]
             torch.testing.assert_close(kept, steps[-1]["logits"])
