@@ -21,7 +21,7 @@ from transformers import (
 
 from vllm_mtp.drafter.checkpoint import save_drafter
 from vllm_mtp.drafter.config import DrafterConfig, OwnLayerConfig, SharedLayerConfig
-from vllm_mtp.drafter.layer_spec import BoundLayer, parse_layers
+from vllm_mtp.drafter.layer_spec import ListedLayer, parse_layers
 from vllm_mtp.drafter.model import Drafter
 from vllm_mtp.drafter.target_facts import TargetFacts
 from vllm_mtp.plugin import METHOD
@@ -159,8 +159,9 @@ def _untrained(
 
 
 def _layer(
-    bound: BoundLayer, facts: TargetFacts, hf_config: Any
+    bound: ListedLayer, facts: TargetFacts, hf_config: Any
 ) -> SharedLayerConfig | OwnLayerConfig:
+    assert bound.target_layer is not None, "no side has MLP layers"
     if bound.kind == "shared":
         return SharedLayerConfig(target_layer=bound.target_layer)
     return OwnLayerConfig(
