@@ -52,7 +52,7 @@ def record_steps(bound: BoundDrafter) -> list[dict[str, torch.Tensor]]:
             steps.append(
                 {
                     "anchors": seen.pop(Traced.ANCHORS, torch.empty(0)),
-                    "positions": seen[Traced.POSITIONS],
+                    "positions": seen.pop(Traced.POSITIONS, torch.empty(0)),
                     "tokens": seen[Traced.DRAFTS],
                     "logits": torch.cat(rows, dim=1),
                 }
