@@ -26,7 +26,8 @@ MAX_TOKENS = 12
 # The target's layers, all of them: every first draft is accepted.
 EXACT = ["shared-1", "own-1", "one-kv-head"]
 # Two workers take half a minute to start: `pytest -m slow` runs the others.
-CASES = ["mixed", *(pytest.param(name, marks=pytest.mark.slow) for name in EXACT)]
+SLOW = [*EXACT, "heads", "block", "chain-all", "position-layers", "full-rank"]
+CASES = ["mixed", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
 
 
 @contextmanager
@@ -112,11 +113,13 @@ def sides(
     spec = {"method": "mtp_placeholder", "model": str(folder)}
     if not ON_V2:
         spec["draft_sample_method"] = "probabilistic"
+    # First: behind an engine of two workers, vLLM does not replace the Triton kernels
+    # of this process, which a CPU has none for.
+    with engine(target, spec) as llm:
+        one = answer(llm)
     if target not in plain_runs:
         with two_ranks(target, None) as llm:
             plain_runs[target] = generate(llm, PROMPTS, MAX_TOKENS)
-    with engine(target, spec) as llm:
-        one = answer(llm)
     with two_ranks(target, spec) as llm:
         two = answer(llm)
         parts = of_each_runner(llm, part_of_rank)
@@ -141,7 +144,8 @@ def test_two_ranks_draft_and_accept_what_one_process_does(sides: Sides) -> None:
         assert two.counts.drafts > 0
         if sides.case in EXACT:
             assert two.counts.acceptance_rate == 1.0
-    assert sides.two.greedy.counts.accepted_tokens > 0
+    # An untrained drafter is right by chance, if at all.
+    assert sum(run.counts.accepted_tokens for run in sides.two) > 0
 
 
 def test_both_ranks_take_another_drafter_or_neither(sides: Sides) -> None:
