@@ -15,6 +15,7 @@ from vllm import LLM
 from vllm.config import CompilationMode
 
 from tests.serving.engines import ON_V2, bound_drafter_of, engine, generate
+from vllm_mtp.drafter.layers import BlockRows
 from vllm_mtp.drafter.model import BoundDrafter
 from vllm_mtp.serving.compiled import compile_layers
 
@@ -112,7 +113,7 @@ def test_only_where_the_target_is_compiled(
 def bound_with(layers_runner: Callable[..., Any]) -> Any:
     """What `compile_layers` looks at of a drafter."""
     config = SimpleNamespace(
-        num_speculative_tokens=4, target=SimpleNamespace(hidden_size=64)
+        num_speculative_tokens=4, layers=(), target=SimpleNamespace(hidden_size=64)
     )
     return SimpleNamespace(
         layers_runner=layers_runner, drafter=SimpleNamespace(config=config)
@@ -141,9 +142,34 @@ def test_what_cannot_be_compiled_runs_uncompiled(
     rows = torch.zeros(3, 2)
     with caplog.at_level(logging.WARNING, "vllm.mtp_placeholder"):
         for _ in range(2):
-            found = bound.layers_runner(rows, torch.zeros(3), None, rows)
+            found = bound.layers_runner(
+                rows, torch.zeros(3), None, rows, BlockRows(3)
+            )
             assert found.eq(1).all()
     assert calls == [3, 3]
     said = [record.getMessage() for record in caplog.records]
     # Twice in the list where two handlers see it.
     assert len({text for text in said if "layers are not compiled: " in text}) == 1
+
+
+def test_the_first_number_of_rows_may_be_the_width() -> None:
+    """256 requests with 4 drafts on a target 1024 wide, for one."""
+    linear = torch.nn.Linear(64, 64).requires_grad_(False)
+
+    def run(embedded: torch.Tensor, positions: torch.Tensor, *_: Any) -> torch.Tensor:
+        return linear(embedded + positions[:, None])
+
+    bound = bound_with(run)
+    config: Any = SimpleNamespace(
+        compilation_config=SimpleNamespace(mode=CompilationMode.DYNAMO_TRACE_ONCE),
+        scheduler_config=SimpleNamespace(max_num_seqs=16),
+        speculative_config=None,
+    )
+    compile_layers(bound, config)
+    assert bound.layers_runner is not run
+    with torch.inference_mode():
+        for count in (64, 10, 96, 64):
+            gate = torch.ones(count, 1)
+            rows = torch.randn(count, 64), torch.arange(count), None, gate
+            found = bound.layers_runner(*rows, BlockRows(4))
+            torch.testing.assert_close(found, run(*rows))

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import torch
 from torch._dynamo.exc import TorchDynamoException
+from torch.fx.experimental import _config as symbols
 from vllm.config import CompilationMode, VllmConfig
 from vllm.platforms import current_platform
 
@@ -48,7 +49,8 @@ class _Compiled:
     """A `RunLayers` that is compiled once for all numbers of rows but one.
 
     A single row would be compiled anew, as dynamo takes a size of 1 for a constant. It
-    occurs only where one request drafts one token.
+    occurs where one request drafts one token, or row by row in a chain, which is not
+    faster then.
 
     Args:
         run: What to compile.
@@ -57,6 +59,7 @@ class _Compiled:
 
     def __init__(self, run: RunLayers, one_thread: bool) -> None:
         self._run = run
+        self._has_run = False
 
         def run_rows(
             embedded: torch.Tensor,
@@ -93,7 +96,14 @@ class _Compiled:
         if self._compiled is None or len(positions) == 1:
             return self._run(*rows, blocks)
         try:
-            return self._compiled(*rows)
+            if self._has_run:
+                return self._compiled(*rows)
+            # Sizes that are equal by chance, as the first number of rows and a width,
+            # are else taken for the same one in all calls.
+            with symbols.patch(use_duck_shape=False):
+                out = self._compiled(*rows)
+            self._has_run = True
+            return out
         except TorchDynamoException as error:  # in the first call, while vLLM starts
             reason = str(error).strip().partition("\n")[0]
             logger.warning("the drafter's layers are not compiled: %s", reason)
