@@ -26,6 +26,7 @@ from vllm_mtp.training.loss_module import LossModule, LossPlan
 from vllm_mtp.training.loss_vocabulary import LossVocabulary, own_token_counts
 from vllm_mtp.training.objective import Objective
 from vllm_mtp.training.states import StatesSource, TrainingInputError, require_sane
+from vllm_mtp.training.states_folder import StatesFolder
 from vllm_mtp.training.token_loss import TokenLoss
 
 TOKENS = torch.arange(30) * 37 % VOCAB_SIZE
@@ -378,6 +379,33 @@ class TestStates:
         finally:
             weight.copy_(before)
         assert len(list(tmp_path.iterdir())) == 2
+
+    def test_the_same_weights_with_another_config_are_another_target(
+        self, tiny_llama: Path, tmp_path: Path
+    ) -> None:
+        for eps in (1e-6, 1e-2):
+            model = AutoModelForCausalLM.from_pretrained(tiny_llama, rms_norm_eps=eps)
+            other = HFTarget(model.eval().requires_grad_(False))
+            found = StatesSource(other, {0}, folder=tmp_path).get(0, TOKENS)
+            assert torch.equal(found.hidden, other.encode(TOKENS).hidden)
+
+    def test_two_runs_may_write_the_same_text_at_once(
+        self, host: HFTarget, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        """Neither knows what the other asks for; one of both is written last."""
+        encode, write = HFTarget.encode, StatesFolder._write
+        others = [False]
+
+        def written_in_between(self: StatesFolder, path: Path, states: Any) -> None:
+            write(self, path, states)
+            if not others[0]:
+                others[0] = True
+                path.unlink()
+                StatesSource(host, {1}, folder=tmp_path).get(0, TOKENS)
+
+        monkeypatch.setattr(StatesFolder, "_write", written_in_between)
+        found = StatesSource(host, {2}, folder=tmp_path).get(0, TOKENS)
+        assert torch.equal(found.keys[2], encode(host, TOKENS).keys[2])
 
     @pytest.mark.parametrize(
         ("fill", "reason"),

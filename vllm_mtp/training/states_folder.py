@@ -9,6 +9,7 @@ bfloat16).
 """
 
 import hashlib
+import json
 import os
 from collections.abc import Collection, Iterable
 from pathlib import Path
@@ -58,8 +59,9 @@ class StatesFolder:
             OutputError: They cannot be written.
         """
         path = self._folder / f"{_name(token_ids)}.safetensors"
-        there = _names_in(path)
         wanted = {_HIDDEN, *_names(cached, streams)}
+        # Another process may write it anew: what is open stays as it is.
+        there, found = _read(path, wanted, str(token_ids.device))
         if not wanted <= there:
             # What other runs have asked for stays.
             kept = _layers(there, "keys"), _layers(there, "streams")
@@ -68,20 +70,16 @@ class StatesFolder:
                 cached=kept[0].union(cached),
                 streams=kept[1].union(streams),
             )
-            self._write(path, states)
-        with safe_open(path, framework="pt", device=str(token_ids.device)) as file:
-            return TargetStates(
-                {i: file.get_tensor(f"keys.{i}") for i in sorted(cached)},
-                {i: file.get_tensor(f"values.{i}") for i in sorted(cached)},
-                file.get_tensor(_HIDDEN),
-                {i: file.get_tensor(f"streams.{i}") for i in sorted(streams)},
-            )
+            found = _by_name(states)
+            self._write(path, found)
+        return TargetStates(
+            {i: found[f"keys.{i}"] for i in sorted(cached)},
+            {i: found[f"values.{i}"] for i in sorted(cached)},
+            found[_HIDDEN],
+            {i: found[f"streams.{i}"] for i in sorted(streams)},
+        )
 
-    def _write(self, path: Path, states: TargetStates) -> None:
-        tensors = {_HIDDEN: states.hidden}
-        for kind in ("keys", "values", "streams"):
-            for index, tensor in getattr(states, kind).items():
-                tensors[f"{kind}.{index}"] = tensor
+    def _write(self, path: Path, tensors: dict[str, torch.Tensor]) -> None:
         # Another process may write the same text: each has a name of its own.
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         with writing(path):
@@ -104,13 +102,26 @@ def _layers(names: Iterable[str], kind: str) -> set[int]:
     return {int(number) for _, number in found}
 
 
-def _names_in(path: Path) -> set[str]:
-    """Of the tensors of a file; none where it is missing or broken."""
+def _by_name(states: TargetStates) -> dict[str, torch.Tensor]:
+    tensors = {_HIDDEN: states.hidden}
+    for kind in ("keys", "values", "streams"):
+        for index, tensor in getattr(states, kind).items():
+            tensors[f"{kind}.{index}"] = tensor
+    return tensors
+
+
+def _read(
+    path: Path, wanted: set[str], device: str
+) -> tuple[set[str], dict[str, torch.Tensor]]:
+    """The names of a file's tensors, none where it is missing or broken, and what is
+    wanted if all of it is there."""
     try:
-        with safe_open(path, framework="pt") as file:
-            return set(file.keys())
+        with safe_open(path, framework="pt", device=device) as file:
+            names = set(file.keys())
+            whole = wanted if wanted <= names else ()
+            return names, {name: file.get_tensor(name) for name in whole}
     except (OSError, SafetensorError):
-        return set()
+        return set(), {}
 
 
 def _name(token_ids: torch.Tensor) -> str:
@@ -119,14 +130,20 @@ def _name(token_ids: torch.Tensor) -> str:
 
 @torch.no_grad()
 def _fingerprint(host: HFTarget) -> str:
-    """Of all that states depend on: weights (a few numbers of each), types, device.
+    """Of all that states depend on: config, weights (a few numbers of each), types,
+    device.
 
-    A target that was trained further has other numbers.
+    A target that was trained further has other numbers, and one whose RoPE was
+    stretched another config.
     """
     digest = hashlib.sha256()
     device = host.device.type
     autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
-    digest.update(f"{device} {autocast} {host.model.config.model_type}".encode())
+    config = host.model.config.to_dict()
+    for name in ("_name_or_path", "transformers_version"):
+        config.pop(name, None)
+    config_text = json.dumps(config, sort_keys=True, default=str)
+    digest.update(f"{device} {autocast} {config_text}".encode())
     for name, weight in host.model.named_parameters():
         digest.update(f"{name} {list(weight.shape)} {weight.dtype}".encode())
         some = weight.flatten()[:: max(1, weight.numel() // 64)].float().cpu()
