@@ -62,6 +62,17 @@ def test_an_untrained_bridge_changes_nothing(host: HFTarget, tiny_llama: Path) -
     assert relative_error(with_bridges, 1) == pytest.approx(relative_error(without, 1))
 
 
+def test_extra_rows_are_no_rows_to_fit(host: HFTarget, tiny_llama: Path) -> None:
+    """Without layers in between, the anchors' rows are the same with and without."""
+    few, more = (
+        bound_drafter(host, tiny_llama, "own:2", extra_rows=count) for count in (0, 2)
+    )
+    fit_bridges(few, TEXTS)
+    fit_bridges(more, TEXTS)
+    ours, theirs = (bridged_layers(b.drafter)[0].bridge.weight for b in (few, more))
+    torch.testing.assert_close(ours, theirs)
+
+
 def test_where_nothing_is_left_out_the_bridge_stays_as_it_is(
     host: HFTarget, tiny_llama: Path
 ) -> None:

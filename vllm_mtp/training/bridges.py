@@ -135,7 +135,8 @@ def _inputs_of(bound: BoundDrafter, index: int, blocks: TextBlocks) -> torch.Ten
         forward_texts(bound, [blocks], num_draft_tokens=1, whole_blocks=True)
     finally:
         bound.trace = before
-    return seen[index - 1 if index else Traced.INPUT]
+    rows = seen[index - 1 if index else Traced.INPUT]
+    return rows.unflatten(0, (len(blocks.prefix_lens), -1))[:, 0]  # extra rows behind
 
 
 def _solve(layer: OwnLayer, sums: _Sums) -> float:
