@@ -33,6 +33,7 @@ K = 3
 PROMPTS = [[3, 1, 4, 1, 5], [9], [2, 6, 5, 3, 5, 8, 9, 7]]
 KINDS: dict[str, dict[str, Any]] = {
     "whole target": {"layers": "shared:all", "markov_rank": 4},
+    "few tokens": {"layers": "shared:all", "draft_vocab_size": 40},
     "own": {"layers": "own:0,3", "boundary_hidden": "all", "draft_vocab_size": 300},
     "chain": {"layers": "own:3", "chain": True},
     "streams": {"layers": "own:1,3", "boundary_hidden": "all", "boundary_of": "bound"},
@@ -87,7 +88,8 @@ def plainly(
             bound, [blocks], K, pick_greedy_with_scores, whole_blocks=True
         )
         assert scores is not None
-        sure = int(bound.drafter.config.shares_whole_target)
+        config = bound.drafter.config
+        sure = int(config.shares_whole_target and config.draft_vocab_size is None)
         taken = int(rule.num_taken(scores, sure)[0])
         for token in drafts[0, :taken].tolist():
             add(token, True)

@@ -315,8 +315,10 @@ def _draft(
         whole_blocks=True,  # no state holds an anchor's row yet
     )
     assert scores is not None, "the pick gives them"
-    # Of the whole target the anchor's row is the target's own.
-    return drafts, rule.num_taken(scores, int(anchors_are_exact(config)))
+    # Of the whole target the anchor's row is the target's own, and so is what is
+    # chosen there among all tokens by the target's LM head.
+    all_said = config.draft_vocab_size is None and config.lm_head == "target"
+    return drafts, rule.num_taken(scores, int(anchors_are_exact(config) and all_said))
 
 
 @dataclass(frozen=True)
