@@ -142,9 +142,7 @@ def test_what_cannot_be_compiled_runs_uncompiled(
     rows = torch.zeros(3, 2)
     with caplog.at_level(logging.WARNING, "vllm.mtp_placeholder"):
         for _ in range(2):
-            found = bound.layers_runner(
-                rows, torch.zeros(3), None, rows, BlockRows(3)
-            )
+            found = bound.layers_runner(rows, torch.zeros(3), None, rows, BlockRows(3))
             assert found.eq(1).all()
     assert calls == [3, 3]
     said = [record.getMessage() for record in caplog.records]
