@@ -68,3 +68,16 @@ def test_heads_that_grow_keep_what_they_drafted(
         rows = new.get_parameter(name)
         assert rows[: 3 - first].equal(old.get_parameter(name)), name
         assert not rows[3 - first :].equal(rows[1 - first : 3 - first]), name
+
+
+@pytest.mark.parametrize(
+    "design",
+    [DESIGNS["heads"], {"layers": "shared:0", "chain": True}],
+    ids=["heads", "chain"],
+)
+def test_one_position_is_trained(
+    design: dict[str, Any], arguments: MakeArguments, tiny_llama: Path
+) -> None:
+    args = arguments(**design, num_speculative_tokens=1, max_steps=2)
+    train(args, tiny_llama)
+    assert load_drafter(str(args.output_dir)).config.num_speculative_tokens == 1

@@ -8,7 +8,7 @@ from dataclasses import replace
 from datetime import datetime, timezone
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from datasets import Dataset
@@ -19,7 +19,7 @@ from vllm_mtp.data.settings import OFF_POLICY
 from vllm_mtp.data.several import Answers, differences, read_answers
 from vllm_mtp.drafter.checkpoint import CONFIG_FILE, load_drafter, read_config
 from vllm_mtp.drafter.cost import draft_cost
-from vllm_mtp.drafter.layers import OwnLayer
+from vllm_mtp.drafter.layers import MLPLayer, OwnLayer
 from vllm_mtp.drafter.model import Drafter
 from vllm_mtp.drafter.target_facts import TargetFacts
 from vllm_mtp.drafter.vocabulary import frequent_tokens, tokens_of
@@ -279,14 +279,20 @@ def require_trainable(loss_module: LossModule) -> None:
     drafter, num_taught = loss_module.drafter, loss_module.num_draft_tokens
     weights: Iterable[nn.Parameter] = trainable_weights(drafter)
     if num_taught == 1:
-        # Placeholders, LoRA and the Markov correction act behind the first position.
-        own = [layer for layer in drafter.layers if isinstance(layer, OwnLayer)]
+        # Placeholders, LoRA and the Markov correction act behind the first position;
+        # LoRA on all of them where a hidden state enters.
+        kinds: Any = OwnLayer | MLPLayer
+        if drafter.config.input == "boundary":
+            kinds = nn.Module
+        own = [layer for layer in drafter.layers if isinstance(layer, kinds)]
+        others = (drafter.chain, drafter.lm_heads)
+        own += [module for module in others if module is not None]
         weights = nn.ModuleList(own).parameters()
     if not any(weight.requires_grad for weight in weights):
         raise TrainingInputError(
             f"layers: nothing to train at {num_taught} taught position(s); shared "
-            "layers without LoRA have no weights, and on the first position only own "
-            "layers have any that act. Ask for own layers, or for more "
+            "layers without LoRA have no weights, and LoRA, placeholders and a Markov "
+            "correction act behind the first position. Ask for own layers, or for more "
             "num_speculative_tokens (or train_places), lora_rank or markov_rank"
         )
 
