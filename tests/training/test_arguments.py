@@ -249,6 +249,10 @@ class TestTheBest:
         ({"train_places": 0}, "train_places: got 0, expected 1 or more"),
         ({"own_optimizer": "muon"}, "no own layer to train; leave it out"),
         (
+            {"own_optimizer": "muon", "layers": "own:3", "per_position": True},
+            "own_optimizer: got 'muon', which is for matrices",
+        ),
+        (
             {
                 "own_optimizer": "muon",
                 "layers": "own:3",

@@ -460,6 +460,12 @@ def _require_schedule(args: DrafterTrainingArguments) -> None:
 
 
 def _require_own_layers(args: DrafterTrainingArguments) -> None:
+    if args.own_optimizer != "as_optim" and args.per_position:
+        raise MTPError(
+            f"own_optimizer: got {args.own_optimizer!r}, which is for matrices, but "
+            "per_position is true, so own layers have a stack of them in each tensor; "
+            "leave one of the two out"
+        )
     if all("own" in layers for layers in [*args.stages, args.layers]):
         return
     if args.feature_weight > 0:
