@@ -247,3 +247,22 @@ def test_new_positions_keep_the_rest(tiny_llama: Path, trained: Drafter) -> None
     )
     with pytest.raises(TrainingInputError, match="layers, markov differ"):
         require_same_but_positions(other, trained)
+
+
+def test_noise_stays_the_targets_where_positions_are_added(tiny_llama: Path) -> None:
+    options = replace(HEADS, placeholder_kind="noise", input="block", lm_head="target")
+    new = _made(tiny_llama, 4, options)
+    freeze_all_but_new_positions(new, num_old=2)
+    assert new.placeholders is not None
+    assert not new.placeholders.requires_grad
+    assert any(weight.requires_grad for weight in new.parameters())
+
+
+def test_an_mlp_layer_takes_no_weights_of_another_form(tiny_llama: Path) -> None:
+    old, new = (
+        new_drafter(tiny_llama, "mlp:1", 2, replace(HEADS, mlp_form=form))
+        for form in ("gated", "plain")
+    )
+    fill_weights(old, 0.2, salt="old ")
+    left = warm_start(new, old)
+    assert {name for name in new.state_dict() if name.startswith("layers.")} == {*left}

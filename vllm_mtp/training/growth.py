@@ -20,8 +20,8 @@ _ROWS_BY_TOKEN = ("markov.unembed.weight", "lm_heads.weight")
 def warm_start(drafter: Drafter, source: Drafter) -> list[str]:
     """Take over every weight of ``source`` that fits.
 
-    Layers fit by kind and target layer, in the order they come, so layers can be
-    left out ("healing"). Placeholders and weights per position are taken from the
+    Layers fit by kind and target layer, or form, in the order they come, so layers can
+    be left out ("healing"). Placeholders and weights per position are taken from the
     first on; added positions go round the trained ones again, all but the first of
     them (looped extension, MTP-D, 2603.23911). Where the source has one weight for all
     positions, each begins with it. What the Markov correction and own LM heads have for
@@ -145,10 +145,11 @@ def require_same_but_positions(drafter: Drafter, source: Drafter) -> None:
 def _layers_taken(drafter: Drafter, source: Drafter) -> dict[int, int]:
     """Layer number in the drafter to layer number in the source."""
 
-    def alike(layer: LayerConfig) -> tuple[str, int | None]:
-        return layer.kind, getattr(layer, "target_layer", None)
+    def alike(layer: LayerConfig) -> tuple[str, int | str | None]:
+        form = getattr(layer, "form", None)  # what MLP layers' weights are for
+        return layer.kind, getattr(layer, "target_layer", form)
 
-    positions: dict[tuple[str, int | None], list[int]] = defaultdict(list)
+    positions: dict[tuple[str, int | str | None], list[int]] = defaultdict(list)
     for index, layer in enumerate(source.config.layers):
         positions[alike(layer)].append(index)
     taken: dict[int, int] = {}
@@ -210,14 +211,17 @@ def freeze_all_but_new_positions(
         )
     train_by_position(drafter)
     for name, first in by_position.items():
-        _mask_gradient(drafter.get_parameter(name), num_old - first)
+        if (weight := drafter.get_parameter(name)).requires_grad:
+            _mask_gradient(weight, num_old - first)
 
 
 def train_by_position(drafter: Drafter) -> None:
     """Train what belongs to single positions, and nothing else."""
     drafter.requires_grad_(False)
     for name in drafter.weights_by_position():
-        drafter.get_parameter(name).requires_grad_(True)
+        # The target's own embeddings are not trained.
+        if name != "placeholders" or drafter.config.noise is None:
+            drafter.get_parameter(name).requires_grad_(True)
 
 
 def _mask_gradient(weight: torch.nn.Parameter, num_kept: int) -> None:
