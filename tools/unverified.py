@@ -30,7 +30,12 @@ from vllm_mtp.drafter.model import BoundDrafter
 from vllm_mtp.drafter.target_facts import TargetFacts
 from vllm_mtp.engine import tokenizer_of
 from vllm_mtp.errors import MTPError, in_one_line
-from vllm_mtp.evaluation.merged import ForwardCost, in_two_forwards, merged
+from vllm_mtp.evaluation.merged import (
+    ForwardCost,
+    in_two_forwards,
+    is_mergeable,
+    merged,
+)
 from vllm_mtp.evaluation.offline import accepted_lengths, walk
 from vllm_mtp.evaluation.unverified import (
     Answer,
@@ -46,7 +51,7 @@ from vllm_mtp.markdown import table
 from vllm_mtp.metrics import mean_length
 from vllm_mtp.torch_host.hf_target import HFTarget
 from vllm_mtp.torch_host.load import load_frozen
-from vllm_mtp.torch_host.texts import anchors_are_exact, streams_of
+from vllm_mtp.torch_host.texts import streams_of
 
 ROOT = Path(__file__).parent.parent
 PROMPTS = ROOT / "examples" / "prompts" / "unseen.jsonl"
@@ -73,6 +78,9 @@ def main() -> int:
     except MTPError as error:
         print(f"unverified: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("\nunverified: interrupted, nothing written", file=sys.stderr)
+        return 130
     plot(results, Path(f"{args.out}.png"))
     Path(f"{args.out}.json").write_text(json.dumps(results, indent=1) + "\n", "utf-8")
     print(taken_table(results) + "\n\n" + merged_table(results))
@@ -181,7 +189,7 @@ def _results_of(
             for rule, answers in taken.items()
         ],
     }
-    if anchors_are_exact(config):
+    if is_mergeable(config):
         results["merged"] = [
             {
                 "k": n,

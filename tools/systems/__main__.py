@@ -25,6 +25,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MTPError as error:
         print(f"systems {options.command}: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on", file=sys.stderr)
+        return 130
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -353,7 +353,8 @@ class DrafterConfig(Strict):
     block_mask: Annotated[Literal["causal", "bidirectional"], Knob()] = Field(
         default="causal",
         description="Which rows of its own block a row attends to: those before it "
-        "and itself, or all.",
+        "and itself, or all. In the latter case fewer draft tokens are other ones: the "
+        "rows left out were read.",
     )
     lm_head: Annotated[Literal["target", "own"], Knob()] = Field(
         default="target",

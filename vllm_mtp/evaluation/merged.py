@@ -21,7 +21,6 @@ from functools import reduce
 from operator import add
 
 from vllm_mtp.drafter.config import DrafterConfig
-from vllm_mtp.errors import MTPError
 from vllm_mtp.evaluation.offline import walk
 from vllm_mtp.metrics import AcceptanceCounts, mean_length
 from vllm_mtp.torch_host.texts import anchors_are_exact
@@ -50,18 +49,11 @@ class ForwardCost:
         return self.rows_per_step / self.tokens_per_step
 
 
-def require_mergeable(config: DrafterConfig) -> None:
-    """Raise unless a drafter's rows can stand in the target's own forward.
-
-    Raises:
-        MTPError: It has layers of its own, or leaves some of the target's out.
-    """
-    if not anchors_are_exact(config):
-        raise MTPError(
-            "merged verification: the drafter is not the whole target with trained "
-            "rows, so its drafts cannot come out of the target's forward; expected "
-            "layers 'shared:all', a causal block and the whole prefix"
-        )
+def is_mergeable(config: DrafterConfig) -> bool:
+    """Whether a drafter's rows can stand in the target's own forward, whose tokens are
+    then the first drafts: it is the whole target with trained rows."""
+    whole_head = config.draft_vocab_size is None and config.lm_head == "target"
+    return anchors_are_exact(config) and whole_head
 
 
 def in_two_forwards(lengths: Iterable[Sequence[int]], k: int) -> ForwardCost:
@@ -79,8 +71,8 @@ def merged(lengths: Iterable[Sequence[int]], k: int) -> ForwardCost:
     """One forward of k tokens that are verified, each with k - 1 masks behind it.
 
     Args:
-        lengths: As in `in_two_forwards`, of a drafter that `require_mergeable` lets
-            pass: the first draft is then the target's own token.
+        lengths: As in `in_two_forwards`, of a drafter that `is_mergeable`: the first
+            draft is then the target's own token.
         k: Rows of a block, its first one included.
     """
     masks = k - 1

@@ -70,6 +70,9 @@ class _Compiled:
             # No layer asks how rows belong to blocks.
             return run(embedded, positions, boundary, gate, BlockRows(1))
 
+        # Dynamo keeps what it has compiled by code object, and without guards it would
+        # run another drafter's.
+        run_rows.__code__ = run_rows.__code__.replace()
         # Weights, layers and types are the same in every call, so nothing needs to be
         # looked at again before it (which takes milliseconds).
         self._compiled: Callable[..., torch.Tensor] | None = torch.compile(
@@ -100,7 +103,7 @@ class _Compiled:
                 return self._compiled(*rows)
             # Sizes that are equal by chance, as the first number of rows and a width,
             # are else taken for the same one in all calls.
-            with symbols.patch(use_duck_shape=False):
+            with symbols.patch(use_duck_shape=False):  # type: ignore[attr-defined]
                 out = self._compiled(*rows)
             self._has_run = True
             return out

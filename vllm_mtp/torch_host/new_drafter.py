@@ -444,7 +444,8 @@ def _fill(
             start = weights.mean_embedding() * scale
         drafter.placeholders.copy_(start)
     if drafter.lm_heads is not None:
-        rows = weights.lm_head()
+        # Some are stored with more rows than there are tokens.
+        rows = weights.lm_head()[: drafter.config.target.vocab_size]
         if drafter.draft_vocab is not None:
             rows = rows[drafter.draft_vocab.token_ids]
         drafter.lm_heads.weight.copy_(rows)
