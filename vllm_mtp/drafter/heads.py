@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vllm_mtp.drafter.layers import Norm
+from vllm_mtp.drafter.layers import Norm, each_position
 
 Pick = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor | None]]
 """Choose tokens from logits ``[B, V]``: token indices ``[B]`` int64, and their
@@ -104,7 +104,7 @@ class OwnHeads(nn.Module):
         weight = self.weight[first : first + hidden.shape[1]]
         if columns is not None:
             weight = weight[:, columns]
-        return (hidden.transpose(0, 1) @ weight.to(hidden.dtype).mT).transpose(0, 1)
+        return each_position(hidden, weight)
 
     def init_weights(self, generator: torch.Generator) -> None:
         nn.init.normal_(self.weight, std=0.02, generator=generator)

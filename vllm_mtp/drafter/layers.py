@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The kinds of draft layer: shared with the target, the drafter's own, or an MLP."""
 
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -68,11 +69,26 @@ class PositionLinear(nn.Module):
     def forward(self, x: torch.Tensor, rows: BlockRows) -> torch.Tensor:
         """``[rows, inputs]`` to ``[rows, outputs]``."""
         which = slice(rows.first, rows.first + rows.num_positions)
-        blocks = rows.by_block(x).transpose(0, 1)  # [positions, B, inputs]
-        out = blocks @ self.weight[which].to(x.dtype).mT
+        out = each_position(rows.by_block(x), self.weight[which])
         if self.bias is not None:
-            out = out + self.bias[which, None].to(x.dtype)
-        return out.transpose(0, 1).flatten(0, 1)
+            out = out + self.bias[which].to(out.dtype)
+        return out.flatten(0, 1)
+
+
+def each_position(blocks: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Rows ``[B, positions, inputs]`` by the map of their position, of ``[positions,
+    outputs, inputs]``. ``[B, positions, outputs]``."""
+    by_position = blocks.transpose(0, 1)
+    return (by_position @ weights.to(blocks.dtype).mT).transpose(0, 1)
+
+
+def linear_map(
+    inputs: int, outputs: int, num_positions: int | None, *, bias: bool = False
+) -> Any:
+    """One linear map, or one for each of so many positions; see `project`."""
+    if num_positions is None:
+        return nn.Linear(inputs, outputs, bias=bias)
+    return PositionLinear(num_positions, inputs, outputs, bias=bias)
 
 
 def project(linear: nn.Module, x: torch.Tensor, rows: BlockRows) -> torch.Tensor:
@@ -193,11 +209,9 @@ class OwnLayer(nn.Module):
             eps = config.rms_norm_eps
             return Norm(size, eps, centered=centered) if wanted else None
 
-        def linear(inputs: int, outputs: int, *, bias: bool = False) -> Any:
-            if config.per_position:
-                return PositionLinear(num_positions, inputs, outputs, bias=bias)
-            return nn.Linear(inputs, outputs, bias=bias)
-
+        linear = partial(
+            linear_map, num_positions=num_positions if config.per_position else None
+        )
         centered, placement = config.norm == "layer", config.norm_placement
         before = placement in ("before", "around")
         after = placement in ("after", "around")
@@ -363,12 +377,9 @@ class MLPLayer(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
-
-        def linear(inputs: int, outputs: int, *, bias: bool) -> Any:
-            if config.per_position:
-                return PositionLinear(num_positions, inputs, outputs, bias=bias)
-            return nn.Linear(inputs, outputs, bias=bias)
-
+        linear = partial(
+            linear_map, num_positions=num_positions if config.per_position else None
+        )
         if config.form == "square":
             self.proj = linear(hidden_size, hidden_size, bias=True)
             return

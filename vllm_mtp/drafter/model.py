@@ -262,13 +262,13 @@ class BoundDrafter:
                 hidden = torch.cat(parts, dim=1)
             return hidden
 
-    def chain_row(
+    def _chain_row(
         self,
         position: int,
         token_ids: torch.Tensor,
         positions: torch.Tensor,
         hidden: torch.Tensor,
-        boundary: torch.Tensor | None,
+        read: torch.Tensor | None,
     ) -> torch.Tensor:
         """One row of each chain.
 
@@ -278,7 +278,7 @@ class BoundDrafter:
             positions: ``[B]`` int64.
             hidden: ``[B, hidden_size]``; the boundary hidden state, or what the row
                 before gave.
-            boundary: As in `forward`.
+            read: `Boundary.of_layers`.
 
         Returns:
             Last hidden states ``[B, hidden_size]``, after the final norm.
@@ -289,7 +289,6 @@ class BoundDrafter:
             entering = self.drafter.chain(embedded, hidden)
             # The anchor's row comes first, and changes act on the others.
             gate = torch.full_like(embedded[:, :1], float(position > 0))
-            read = self.read_boundary(boundary).of_layers
             rows = BlockRows(1, first=position)
             entering = entering.to(embedded.dtype)
             return self._run(entering, positions, read, gate[:, None], rows)
@@ -310,18 +309,14 @@ class BoundDrafter:
         Returns:
             ``[B, k, hidden_size]``, as `forward`.
         """
-        hidden, found = self.first_hidden(boundary), []
+        read, found = self.read_boundary(boundary), []
+        hidden = read.last
+        assert hidden is not None, "a chain begins with a hidden state"
         for position in range(positions.shape[1]):
             tokens, where = token_ids[:, position], positions[:, position]
-            hidden = self.chain_row(position, tokens, where, hidden, boundary)
+            hidden = self._chain_row(position, tokens, where, hidden, read.of_layers)
             found.append(hidden)
         return torch.stack(found, dim=1)
-
-    def first_hidden(self, boundary: torch.Tensor) -> torch.Tensor:
-        """What the first row of a chain reads. ``[B, hidden_size]``."""
-        last = self.read_boundary(boundary).last
-        assert last is not None, "a chain begins with a hidden state"
-        return last
 
     def read_boundary(self, boundary: torch.Tensor | None) -> Boundary:
         """What is read of hidden states as in `forward`."""
@@ -357,8 +352,9 @@ class BoundDrafter:
             with step(0):
                 hidden = self.forward(anchor_ids, positions, boundary)
                 return self.draft(hidden, pick, whole_vocab=whole_vocab)
-        assert boundary is not None, "the caller gives what the config asks for"
-        tokens, hidden = anchor_ids, self.first_hidden(boundary)
+        read = self.read_boundary(boundary)
+        tokens, state = anchor_ids, read.last
+        assert state is not None, "a chain begins with a hidden state"
         drafted: list[torch.Tensor] = []
         kept: list[torch.Tensor] = []
         with self._one_trace(positions, anchor_ids) as trace_drafts:
@@ -366,19 +362,19 @@ class BoundDrafter:
                 with step(position):
                     # Kernels take rows that lie one after the other.
                     where = positions[:, position].contiguous()
-                    hidden = self.chain_row(position, tokens, where, hidden, boundary)
+                    state = self._chain_row(
+                        position, tokens, where, state, read.of_layers
+                    )
                     chosen, distribution = self.draft(
-                        hidden[:, None], pick, whole_vocab=whole_vocab
+                        state[:, None], pick, whole_vocab=whole_vocab
                     )
                 tokens = chosen[:, 0]
                 drafted.append(tokens)
                 if distribution is not None:
                     kept.append(distribution[:, 0])
-        trace_drafts(torch.stack(drafted, dim=1))
-        return (
-            torch.stack(drafted, dim=1),
-            torch.stack(kept, dim=1) if kept else None,
-        )
+        block = torch.stack(drafted, dim=1)
+        trace_drafts(block)
+        return block, torch.stack(kept, dim=1) if kept else None
 
     @contextmanager
     def _one_trace(

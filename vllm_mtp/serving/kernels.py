@@ -10,7 +10,7 @@ float32 weight out anew at every call. On GPUs nothing changes.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -63,11 +63,7 @@ def _by_position(
 
     def forward(x: torch.Tensor, rows: BlockRows) -> torch.Tensor:
         some = products[rows.first : rows.first + rows.num_positions]
-        if len(some) == 1:
-            return some[0](x)
-        blocks = rows.by_block(x).unbind(1)
-        outs = [p(b.contiguous()) for p, b in zip(some, blocks, strict=True)]
-        return torch.stack(outs, dim=1).flatten(0, 1)
+        return _each(some, rows.by_block(x)).flatten(0, 1)
 
     return forward
 
@@ -77,10 +73,17 @@ def _heads_by_position(weights: torch.Tensor) -> Callable[..., torch.Tensor]:
     products = _products(weights, None)
 
     def forward(hidden: torch.Tensor) -> torch.Tensor:
-        rows = zip(products, hidden.unbind(1), strict=False)
-        return torch.stack([p(row.contiguous()) for p, row in rows], dim=1)
+        return _each(products[: hidden.shape[1]], hidden)
 
     return forward
+
+
+def _each(products: Sequence[Product], blocks: torch.Tensor) -> torch.Tensor:
+    """As `layers.each_position`."""
+    if len(products) == 1:
+        return products[0](blocks[:, 0])[:, None]
+    rows = zip(products, blocks.unbind(1), strict=True)
+    return torch.stack([product(row.contiguous()) for product, row in rows], dim=1)
 
 
 def _products(weights: torch.Tensor, biases: torch.Tensor | None) -> list[Product]:
