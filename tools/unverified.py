@@ -175,11 +175,12 @@ def _results_of(
 ) -> dict[str, Any]:
     config = bound.drafter.config
     k = config.num_speculative_tokens
-    lengths = [of for row in rows for of in accepted_lengths(bound, row, k)]
+    by_k = [of for row in rows for of in accepted_lengths(bound, row, k)]
     verified = [
-        mean_length(reduce(add, (walk(of, n) for of in lengths)))
+        mean_length(reduce(add, (walk(of[n], n) for of in by_k)))
         for n in range(1, k + 1)
     ]
+    lengths = [of[k] for of in by_k]
     results: dict[str, Any] = {
         "k": k,
         "draft_weights": draft_cost(config).relative_weights,

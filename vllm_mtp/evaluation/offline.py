@@ -275,16 +275,9 @@ def _evaluate_row(
 ) -> CategoryResult:
     tokens = sum(end - start for start, end in _spans_of(row))
     result = replace(CategoryResult.nothing(k), sequences=1, tokens=tokens)
-    whole, shorter = accepted_lengths(bound, row, k, most), {}
-    if bound.drafter.config.block_mask == "bidirectional":
-        # Rows of a shorter block see fewer others, and draft other tokens.
-        shorter = {n: accepted_lengths(bound, row, n, most) for n in range(1, k)}
-    for index, lengths in enumerate(whole):
-        simulated = (
-            walk(shorter[n][index] if n in shorter else lengths, n)
-            for n in range(1, k + 1)
-        )
-        result += CategoryResult(0, 0, _counts(lengths, k), tuple(simulated))
+    for by_k in accepted_lengths(bound, row, k, most):
+        simulated = tuple(walk(lengths, n) for n, lengths in by_k.items())
+        result += CategoryResult(0, 0, _counts(by_k[k], k), simulated)
     return result
 
 
@@ -294,7 +287,7 @@ def accepted_lengths(
     row: Mapping[str, Any],
     k: int,
     max_anchors_per_span: int | None = None,
-) -> list[list[int]]:
+) -> list[dict[int, list[int]]]:
     """Draft behind every token of a row's answers.
 
     Args:
@@ -304,8 +297,9 @@ def accepted_lengths(
         max_anchors_per_span: As in `evaluate_texts`.
 
     Returns:
-        For each answer with an anchor, for every anchor in order, the number of leading
-        drafts that are the target's own tokens.
+        For each answer with an anchor, by 1 .. k drafted tokens: for every anchor in
+        order, the number of leading drafts that are the target's own tokens. More than
+        are drafted count as all of them (see `walk`).
 
     Raises:
         DataError: A span leaves the row's tokens.
@@ -315,16 +309,27 @@ def accepted_lengths(
     spans = [span for span in _spans_of(row) if anchors_of(span, max_anchors_per_span)]
     if not spans:
         return []
-    states = host.encode(token_ids, streams=streams_of(bound.drafter.config))
+    config = bound.drafter.config
+    states = host.encode(token_ids, streams=streams_of(config))
     found = []
     for span in spans:
         anchors = anchors_of(span, max_anchors_per_span)
         lens = torch.arange(anchors.start, anchors.stop, device=token_ids.device)
         blocks = TextBlocks(token_ids, states, lens)
-        drafts = draft_everywhere(bound, blocks, k)
         truth = _true_tokens(host, blocks, span[1], k)
-        found.append((drafts == truth).long().cumprod(dim=1).sum(dim=1).tolist())
+        by_k = dict.fromkeys(range(1, k + 1), _leading(bound, blocks, truth))
+        if config.block_mask == "bidirectional":
+            # Rows of a shorter block see fewer others, and draft other tokens.
+            shorter = range(1, k)
+            by_k |= {n: _leading(bound, blocks, truth[:, :n]) for n in shorter}
+        found.append(by_k)
     return found
+
+
+def _leading(bound: BoundDrafter, blocks: TextBlocks, truth: torch.Tensor) -> list[int]:
+    """How many leading drafts of each block are ``truth`` ``[B, n]``."""
+    drafts = draft_everywhere(bound, blocks, truth.shape[1])
+    return (drafts == truth).long().cumprod(dim=1).sum(dim=1).tolist()
 
 
 def _spans_of(row: Mapping[str, Any]) -> list[tuple[int, int]]:
