@@ -14,7 +14,7 @@ from typing import Any
 from tools.systems.presets import Preset, preset_of
 from vllm_mtp.drafter.checkpoint import CONFIG_FILE, read_config
 from vllm_mtp.drafter.config import DrafterConfig
-from vllm_mtp.errors import MethodConfigError, MTPError
+from vllm_mtp.errors import MTPError
 from vllm_mtp.files import write_whole
 
 
@@ -53,14 +53,7 @@ class Run:
     @property
     def is_served(self) -> bool:
         """Whether vLLM can run it."""
-        # Imports vLLM, which reads its settings then: not before they are made.
-        from vllm_mtp.serving.refusals import require_served
-
-        try:
-            require_served(self.config)
-        except MethodConfigError:
-            return False
-        return True
+        return not self.config.unserved
 
     @property
     def _results(self) -> Path:

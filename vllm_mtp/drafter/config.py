@@ -48,6 +48,12 @@ class Strict(BaseModel):
         extra="forbid", frozen=True, strict=True, allow_inf_nan=False
     )
 
+    def changed(self, *names: str) -> dict[str, Any]:
+        """Those of some fields that are not what they are by default, with the
+        default."""
+        defaults = {name: type(self).model_fields[name].default for name in names}
+        return {n: d for n, d in defaults.items() if getattr(self, n) != d}
+
 
 class LoRAConfig(Strict):
     """Low-rank change of a shared layer, applied to placeholder rows only."""
@@ -490,6 +496,19 @@ class DrafterConfig(Strict):
         )
 
     @property
+    def unserved(self) -> dict[str, tuple[Any, Any]]:
+        """Keys by which vLLM cannot run it yet: what they are, and would have to be.
+        Plain torch trains and evaluates such drafters."""
+        found: dict[str, tuple[Any, Any]] = {}
+        if self.extra_rows:
+            found["extra_rows"] = (self.extra_rows, 0)
+        if self.boundary_layers:
+            found["boundary_layers"] = (list(self.boundary_layers), [])
+        if self._boundary_readers("bound"):
+            found["boundary_of"] = ("bound", "last")
+        return found
+
+    @property
     def are_heads(self) -> bool:
         """Whether it is made of heads on a hidden state."""
         plain = all(isinstance(layer, MLPLayerConfig) for layer in self.layers)
@@ -521,13 +540,13 @@ def require_window(
     """
     windows = [sliding_window(index) or 0 for index in config.read_layers]
     least = max(windows, default=0)
-    for name, plain in (("block_mask", "causal"), ("extra_rows", 0)):
-        if least and (value := getattr(config, name)) != plain:
-            raise TargetMismatchError(
-                f"{name}: got {value!r}, but a target layer that the drafter reads has "
-                f"a sliding window ({least} tokens); expected {plain!r}, or layers "
-                "without one"
-            )
+    unusual = config.changed("block_mask", "extra_rows") if least else {}
+    for name, plain in unusual.items():
+        raise TargetMismatchError(
+            f"{name}: got {getattr(config, name)!r}, but a target layer that the "
+            f"drafter reads has a sliding window ({least} tokens); expected {plain!r}, "
+            "or layers without one"
+        )
     if config.prefix_window is not None and config.prefix_window < least:
         raise TargetMismatchError(
             f"prefix_window: got {config.prefix_window}, but a target layer that the "
@@ -598,18 +617,12 @@ def _shown(value: object) -> str:
 
 
 def _check_chain(config: DrafterConfig) -> None:
-    for name, expected in (
-        ("markov", None),
-        ("noise", None),
-        ("extra_rows", 0),
-        ("block_mask", "causal"),
-        ("lm_head", "target"),
-    ):
-        if (value := getattr(config, name)) != expected:
-            raise ValueError(
-                f"{name}: got {_shown(value)}, expected {_shown(expected)} where chain "
-                "is not null"
-            )
+    parallel = ("markov", "noise", "extra_rows", "block_mask", "lm_head")
+    for name, expected in config.changed(*parallel).items():
+        raise ValueError(
+            f"{name}: got {_shown(getattr(config, name))}, expected "
+            f"{_shown(expected)} where chain is not null"
+        )
     read: set[int] = set()
     for index, layer in enumerate(config.layers):
         if isinstance(layer, OwnLayerConfig) and layer.attention == "block":

@@ -162,18 +162,12 @@ def require_readable(config: DrafterConfig, engine_args: Any, model: Any) -> Non
 
 def require_served(config: DrafterConfig) -> None:
     """Refuse what is trained and evaluated in plain torch only."""
-    bound = any(getattr(x, "boundary_of", "last") == "bound" for x in config.layers)
-    for name, value, plain in (
-        ("extra_rows", config.extra_rows, 0),
-        ("boundary_layers", list(config.boundary_layers), []),
-        ("boundary_of", "bound" if bound else "last", "last"),
-    ):
-        if value != plain:
-            raise MethodConfigError(
-                f"method {METHOD!r}: {name}: got {value!r}, expected {plain!r}; such "
-                "drafters are not served yet, only trained and evaluated "
-                "(vllm-mtp eval). Use a drafter without it"
-            )
+    for name, (value, plain) in config.unserved.items():
+        raise MethodConfigError(
+            f"method {METHOD!r}: {name}: got {value!r}, expected "
+            f"{plain!r}; such drafters are not served yet, only trained and "
+            "evaluated (vllm-mtp eval). Use a drafter without it"
+        )
 
 
 def require_bidirectional(config: DrafterConfig, backends: Iterable[Any]) -> None:

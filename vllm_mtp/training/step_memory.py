@@ -40,24 +40,16 @@ _PER_SCORE = 12
 def uncounted(config: DrafterConfig) -> list[str]:
     """Keys of a drafter's config for which there is no formula, here or in
     `step_time`."""
-    found = [
-        key
-        for key, plain in (
-            *(("chain", None), ("input", "block"), ("lm_head", "target")),
-            *(("extra_rows", 0), ("boundary_layers", ())),
-        )
-        if getattr(config, key) != plain
-    ]
+    whole = ("chain", "input", "lm_head", "extra_rows", "boundary_layers")
+    found = list(config.changed(*whole))
     for index, layer in enumerate(config.layers):
         if isinstance(layer, MLPLayerConfig):
-            found.append(f"layers.{index}.kind")
-            continue
-        for key, plain in (
-            *(("per_position", False), ("attention", "prefix")),
-            *(("boundary_of", "last"), ("full_rank", ())),
-        ):
-            if getattr(layer, key, plain) != plain:
-                found.append(f"layers.{index}.{key}")
+            keys = ["kind"]
+        elif isinstance(layer, OwnLayerConfig):
+            keys = list(layer.changed("per_position", "attention", "boundary_of"))
+        else:
+            keys = list(layer.changed("full_rank"))
+        found += [f"layers.{index}.{key}" for key in keys]
     return found
 
 
