@@ -163,7 +163,7 @@ class DrafterOptions(_Knobs):
         if not self.lora_rank:
             return None
         alpha = self.lora_alpha or 2.0 * self.lora_rank
-        return _valid(
+        return valid(
             LoRAConfig,
             "lora_",
             rank=self.lora_rank,
@@ -174,7 +174,7 @@ class DrafterOptions(_Knobs):
     def markov_config(self) -> MarkovConfig | None:
         """The correction that is asked for; raises as `require_valid`."""
         rank = self.markov_rank
-        return _valid(MarkovConfig, "markov_", rank=rank) if rank else None
+        return valid(MarkovConfig, "markov_", rank=rank) if rank else None
 
     def chain_config(self, rms_norm_eps: float) -> ChainConfig | None:
         """The chain, if it is asked for."""
@@ -182,7 +182,7 @@ class DrafterOptions(_Knobs):
 
     def shared_layer(self, target_layer: int) -> SharedLayerConfig:
         """A shared layer as it is asked for; raises as `require_valid`."""
-        return _valid(
+        return valid(
             SharedLayerConfig,
             "",
             target_layer=target_layer,
@@ -198,7 +198,7 @@ class DrafterOptions(_Knobs):
             rms_norm_eps: The target's.
         """
         size = self.mlp_size or intermediate_size
-        return _valid(
+        return valid(
             MLPLayerConfig,
             "mlp_",
             form=self.mlp_form,
@@ -229,7 +229,7 @@ class DrafterOptions(_Knobs):
             MTPError: Names the first that is out of them.
         """
         k = num_speculative_tokens
-        _valid(_Limits, "", num_speculative_tokens=k, **self.knobs())
+        valid(_Limits, "", num_speculative_tokens=k, **self.knobs())
         self.shared_layer(0)
         self.mlp_layer(1, 1e-6)
         self.markov_config()
@@ -269,7 +269,17 @@ def require_noise_range(low: int, high: int, vocab_size: int) -> None:
         raise MTPError(f"noise_low: got {low}, expected 0 to {high - 1}")
 
 
-def _valid(model: type[Any], prefix: str, **values: Any) -> Any:
+def valid(model: type[Any], prefix: str, **values: Any) -> Any:
+    """A config of some values.
+
+    Args:
+        model: The config's class.
+        prefix: Of the keys in the error.
+        values: Of its fields.
+
+    Raises:
+        MTPError: Says what is wrong, in one line.
+    """
     try:
         return model(**values)
     except ValidationError as error:

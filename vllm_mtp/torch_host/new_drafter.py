@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 from safetensors import safe_open
 
 from vllm_mtp.drafter.config import (
@@ -20,7 +19,7 @@ from vllm_mtp.drafter.config import (
 from vllm_mtp.drafter.layer_spec import ListedLayer, parse_layers
 from vllm_mtp.drafter.layers import OwnLayer, set_identity
 from vllm_mtp.drafter.model import Drafter
-from vllm_mtp.drafter.options import DrafterOptions
+from vllm_mtp.drafter.options import DrafterOptions, valid
 from vllm_mtp.drafter.target_facts import (
     TargetFacts,
     hf_config_of,
@@ -28,7 +27,7 @@ from vllm_mtp.drafter.target_facts import (
     safetensors_files,
     sliding_windows,
 )
-from vllm_mtp.errors import MTPError, UnsupportedTargetError, refusal_of
+from vllm_mtp.errors import MTPError, UnsupportedTargetError
 from vllm_mtp.torch_host.dequantise import dequantised
 from vllm_mtp.torch_host.layer_copy import LayerCopy
 from vllm_mtp.torch_host.load import class_of
@@ -139,21 +138,20 @@ def new_config(
         UnsupportedTargetError: The target cannot have such layers.
         TargetMismatchError: ``prefix_window`` is shorter than the target's own.
     """
-    try:
-        config = DrafterConfig(
-            model_type="mtp_placeholder",
-            format_version=1,
-            num_speculative_tokens=num_speculative_tokens,
-            layers=_layer_configs(bound, options, forms, hf_config),
-            markov=options.markov_config(),
-            noise=options.noise_config(num_speculative_tokens - 1, facts.vocab_size),
-            chain=options.chain_config(_eps_of(hf_config)),
-            boundary_layers=tuple(options.boundary_layers),
-            target=facts,
-            **knobs,
-        )
-    except ValidationError as error:
-        raise MTPError(refusal_of(error)) from None
+    config: DrafterConfig = valid(
+        DrafterConfig,
+        "",
+        model_type="mtp_placeholder",
+        format_version=1,
+        num_speculative_tokens=num_speculative_tokens,
+        layers=_layer_configs(bound, options, forms, hf_config),
+        markov=options.markov_config(),
+        noise=options.noise_config(num_speculative_tokens - 1, facts.vocab_size),
+        chain=options.chain_config(_eps_of(hf_config)),
+        boundary_layers=tuple(options.boundary_layers),
+        target=facts,
+        **knobs,
+    )
     require_window(config, sliding_windows(hf_config).__getitem__)
     return config
 
@@ -390,15 +388,14 @@ def _own_layer_config(
             "(intermediate_size or moe_intermediate_size), and "
             f"{getattr(hf_config, 'model_type', '?')!r} has none. Use shared layers."
         )
-    try:
-        return OwnLayerConfig(
-            target_layer=target_layer,
-            intermediate_size=size,
-            rms_norm_eps=_eps_of(hf_config),
-            **form,
-        )
-    except ValidationError as error:
-        raise MTPError(refusal_of(error)) from None
+    return valid(
+        OwnLayerConfig,
+        "",
+        target_layer=target_layer,
+        intermediate_size=size,
+        rms_norm_eps=_eps_of(hf_config),
+        **form,
+    )
 
 
 def _mlp_size(hf_config: Any) -> int:
