@@ -135,7 +135,6 @@ class MTPPlaceholderProposer(DraftModelProposer):
         drafter_config = self._bound.drafter.config
         self.prefix_window = drafter_config.prefix_window
         self._reads_boundary = drafter_config.uses_boundary_hidden
-        self._causal = drafter_config.block_mask == "causal"
         self.supports_mm_inputs = False
         if self.speculative_config.enforce_eager is False:
             logger.warning("%s: CUDA graphs of the drafter need the V2 runner", METHOD)
@@ -490,10 +489,11 @@ class MTPPlaceholderProposer(DraftModelProposer):
 
     def _context(self, batch: _Batch, position: int) -> AbstractContextManager[object]:
         """What the forward runs in that begins at a position of the blocks."""
-        chain = self._bound.drafter.config.chain is not None
-        layout = batch.layout
-        rows = slice(position, position + 1) if chain else slice(None)
-        common = _metadata_of(layout, batch.metadata, rows, self._causal)
+        config, layout = self._bound.drafter.config, batch.layout
+        # A row of each chain, or whole blocks.
+        rows = slice(None) if config.chain is None else slice(position, position + 1)
+        causal = config.block_mask == "causal"
+        common = _metadata_of(layout, batch.metadata, rows, causal)
         metadata_of_layer: dict[str, object] = {}
         slots_of_layer: dict[str, torch.Tensor] = {}
         for group in self.draft_attn_groups:

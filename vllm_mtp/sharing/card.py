@@ -129,21 +129,18 @@ def layers_text(config: DrafterConfig) -> str:
     """The layers as `vllm-mtp init --layers` takes them."""
     runs = groupby(
         enumerate(config.layers),
+        # MLP layers have none; their number is all that there is to say.
         key=lambda item: (
-            (item[1].kind, getattr(item[1], "target_layer", 0) - item[0])
-            if item[1].kind != "mlp"
-            else ("mlp", 0)
+            item[1].kind,
+            getattr(item[1], "target_layer", item[0]) - item[0],
         ),
     )
     parts, before = [], ""
     for (kind, _), run in runs:
         numbers = [getattr(layer, "target_layer", None) for _, layer in run]
+        span = f"{numbers[0]}-{numbers[-1]}" if len(numbers) > 1 else f"{numbers[0]}"
         if kind == "mlp":
             span = f"{len(numbers)}"
-        elif len(numbers) > 1:
-            span = f"{numbers[0]}-{numbers[-1]}"
-        else:
-            span = f"{numbers[0]}"
         parts.append(span if kind == before else f"{kind}:{span}")
         before = kind
     return ",".join(parts)

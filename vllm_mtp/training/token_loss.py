@@ -10,6 +10,7 @@ Dimensions: B blocks, k positions, C candidate tokens.
 """
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -123,12 +124,14 @@ class TokenLoss:
             assert whole is not None, "spans' labels say nothing about the step"
             counts = whole.positions
         weights = label_weights(columns, objective, counts)
-        target_head, own = self._head(candidates), self._bound.drafter.lm_heads
+        own = self._bound.drafter.lm_heads
+        # May have to gather its rows, so only where it is used.
+        target_head = cache(lambda: self._head(candidates))
         scored = candidates.token_ids if self.adds_labels and candidates else None
         sums: dict[str, torch.Tensor] = {}
 
         def loss_of(rows: torch.Tensor, part: _Slice) -> torch.Tensor:
-            logits = target_head(rows) if own is None else own(rows, first, scored)
+            logits = target_head()(rows) if own is None else own(rows, first, scored)
             if self._bound.drafter.markov is not None:
                 logits = logits + self._markov(
                     rows, previous[part.of_all], first, candidates
@@ -138,7 +141,7 @@ class TokenLoss:
                 known = _known_positions(part, labels.shape[1], first)
                 if spans is not None:
                     known = _span_positions(spans.hidden[part.of_all, first:])
-                teacher = self._teacher(known, target_head, objective)
+                teacher = self._teacher(known, target_head(), objective)
             losses = position_losses(logits, columns[part.of_all], objective, teacher)
             for name, values in losses.items():
                 values = values.detach().masked_fill(~valid[part.of_all], 0.0)
