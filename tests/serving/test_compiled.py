@@ -120,6 +120,15 @@ def bound_with(layers_runner: Callable[..., Any]) -> Any:
     )
 
 
+def compiling_config(max_num_seqs: int) -> Any:
+    """A vLLM config that has the target compiled."""
+    return SimpleNamespace(
+        compilation_config=SimpleNamespace(mode=CompilationMode.DYNAMO_TRACE_ONCE),
+        scheduler_config=SimpleNamespace(max_num_seqs=max_num_seqs),
+        speculative_config=None,
+    )
+
+
 def test_what_cannot_be_compiled_runs_uncompiled(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -133,12 +142,7 @@ def test_what_cannot_be_compiled_runs_uncompiled(
         return embedded + 1
 
     bound = bound_with(run)
-    config: Any = SimpleNamespace(
-        compilation_config=SimpleNamespace(mode=CompilationMode.DYNAMO_TRACE_ONCE),
-        scheduler_config=SimpleNamespace(max_num_seqs=8),
-        speculative_config=None,
-    )
-    compile_layers(bound, config)
+    compile_layers(bound, compiling_config(max_num_seqs=8))
     rows = torch.zeros(3, 2)
     with caplog.at_level(logging.WARNING, "vllm.mtp_placeholder"):
         for _ in range(2):
@@ -158,12 +162,7 @@ def test_the_first_number_of_rows_may_be_the_width() -> None:
         return linear(embedded + positions[:, None])
 
     bound = bound_with(run)
-    config: Any = SimpleNamespace(
-        compilation_config=SimpleNamespace(mode=CompilationMode.DYNAMO_TRACE_ONCE),
-        scheduler_config=SimpleNamespace(max_num_seqs=16),
-        speculative_config=None,
-    )
-    compile_layers(bound, config)
+    compile_layers(bound, compiling_config(max_num_seqs=16))
     assert bound.layers_runner is not run
     with torch.inference_mode():
         for count in (64, 10, 96, 64):

@@ -318,18 +318,24 @@ class TestLearner:
         assert errors[-1] < 0.7 * errors[0]
 
 
+@pytest.fixture
+def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Lengths of the texts that a target has encoded."""
+    lengths: list[int] = []
+    encode = HFTarget.encode
+
+    def counted(self: HFTarget, ids: torch.Tensor, **kept: Any) -> TargetStates:
+        lengths.append(len(ids))
+        return encode(self, ids, **kept)
+
+    monkeypatch.setattr(HFTarget, "encode", counted)
+    return lengths
+
+
 class TestStates:
     def test_states_are_kept_while_they_fit(
-        self, host: HFTarget, monkeypatch: pytest.MonkeyPatch
+        self, host: HFTarget, encoded: list[int]
     ) -> None:
-        encoded: list[int] = []
-        encode = HFTarget.encode
-
-        def counted(self: HFTarget, ids: torch.Tensor, **kept: Any) -> TargetStates:
-            encoded.append(len(ids))
-            return encode(self, ids, **kept)
-
-        monkeypatch.setattr(HFTarget, "encode", counted)
         size = 30 * (64 + 2 * 2 * 2 * 32) * 4  # hidden, and K and V of two layers
         source = StatesSource(host, {0, 2}, budget_bytes=size + 10)
         for key in (0, 1, 0, 1):
@@ -337,20 +343,13 @@ class TestStates:
         assert len(encoded) == 3
 
     def test_states_on_disk_are_those_of_the_target(
-        self, host: HFTarget, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+        self, host: HFTarget, encoded: list[int], tmp_path: Path
     ) -> None:
-        encoded: list[int] = []
-        encode = HFTarget.encode
-
-        def counted(self: HFTarget, ids: torch.Tensor, **kept: Any) -> TargetStates:
-            encoded.append(len(ids))
-            return encode(self, ids, **kept)
-
         def of(layers: set[int], streams: set[int] = frozenset()) -> TargetStates:  # type: ignore[assignment]
             return StatesSource(host, layers, streams, folder=tmp_path).get(0, TOKENS)
 
         expected = host.encode(TOKENS, streams={1})
-        monkeypatch.setattr(HFTarget, "encode", counted)
+        encoded.clear()
         of({0, 2})
         found = of({2})  # another run, which asks for less
         assert len(encoded) == 1
