@@ -120,7 +120,7 @@ class DrafterTrainingArguments(DrafterOptions, TrainingArguments):
     )
     states_folder: str | None = flag(
         "folder for keeping them on disk, for runs that read the same texts: saves "
-        "about half of a step's work, and takes some kB for each token",
+        "about a third of a step's work, and takes some kB for each token",
         None,
     )
 
