@@ -10,7 +10,7 @@ import pytest
 from transformers import LlamaConfig
 
 from tools.systems import report
-from tools.systems.gather import curve_of, labels_of_text
+from tools.systems.gather import TOGETHER, curve_of, differences, labels_of_text
 from tools.systems.presets import BASE, ROOT, Preset, preset_of, presets, settings_of
 from tools.systems.reference import SETS, Reference
 from tools.systems.runs import Run, of_each, trained_runs
@@ -267,6 +267,7 @@ RESULTS = {
             "one": "arm-kv-hidden",
             "other": "arm-kv",
             "label": "1",
+            "set": "held out",
             "estimate": 0.1234,
             "low": -0.01,
             "high": 0.2,
@@ -313,8 +314,8 @@ class TestReport:
 
     def test_differences_name_both_sides(self) -> None:
         assert (
-            "| cache and hidden state | cache alone | 1 | +0.123 | -0.010 to +0.200 | "
-            "64 |" in page(RESULTS)
+            "| cache and hidden state | cache alone | 1 | held out | +0.123 | "
+            "-0.010 to +0.200 | 64 |" in page(RESULTS)
         )
 
     def test_plots_are_shown_where_there_is_something_to_plot(
@@ -348,6 +349,51 @@ class TestReport:
         assert set(both["runs"]) == set(RESULTS["runs"])
         assert both["runs"]["bita"]["steps"] == 7
         assert [d["estimate"] for d in both["differences"]] == [0.5]
+
+
+class TestDifferences:
+    """Two arms of two trainings each: 40 prompts of each set, 10 drafts each."""
+
+    @pytest.fixture
+    def runs(self, tmp_path: Path, configs: dict[str, DrafterConfig]) -> list[Run]:
+        accepted = {
+            **{"arm-kv-hidden-s1": 12, "arm-kv-hidden-s2": 16, "arm-kv-hidden-s3": 40},
+            **{"arm-kv-s1": 10, "arm-kv-s2": 11},
+        }
+        found = []
+        for name, count in accepted.items():
+            preset = preset_of(name)
+            assert preset is not None
+            run = Run(tmp_path / name, preset)
+            run.folder.mkdir()
+            config = configs[preset.name].model_dump_json()
+            (run.folder / "config.json").write_text(config)
+            # Other prompts: as many less as the held-out ones have more.
+            rows = [[SETS[0], count, 10]] * 40 + [[SETS[1], 20 - count, 10]] * 40
+            run.keep("offline", {"rows": rows})
+            found.append(run)
+        return found
+
+    def test_are_of_each_training_and_of_all_that_both_have(
+        self, runs: list[Run]
+    ) -> None:
+        found = {
+            (line["set"], line["label"]): pytest.approx(line["estimate"])
+            for line in differences(runs)
+        }
+        held_out, unseen = SETS
+        assert found == {
+            (held_out, "s1"): 0.2,
+            (held_out, "s2"): 0.5,
+            (held_out, TOGETHER): 0.35,
+            (unseen, "s1"): -0.2,
+            (unseen, "s2"): -0.5,
+            (unseen, TOGETHER): -0.35,
+        }
+
+    def test_one_training_is_not_taken_together(self, runs: list[Run]) -> None:
+        first = [run for run in runs if run.label == "s1"]
+        assert [line["label"] for line in differences(first)] == ["s1", "s1"]
 
 
 class TestRuns:

@@ -5,9 +5,10 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from functools import cache
+from itertools import product
 from typing import Any
 
-from tools.systems.reference import HELD_OUT_SET
+from tools.systems.reference import SETS
 from tools.systems.runs import Run
 from tools.systems.speed import predicted
 from vllm_mtp.cli.main import _load
@@ -30,6 +31,9 @@ PAIRS = (
     ("arm-kv-hidden", "arm-bidirectional"),
 )
 """Presets whose acceptance lengths are compared, run by run of the same label."""
+TOGETHER = "together"
+"""Label of the line that takes several runs of a pair as one."""
+_Counts = list[AcceptanceCounts]
 
 
 def gathered(runs: Sequence[Run], data: str) -> dict[str, Any]:
@@ -56,7 +60,8 @@ def _of_run(run: Run, data: str) -> dict[str, Any]:
         "preset": run.preset.name,
         "label": run.label,
         "steps": state["global_step"],
-        "overrides": training.get("overrides", {}),
+        # What `train` of this package is told by hand stands in Trainer's own state.
+        "overrides": training.get("overrides", {"max_steps": state["max_steps"]}),
         "minutes": _minutes(run, training),
         "labels": round(state["global_step"] * per_step),
         "trained_parameters": trained[-1]["trained_parameters"] if trained else None,
@@ -136,26 +141,44 @@ def labels_of_text(answers: Iterable[int], k: int, most_blocks: int) -> float:
 
 
 def differences(runs: Iterable[Run]) -> list[dict[str, Any]]:
-    """Every pair of `PAIRS` that has runs of the same label, on held-out prompts."""
+    """Every pair of `PAIRS` that has runs of the same label, on each set of prompts.
+
+    Where a pair has several runs, another line takes them together: counts of a prompt
+    are summed over them, so that prompts are drawn and runs are not.
+    """
     by_name = {(run.preset.name, run.label): run for run in runs if run.preset.is_arm}
-    labels = sorted({label for _, label in by_name})
     found = []
-    for label in labels:
-        for one, other in PAIRS:
-            sides = [by_name.get((name, label)) for name in (one, other)]
-            counts = [_rows(run) if run else [] for run in sides]
+    for prompts, (one, other) in product(SETS, PAIRS):
+        sides: list[tuple[_Counts, _Counts]] = []
+        for label in sorted({label for name, label in by_name if name == one}):
+            both = [by_name.get((name, label)) for name in (one, other)]
+            counts = [_counts(run, prompts) if run else [] for run in both]
             if not all(counts):
                 continue
-            result = paired_difference(*counts)
-            found.append({"one": one, "other": other, "label": label, **asdict(result)})
+            sides.append((counts[0], counts[1]))
+            found.append(_compared(one, other, label, prompts, *sides[-1]))
+        if len(sides) > 1:
+            summed = [
+                [sum(each[1:], each[0]) for each in zip(*some, strict=True)]
+                for some in zip(*sides, strict=True)
+            ]
+            found.append(_compared(one, other, TOGETHER, prompts, *summed))
     return found
 
 
-def _rows(run: Run) -> list[AcceptanceCounts]:
+def _compared(
+    one: str, other: str, label: str, prompts: str, *counts: _Counts
+) -> dict[str, Any]:
+    named = {"one": one, "other": other, "label": label, "set": prompts}
+    return named | asdict(paired_difference(*counts))
+
+
+def _counts(run: Run, prompts: str) -> _Counts:
+    """Of each prompt of a set, with all tokens drafted."""
     offline = run.results().get("offline", {"rows": []})
     k = run.config.num_speculative_tokens
     return [
         AcceptanceCounts(drafts, drafts * k, (accepted,))
         for name, accepted, drafts in offline["rows"]
-        if name == HELD_OUT_SET
+        if name == prompts
     ]

@@ -38,7 +38,7 @@ def merged(before: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
     """Results before, with runs of the same name renewed."""
 
     def key(found: Mapping[str, Any]) -> tuple[str, ...]:
-        return found["label"], found["one"], found["other"]
+        return found["set"], found["one"], found["other"], found["label"]
 
     by_key = {key(d): d for d in (*before["differences"], *new["differences"])}
     return {
@@ -150,13 +150,14 @@ def _differences(found: Iterable[Mapping[str, Any]]) -> str:
             titles[each["one"]].removeprefix("Arm: "),
             titles[each["other"]].removeprefix("Arm: "),
             each["label"],
+            each["set"],
             f"{each['estimate']:+.3f}",
             f"{each['low']:+.3f} to {each['high']:+.3f}",
             str(each["prompts"]),
         ]
         for each in found
     ]
-    head = ("Arm", "less arm", "Run", "Difference of AL", "95 %", "Prompts")
+    head = ("Arm", "less arm", "Run", "Set", "Difference of AL", "95 %", "Prompts")
     return table(head, rows)
 
 
