@@ -17,10 +17,11 @@ from torch import nn
 from transformers import LlamaConfig, PreTrainedModel, Qwen3Config
 from transformers.models.auto import AutoModelForCausalLM
 
+from vllm_mtp.drafter.bound import BoundDrafter, Traced
 from vllm_mtp.drafter.checkpoint import load_drafter, save_drafter
 from vllm_mtp.drafter.config import DrafterConfig
 from vllm_mtp.drafter.heads import pick_greedy
-from vllm_mtp.drafter.model import BoundDrafter, Drafter, Traced
+from vllm_mtp.drafter.model import Drafter
 from vllm_mtp.drafter.target_facts import TargetFacts, fingerprint_of_shapes
 from vllm_mtp.torch_host.hf_target import HFTarget
 from vllm_mtp.torch_host.texts import (

@@ -38,9 +38,9 @@ from vllm_mtp import (
     save_drafter,
 )
 from vllm_mtp.data.demo_target import ensure_demo_target
+from vllm_mtp.drafter.bound import BoundDrafter
 from vllm_mtp.drafter.heads import pick_greedy
 from vllm_mtp.drafter.layout import block_labels
-from vllm_mtp.drafter.model import BoundDrafter
 from vllm_mtp.metrics import count_accepted
 from vllm_mtp.torch_host.hf_target import HFTarget
 from vllm_mtp.torch_host.target_states import TargetStates

@@ -24,9 +24,9 @@ import torch
 from tqdm import tqdm
 
 from vllm_mtp.data.demo_target import ensure_demo_target
+from vllm_mtp.drafter.bound import BoundDrafter
 from vllm_mtp.drafter.checkpoint import load_drafter
 from vllm_mtp.drafter.cost import draft_cost
-from vllm_mtp.drafter.model import BoundDrafter
 from vllm_mtp.drafter.target_facts import TargetFacts
 from vllm_mtp.engine import tokenizer_of
 from vllm_mtp.errors import MTPError, in_one_line

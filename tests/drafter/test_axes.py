@@ -14,11 +14,12 @@ from transformers.models.auto import AutoModelForCausalLM
 
 from checkpoints_spec.goldens import fill_weights, fixed_values
 from tests.tiny_targets import NUM_LAYERS, VOCAB_SIZE, make_tiny
+from vllm_mtp.drafter.bound import BoundDrafter, Traced
 from vllm_mtp.drafter.config import DrafterConfig
 from vllm_mtp.drafter.heads import OwnHeads, pick_greedy
 from vllm_mtp.drafter.layers import PositionLinear
 from vllm_mtp.drafter.layout import block_positions
-from vllm_mtp.drafter.model import BoundDrafter, Drafter, Traced
+from vllm_mtp.drafter.model import Drafter
 from vllm_mtp.torch_host import block_attention
 from vllm_mtp.torch_host.hf_target import HFTarget
 from vllm_mtp.torch_host.load import load_frozen

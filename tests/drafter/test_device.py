@@ -12,11 +12,12 @@ import pytest
 import torch
 from torch import nn
 
+from vllm_mtp.drafter.bound import BoundDrafter
 from vllm_mtp.drafter.heads import pick_greedy
 from vllm_mtp.drafter.host import OneRank
 from vllm_mtp.drafter.layers import Stream
 from vllm_mtp.drafter.layout import CacheTable, DraftInputs, lay_out
-from vllm_mtp.drafter.model import BoundDrafter, Drafter
+from vllm_mtp.drafter.model import Drafter
 from vllm_mtp.torch_host.new_drafter import DrafterOptions, new_drafter
 
 OPTIONS = DrafterOptions(

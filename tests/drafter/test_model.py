@@ -14,6 +14,7 @@ from transformers.models.auto import AutoModelForCausalLM
 
 from checkpoints_spec.goldens import Blocks, fill_weights, fixed_values, run_blocks
 from tests.tiny_targets import FAMILIES, NUM_LAYERS, VOCAB_SIZE, make_tiny
+from vllm_mtp.drafter.bound import BoundDrafter
 from vllm_mtp.drafter.heads import (
     DraftVocab,
     MarkovCorrection,
@@ -21,7 +22,7 @@ from vllm_mtp.drafter.heads import (
     pick_greedy,
 )
 from vllm_mtp.drafter.layout import block_positions
-from vllm_mtp.drafter.model import BoundDrafter, Drafter
+from vllm_mtp.drafter.model import Drafter
 from vllm_mtp.errors import UnsupportedTargetError
 from vllm_mtp.torch_host.hf_target import HFTarget
 from vllm_mtp.torch_host.load import load_frozen

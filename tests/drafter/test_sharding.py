@@ -21,8 +21,9 @@ from transformers.models.auto import AutoModelForCausalLM
 from checkpoints_spec.goldens import GOLDENS, fill_weights, golden_drafter
 from checkpoints_spec.goldens import golden_target as make_golden_target
 from tests.tiny_targets import VOCAB_SIZE
+from vllm_mtp.drafter.bound import BoundDrafter
 from vllm_mtp.drafter.config import OwnLayerConfig
-from vllm_mtp.drafter.model import BoundDrafter, Drafter
+from vllm_mtp.drafter.model import Drafter
 from vllm_mtp.drafter.sharding import Rank, part_of, require_divisible
 from vllm_mtp.errors import UnsupportedTargetError
 from vllm_mtp.torch_host.hf_target import HFTarget

@@ -10,7 +10,8 @@ from transformers.models.auto import AutoModelForCausalLM
 
 from checkpoints_spec.goldens import fill_weights
 from tests.tiny_targets import VOCAB_SIZE, WINDOW, make_tiny
-from vllm_mtp.drafter.model import BoundDrafter, Drafter
+from vllm_mtp.drafter.bound import BoundDrafter
+from vllm_mtp.drafter.model import Drafter
 from vllm_mtp.errors import MTPError, TargetMismatchError
 from vllm_mtp.torch_host.hf_target import HFTarget
 from vllm_mtp.torch_host.new_drafter import DrafterOptions, new_drafter

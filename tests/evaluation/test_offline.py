@@ -15,8 +15,9 @@ from transformers.models.auto import AutoModelForCausalLM
 
 from checkpoints_spec.goldens import fill_weights, run_blocks
 from tests.tiny_targets import make_tiny_llama
+from vllm_mtp.drafter.bound import BoundDrafter
 from vllm_mtp.drafter.checkpoint import save_drafter
-from vllm_mtp.drafter.model import BoundDrafter, Drafter
+from vllm_mtp.drafter.model import Drafter
 from vllm_mtp.errors import DataError, MTPError
 from vllm_mtp.evaluation.offline import (
     CategoryResult,

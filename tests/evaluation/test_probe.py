@@ -16,9 +16,10 @@ from checkpoints_spec import goldens
 from checkpoints_spec.goldens import GOLDENS, TOKEN_IDS, golden_target
 from tests.evaluation.drafter_faults import FAULTS, Fault
 from tests.tiny_targets import VOCAB_SIZE
+from vllm_mtp.drafter.bound import BoundDrafter
 from vllm_mtp.drafter.checkpoint import load_drafter, read_config, save_drafter
 from vllm_mtp.drafter.config import DrafterConfig
-from vllm_mtp.drafter.model import BoundDrafter, Drafter
+from vllm_mtp.drafter.model import Drafter
 from vllm_mtp.errors import CheckpointError, MTPError
 from vllm_mtp.evaluation.blocks import (
     choose_texts,

@@ -11,8 +11,8 @@ from transformers.models.auto import AutoModelForCausalLM
 
 from checkpoints_spec.goldens import fill_weights
 from tests.tiny_targets import make_tiny
+from vllm_mtp.drafter.bound import BoundDrafter
 from vllm_mtp.drafter.heads import pick_greedy_with_scores
-from vllm_mtp.drafter.model import BoundDrafter
 from vllm_mtp.errors import MTPError
 from vllm_mtp.evaluation.merged import in_two_forwards, is_mergeable, merged
 from vllm_mtp.evaluation.offline import greedy_continuation

@@ -15,8 +15,8 @@ from vllm import LLM
 from vllm.config import CompilationMode
 
 from tests.serving.engines import ON_V2, bound_drafter_of, engine, generate
+from vllm_mtp.drafter.bound import BoundDrafter
 from vllm_mtp.drafter.layers import BlockRows
-from vllm_mtp.drafter.model import BoundDrafter
 from vllm_mtp.serving.compiled import compile_layers
 
 pytestmark = [

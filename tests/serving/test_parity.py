@@ -12,9 +12,9 @@ from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
 from tests.serving.conftest import DRAFTERS, SHAPES
 from tests.serving.engines import ON_V2, bound_drafter_of, engine, generate
+from vllm_mtp.drafter.bound import BoundDrafter, Traced
 from vllm_mtp.drafter.checkpoint import load_drafter
 from vllm_mtp.drafter.heads import pick_greedy
-from vllm_mtp.drafter.model import BoundDrafter, Traced
 from vllm_mtp.errors import UnsupportedTargetError
 from vllm_mtp.torch_host.hf_target import HFTarget
 from vllm_mtp.torch_host.texts import TextBlocks, draft_texts

@@ -18,9 +18,10 @@ from checkpoints_spec.goldens import fill_weights
 from tests.peft_rows import ALL_MODULES, noise_logits, save_adapter
 from tests.tiny_targets import FAMILIES, VOCAB_SIZE, make_tiny
 from vllm_mtp.cli.main import main
+from vllm_mtp.drafter.bound import BoundDrafter
 from vllm_mtp.drafter.checkpoint import load_drafter, read_config, save_drafter
 from vllm_mtp.drafter.config import DrafterConfig, SharedLayerConfig
-from vllm_mtp.drafter.model import BoundDrafter, Drafter
+from vllm_mtp.drafter.model import Drafter
 from vllm_mtp.drafter.target_facts import TargetFacts, hf_config_of
 from vllm_mtp.sharing.peft_folder import CONFIG_FILE, NOISE_FILE, WEIGHTS_FILE
 from vllm_mtp.sharing.provenance import read_provenance, training_prompts

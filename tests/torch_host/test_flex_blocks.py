@@ -10,7 +10,7 @@ from torch._dynamo.exc import FailOnRecompileLimitHit
 from checkpoints_spec.goldens import fill_weights
 from tests.tiny_targets import VOCAB_SIZE
 from tests.torch_host.test_block_attention import HEADS, KV_HEADS, LENS, SIZE, K
-from vllm_mtp.drafter.model import BoundDrafter
+from vllm_mtp.drafter.bound import BoundDrafter
 from vllm_mtp.torch_host import flex_blocks
 from vllm_mtp.torch_host.block_attention import Scoring, attend_blocks, block_slices
 from vllm_mtp.torch_host.flex_blocks import attend_blocks_by_flex, flex_mask

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from tests.tiny_answers import MakeArguments
+from vllm_mtp.drafter.bound import BoundDrafter, Traced
 from vllm_mtp.drafter.checkpoint import load_drafter
 from vllm_mtp.drafter.layout import possible_anchors
-from vllm_mtp.drafter.model import BoundDrafter, Traced
 from vllm_mtp.torch_host.hf_target import HFTarget
 from vllm_mtp.torch_host.load import load_frozen
 from vllm_mtp.torch_host.new_drafter import DrafterOptions, new_drafter

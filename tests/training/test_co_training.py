@@ -28,8 +28,8 @@ from tests.training.co_trained import (
     plain_trainer,
 )
 from vllm_mtp import co_train
+from vllm_mtp.drafter.bound import BoundDrafter
 from vllm_mtp.drafter.checkpoint import load_drafter, read_config, save_drafter
-from vllm_mtp.drafter.model import BoundDrafter
 from vllm_mtp.drafter.options import DrafterOptions
 from vllm_mtp.drafter.target_facts import TargetFacts
 from vllm_mtp.errors import MTPError

@@ -9,8 +9,8 @@ from typing import Any
 from tools.systems.reference import SETS, Reference
 from tools.systems.runs import Run, alone, of_each
 from vllm_mtp import engine
+from vllm_mtp.drafter.bound import BoundDrafter
 from vllm_mtp.drafter.checkpoint import load_drafter
-from vllm_mtp.drafter.model import BoundDrafter
 from vllm_mtp.evaluation.model_len import model_len_as_served
 from vllm_mtp.evaluation.offline import CategoryResult, evaluate_rows
 from vllm_mtp.metrics import AcceptanceCounts, mean_length, read_vllm_counters

@@ -12,8 +12,8 @@ from vllm_mtp.errors import MTPError
 from vllm_mtp.flags import flag
 
 if TYPE_CHECKING:
+    from vllm_mtp.drafter.bound import BoundDrafter
     from vllm_mtp.drafter.config import DrafterConfig
-    from vllm_mtp.drafter.model import BoundDrafter
     from vllm_mtp.evaluation.blocks import ProbeTexts
     from vllm_mtp.evaluation.compare import Level, Stage
     from vllm_mtp.evaluation.probe import Probe
@@ -211,8 +211,8 @@ def _bind(folder: str, target: Path, dtype: str) -> "BoundDrafter":
     """The drafter on its target in plain torch."""
     import torch
 
+    from vllm_mtp.drafter.bound import BoundDrafter
     from vllm_mtp.drafter.checkpoint import load_drafter
-    from vllm_mtp.drafter.model import BoundDrafter
     from vllm_mtp.torch_host.hf_target import HFTarget
     from vllm_mtp.torch_host.load import load_frozen
 

@@ -140,8 +140,8 @@ class Eval:
 
     def _evaluate(self) -> "OfflineResult":
         """Check all that is cheap to check, then load the target and draft."""
+        from vllm_mtp.drafter.bound import BoundDrafter
         from vllm_mtp.drafter.checkpoint import load_drafter, read_config
-        from vllm_mtp.drafter.model import BoundDrafter
         from vllm_mtp.evaluation.offline import evaluate_texts, require_positions
         from vllm_mtp.torch_host.hf_target import HFTarget
         from vllm_mtp.torch_host.load import load_frozen

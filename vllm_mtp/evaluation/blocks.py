@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 
 import torch
 
+from vllm_mtp.drafter.bound import BoundDrafter, Traced
 from vllm_mtp.drafter.config import DrafterConfig
 from vllm_mtp.drafter.heads import pick_greedy
 from vllm_mtp.drafter.layout import first_to_skip, possible_anchors
-from vllm_mtp.drafter.model import BoundDrafter, Traced
 from vllm_mtp.errors import MTPError
 from vllm_mtp.evaluation.sketch import sketch
 from vllm_mtp.torch_host.hf_target import HFTarget

@@ -36,10 +36,10 @@ from typing import Any, Literal
 import torch
 from pydantic import JsonValue, TypeAdapter, ValidationError
 
+from vllm_mtp.drafter.bound import BoundDrafter
 from vllm_mtp.drafter.config import DrafterConfig
 from vllm_mtp.drafter.heads import pick_greedy
 from vllm_mtp.drafter.layout import anchors_of, block_labels
-from vllm_mtp.drafter.model import BoundDrafter
 from vllm_mtp.errors import DataError, MTPError
 from vllm_mtp.metrics import AcceptanceCounts, mean_length
 from vllm_mtp.torch_host.hf_target import HFTarget

@@ -22,8 +22,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from vllm_mtp.drafter.bound import BoundDrafter
 from vllm_mtp.drafter.config import DrafterConfig
-from vllm_mtp.drafter.model import BoundDrafter, Drafter
+from vllm_mtp.drafter.model import Drafter
 from vllm_mtp.errors import CheckpointError, in_one_line
 from vllm_mtp.evaluation.blocks import (
     MAX_TEXT_TOKENS,

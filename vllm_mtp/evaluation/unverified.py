@@ -17,8 +17,8 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
+from vllm_mtp.drafter.bound import BoundDrafter
 from vllm_mtp.drafter.heads import pick_greedy_with_scores
-from vllm_mtp.drafter.model import BoundDrafter
 from vllm_mtp.drafter.target_facts import layers_with_attention, sliding_windows
 from vllm_mtp.errors import MTPError
 from vllm_mtp.torch_host.hf_target import HFTarget, outputs_of

@@ -14,9 +14,9 @@ from torch.fx.experimental import _config as symbols
 from vllm.config import CompilationMode, VllmConfig
 from vllm.platforms import current_platform
 
+from vllm_mtp.drafter.bound import BoundDrafter, RunLayers
 from vllm_mtp.drafter.config import needs_blocks
 from vllm_mtp.drafter.layers import BlockRows
-from vllm_mtp.drafter.model import BoundDrafter, RunLayers
 
 logger = logging.getLogger("vllm.mtp_placeholder")
 

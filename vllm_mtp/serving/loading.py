@@ -7,9 +7,9 @@ import torch
 from vllm.config import VllmConfig
 from vllm.distributed import get_tp_group
 
+from vllm_mtp.drafter.bound import BoundDrafter
 from vllm_mtp.drafter.checkpoint import load_drafter
 from vllm_mtp.drafter.config import DrafterConfig
-from vllm_mtp.drafter.model import BoundDrafter
 from vllm_mtp.drafter.sharding import part_of
 from vllm_mtp.errors import CheckpointError
 from vllm_mtp.serving.adapters import without_adapters

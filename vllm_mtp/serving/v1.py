@@ -26,6 +26,7 @@ from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.spec_decode.draft_model import DraftModelProposer
 from vllm.v1.worker.utils import AttentionGroup
 
+from vllm_mtp.drafter.bound import scope
 from vllm_mtp.drafter.heads import (
     Pick,
     pick_greedy,
@@ -40,7 +41,6 @@ from vllm_mtp.drafter.layout import (
     lay_out,
     require_whole_blocks,
 )
-from vllm_mtp.drafter.model import scope
 from vllm_mtp.drafter.scopes import DRAFT
 from vllm_mtp.plugin import METHOD
 from vllm_mtp.serving.draft_length import DraftLength, Outcome

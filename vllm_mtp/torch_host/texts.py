@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 
+from vllm_mtp.drafter.bound import BoundDrafter
 from vllm_mtp.drafter.config import LAST_HIDDEN, DrafterConfig
 from vllm_mtp.drafter.heads import Pick
 from vllm_mtp.drafter.layout import (
@@ -19,7 +20,6 @@ from vllm_mtp.drafter.layout import (
     block_labels,
     block_positions,
 )
-from vllm_mtp.drafter.model import BoundDrafter
 from vllm_mtp.torch_host.hf_target import HFTarget
 from vllm_mtp.torch_host.target_states import TargetStates
 

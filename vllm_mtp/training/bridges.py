@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 
+from vllm_mtp.drafter.bound import BoundDrafter, Traced
 from vllm_mtp.drafter.layers import OwnLayer
 from vllm_mtp.drafter.layout import possible_anchors
-from vllm_mtp.drafter.model import BoundDrafter, Drafter, Traced
+from vllm_mtp.drafter.model import Drafter
 from vllm_mtp.torch_host.hf_target import HFTarget
 from vllm_mtp.torch_host.texts import (
     TextBlocks,

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
+from vllm_mtp.drafter.bound import BoundDrafter
 from vllm_mtp.drafter.layers import OwnLayer
 from vllm_mtp.drafter.layout import IGNORE_LABEL, block_positions
-from vllm_mtp.drafter.model import BoundDrafter
 from vllm_mtp.torch_host.texts import TextBlocks
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from datasets import Dataset
 
+from vllm_mtp.drafter.bound import BoundDrafter
 from vllm_mtp.drafter.checkpoint import load_drafter, save_drafter
-from vllm_mtp.drafter.model import BoundDrafter
 from vllm_mtp.evaluation.offline import evaluate_texts
 from vllm_mtp.evaluation.probe import write_probe
 from vllm_mtp.training.arguments import DrafterTrainingArguments

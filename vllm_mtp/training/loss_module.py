@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from vllm_mtp.drafter.bound import BoundDrafter
 from vllm_mtp.drafter.layout import possible_anchors, span_ends
-from vllm_mtp.drafter.model import BoundDrafter, Drafter
+from vllm_mtp.drafter.model import Drafter
 from vllm_mtp.drafter.noise import draw_noise
 from vllm_mtp.torch_host.hf_target import HFTarget
 from vllm_mtp.torch_host.texts import (

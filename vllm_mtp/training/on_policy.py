@@ -14,9 +14,10 @@ from collections.abc import Sequence
 import torch
 from pydantic import ValidationError
 
+from vllm_mtp.drafter.bound import BoundDrafter
 from vllm_mtp.drafter.config import DrafterConfig, SharedLayerConfig
 from vllm_mtp.drafter.heads import pick_greedy
-from vllm_mtp.drafter.model import BoundDrafter, Drafter
+from vllm_mtp.drafter.model import Drafter
 from vllm_mtp.errors import MTPError, refusal_of
 from vllm_mtp.torch_host.texts import TextBlocks, draft_texts, forward_texts
 from vllm_mtp.training.token_loss import Spans, blocks_at_once

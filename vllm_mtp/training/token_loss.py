@@ -17,8 +17,8 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from vllm_mtp.drafter.bound import BoundDrafter
 from vllm_mtp.drafter.layout import IGNORE_LABEL, block_positions
-from vllm_mtp.drafter.model import BoundDrafter
 from vllm_mtp.torch_host.at_once import is_cpu
 from vllm_mtp.torch_host.texts import TextBlocks
 from vllm_mtp.training.loss_vocabulary import LossVocabulary

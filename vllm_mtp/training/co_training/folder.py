@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
+from vllm_mtp.drafter.bound import BoundDrafter
 from vllm_mtp.drafter.checkpoint import save_drafter
-from vllm_mtp.drafter.model import BoundDrafter
 from vllm_mtp.drafter.target_facts import weights_fingerprint
 from vllm_mtp.evaluation.probe import PROBE_FILE, write_probe
 from vllm_mtp.files import writing
