@@ -14,7 +14,7 @@ from vllm_mtp.sharing.folder import write_folder
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    return write_folder(make_drafter(), tmp_path / "drafter")
+    return write_folder(make_drafter(extra_rows=0), tmp_path / "drafter")
 
 
 def test_dry_run_shows_files_and_card_without_network(

@@ -163,6 +163,8 @@ class Bench:
         from vllm_mtp.bench.plan import length_is_chosen_while_serving
         from vllm_mtp.bench.run import Drafters
         from vllm_mtp.cli.references import shipped
+        from vllm_mtp.drafter.checkpoint import read_config
+        from vllm_mtp.drafter.served import require_served
 
         known = {item.name: item.folder for item in shipped()}
         folders = {}
@@ -173,6 +175,7 @@ class Bench:
                     f"--drafters {given}: no drafter's folder, and none of the shipped "
                     f"ones ({', '.join(known)})"
                 )
+            require_served(read_config(folder), given)
             folders[Path(folder).name] = folder
         chosen = self.calibrate
         if chosen is not None and chosen not in folders:

@@ -91,6 +91,7 @@ class Check:
     def run(self) -> int:
         from vllm_mtp.drafter.checkpoint import load_drafter
         from vllm_mtp.drafter.layout import first_to_skip
+        from vllm_mtp.drafter.served import require_served
         from vllm_mtp.drafter.target_facts import TargetFacts
         from vllm_mtp.evaluation.blocks import tries_window
         from vllm_mtp.evaluation.compare import compare_facts
@@ -101,6 +102,7 @@ class Check:
         facts = compare_facts(config, TargetFacts.from_folder(target))
         if self.record:
             return self._record(target, facts)
+        require_served(config, self.drafter)
         probe = read_probe(self.drafter)
         levels = []
         for level in self._levels(target, config, facts, probe):

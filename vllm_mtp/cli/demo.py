@@ -80,6 +80,7 @@ class Demo:
         from vllm_mtp.data.demo_target import ensure_demo_target
         from vllm_mtp.data.unseen import choice_in_words, unseen_prompts
         from vllm_mtp.drafter.checkpoint import read_config
+        from vllm_mtp.drafter.served import require_served
         from vllm_mtp.drafter.target_facts import TargetFacts
         from vllm_mtp.evaluation.demo import DemoPlan
         from vllm_mtp.serving.resolve import resolve_drafter
@@ -88,6 +89,8 @@ class Demo:
         target = self.target or str(ensure_demo_target())
         facts = TargetFacts.from_folder(Path(target))
         folder = resolve_drafter(self.drafter, target, facts)
+        config = read_config(folder)
+        require_served(config, folder)
         known = [training_prompts(folder)]
         prompts = unseen_prompts(self.num_prompts, known)
         if not 0 < self.num_prompts <= len(prompts):
@@ -103,7 +106,7 @@ class Demo:
             target=target,
             speculative_config=spec,
             drafter=folder.name if self.drafter else f"{folder.name}, found by target",
-            num_drafts=read_config(folder).num_speculative_tokens,
+            num_drafts=config.num_speculative_tokens,
             question=self.question,
             prompts=prompts,
             choice=choice_in_words(known),

@@ -76,6 +76,8 @@ class Eval:
 
         if self.out is not None:
             require_matplotlib()  # before the work, not after it
+        if self.in_vllm:
+            self._require_served()  # likewise
         result = replace(self._evaluate(), settings=self._settings())
         made_with = read_provenance(self.data).settings
         print(markdown(result))
@@ -103,6 +105,22 @@ class Eval:
         if self.baseline is not None:
             least = max(least or 1.0, self._measure_baseline(result.k))
         return _verdict(counts, least)
+
+    def _require_served(self) -> None:
+        """Refuse drafters that vLLM would, before the offline work."""
+        from vllm_mtp.drafter.checkpoint import read_config
+        from vllm_mtp.drafter.served import require_served
+        from vllm_mtp.evaluation.offline import require_positions
+
+        config = read_config(self.drafter)
+        require_served(config, self.drafter)
+        if self.baseline is None:
+            return
+        other = read_config(self.baseline)
+        require_served(other, self.baseline)
+        other.target.require_same(_facts_of(target_folder(self.target)))
+        k = self.num_speculative_tokens
+        require_positions(other, config.num_speculative_tokens if k is None else k)
 
     def _serve(self, result: "OfflineResult") -> "AcceptanceCounts":
         """vLLM's counts of the same prompts, printed beside the simulated ones."""

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from vllm_mtp.cli.folders import new_folder
+from vllm_mtp.cli.next_steps import checked_line, served_line
 from vllm_mtp.cli.targets import target_folder
 from vllm_mtp.errors import MTPError, in_one_line
 from vllm_mtp.flags import flag
@@ -99,9 +100,8 @@ class ImportAdapter:
             )
         print(
             f"\ndrafter written to {out}\n"
-            f"check it:  vllm-mtp check {out} --target {self.target}\n"
-            f"serve it:  vllm serve {self.target} --speculative-config "
-            f'\'{{"method":"mtp_placeholder","model":"{out}"}}\''
+            + checked_line(drafter.config, out, self.target)
+            + served_line(drafter.config, out, self.target)
         )
         return 0
 

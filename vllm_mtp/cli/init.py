@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vllm_mtp.cli.folders import new_folder
+from vllm_mtp.cli.next_steps import served_line
 from vllm_mtp.cli.targets import target_folder
 from vllm_mtp.drafter.config import DrafterConfig
 from vllm_mtp.drafter.layer_spec import EXAMPLES
@@ -52,9 +53,8 @@ class Init(DrafterOptions):
         write_folder(drafter, out, untrained(drafter.config, target, self.target))
         print(describe(drafter.config))
         print(
-            f"\nuntrained drafter written to {out}\nserve it: vllm serve {self.target} "
-            '--speculative-config \'{"method":"mtp_placeholder",'
-            f'"model":"{out}"}}\''
+            f"\nuntrained drafter written to {out}\n"
+            + served_line(drafter.config, out, self.target)
         )
         return 0
 

@@ -44,6 +44,7 @@ def describe(config: DrafterConfig, speed: "SpeedRecord | None" = None) -> str:
         config: The drafter's.
         speed: What a benchmark found, if there was one.
     """
+    from vllm_mtp.drafter.served import unserved_text
     from vllm_mtp.sharing.card import (
         boundary_text,
         head_text,
@@ -56,6 +57,7 @@ def describe(config: DrafterConfig, speed: "SpeedRecord | None" = None) -> str:
     heads = f"{facts.num_attention_heads} heads, {facts.num_key_value_heads} KV heads"
     vocab = config.draft_vocab_size
     markov = f"rank {config.markov.rank}" if config.markov else "no"
+    why = unserved_text(config)
     return "\n".join(
         [
             (
@@ -76,7 +78,11 @@ def describe(config: DrafterConfig, speed: "SpeedRecord | None" = None) -> str:
             f"vocabulary       {f'{vocab} tokens' if vocab else 'the whole one'}",
             f"weights          {config.dtype}",
             *_cost_lines(config),
-            f"measured         {_measured(speed)}",
+            (
+                f"served           not by vLLM yet: {why}"
+                if why
+                else f"measured         {_measured(speed)}"
+            ),
         ]
     )
 

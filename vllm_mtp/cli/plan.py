@@ -11,6 +11,7 @@ from vllm_mtp.flags import flag
 from vllm_mtp.training.arguments import DrafterTrainingArguments
 
 if TYPE_CHECKING:
+    from vllm_mtp.drafter.config import DrafterConfig
     from vllm_mtp.torch_host.without_weights import BareTarget
     from vllm_mtp.training.fake_step import StepTrace
     from vllm_mtp.training.plan import Change, Plan, Texts
@@ -108,18 +109,21 @@ class PlanCommand(DrafterTrainingArguments):
         texts = self._texts()
         config = drafter_config(target, self.layers, self.num_speculative_tokens, self)
         if self.trace and uncounted(config):
-            return self._show(fake_step(target, self), device.memory - RESERVE)
+            traced = fake_step(target, self)
+            return self._show(config, traced, device.memory - RESERVE)
         plan = make_plan(
             target, self, device, self.num_devices, texts, self.generated_at_once
         )
-        traced = fake_step(target, self) if self.trace else None
+        step = fake_step(target, self) if self.trace else None
         if self.json:
-            print(json.dumps(as_json(plan, traced), indent=2))
+            print(json.dumps(as_json(plan, step), indent=2))
         else:
-            print(as_text(plan, self, texts, traced))
+            print(as_text(plan, self, texts, step))
         return 0 if plan.fits_after_changes else 1
 
-    def _show(self, traced: "StepTrace", capacity: float) -> int:
+    def _show(
+        self, config: "DrafterConfig", traced: "StepTrace", capacity: float
+    ) -> int:
         """Show the memory of a step for which there is no formula."""
         fits = traced.total <= capacity
         if self.json:
@@ -131,6 +135,7 @@ class PlanCommand(DrafterTrainingArguments):
                 f"{_traced_text(traced)}\n\n{verdict}: {_gib(capacity)} GiB are free."
                 "\nThere is no formula for such a drafter, so times, and changes that "
                 "would make it fit,\nare not known."
+                + "".join(f"\n{line}" for line in _unserved_lines(config))
             )
         return 0 if fits else 1
 
@@ -211,6 +216,7 @@ def as_text(
             f"data     {texts.number} texts of {texts.prompt_tokens:.0f} + "
             f"{texts.answer_tokens:.0f} tokens ({where}), {plan.steps} steps"
         ),
+        *_unserved_lines(shape.config),
         "",
         aligned(
             ("Memory of a step", "GiB"),
@@ -247,6 +253,13 @@ def as_text(
         ),
     ]
     return "\n".join(parts)
+
+
+def _unserved_lines(config: "DrafterConfig") -> list[str]:
+    from vllm_mtp.drafter.served import unserved_text
+
+    why = unserved_text(config)
+    return [f"served   not by vLLM yet: {why}"] if why else []
 
 
 def _traced_text(traced: "StepTrace") -> str:

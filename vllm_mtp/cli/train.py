@@ -5,9 +5,9 @@ import logging
 from dataclasses import dataclass
 from typing import ClassVar
 
+from vllm_mtp.cli.next_steps import checked_line, served_line
 from vllm_mtp.cli.targets import target_folder
 from vllm_mtp.interrupts import advise
-from vllm_mtp.plugin import METHOD
 from vllm_mtp.training.arguments import DrafterTrainingArguments
 
 
@@ -24,6 +24,7 @@ class Train(DrafterTrainingArguments):
     usage: ClassVar[str] = "%(prog)s [SETTINGS.yaml] [--flags ...]  (--help: which)"
 
     def run(self) -> int:
+        from vllm_mtp.drafter.checkpoint import read_config
         from vllm_mtp.training.run import train
 
         if self.process_index:
@@ -42,13 +43,15 @@ class Train(DrafterTrainingArguments):
             "the acceptance length of decoding); by position "
             + " ".join(f"{rate:.3f}" for rate in positions)
         )
+        folder = str(self.output_dir)
+        config = read_config(folder)
+        in_vllm = "" if config.unserved else " --in-vllm"
         print(
-            f"drafter written to {self.output_dir}\n"
-            f"check it:  vllm-mtp check {self.output_dir} --target {self.target}\n"
-            f"measure its acceptance length:  vllm-mtp eval {self.output_dir} "
-            f"--target {self.target} --data {self.data[0]} --in-vllm\n"
-            f"serve it:  vllm serve {self.target} --speculative-config "
-            f'\'{{"method":"{METHOD}","model":"{self.output_dir}"}}\''
+            f"drafter written to {folder}\n"
+            + checked_line(config, folder, self.target)
+            + f"measure its acceptance length:  vllm-mtp eval {folder} "
+            f"--target {self.target} --data {self.data[0]}{in_vllm}\n"
+            + served_line(config, folder, self.target)
         )
         return 0
 

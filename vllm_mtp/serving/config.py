@@ -12,6 +12,7 @@ from vllm.triton_utils import HAS_TRITON
 
 from vllm_mtp.drafter.checkpoint import load_drafter
 from vllm_mtp.drafter.config import DrafterConfig
+from vllm_mtp.drafter.served import require_served
 from vllm_mtp.drafter.target_facts import TargetFacts
 from vllm_mtp.errors import MTPError
 from vllm_mtp.plugin import METHOD
@@ -21,7 +22,6 @@ from vllm_mtp.serving.refusals import (
     require_parts,
     require_readable,
     require_same_target,
-    require_served,
     require_supported_engine,
     require_supported_settings,
     require_supported_vllm,
@@ -152,9 +152,9 @@ def build_config(
     # Everything that can be wrong with a drafter is found here, where the user
     # still sees it, and not in a worker's stack trace.
     drafter_config = load_drafter(folder, dtype=target_model_config.dtype).config
+    require_served(drafter_config, folder)
     try:
         require_same_target(drafter_config, facts, engine_args)
-        require_served(drafter_config)
         require_readable(drafter_config, engine_args, target_model_config)
         require_parts(drafter_config, target_model_config, target_parallel_config)
         num_tokens = num_speculative_tokens(

@@ -16,7 +16,6 @@ from vllm_mtp.drafter.target_facts import (
     sliding_windows,
 )
 from vllm_mtp.errors import (
-    MethodConfigError,
     TargetMismatchError,
     UnsupportedTargetError,
     UnsupportedVLLMError,
@@ -158,16 +157,6 @@ def require_readable(config: DrafterConfig, engine_args: Any, model: Any) -> Non
     # vLLM chooses it where it is not set; then the runner looks at it.
     if engine_args.block_size:
         require_whole_blocks([engine_args.block_size])
-
-
-def require_served(config: DrafterConfig) -> None:
-    """Refuse what is trained and evaluated in plain torch only."""
-    for name, (value, plain) in config.unserved.items():
-        raise MethodConfigError(
-            f"method {METHOD!r}: {name}: got {value!r}, expected "
-            f"{plain!r}; such drafters are not served yet, only trained and "
-            "evaluated (vllm-mtp eval). Use a drafter without it"
-        )
 
 
 def require_bidirectional(config: DrafterConfig, backends: Iterable[Any]) -> None:

@@ -11,6 +11,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from vllm_mtp.drafter.config import LAST_HIDDEN, DrafterConfig, SharedLayerConfig
 from vllm_mtp.drafter.cost import draft_cost
 from vllm_mtp.drafter.layout import WINDOW_STEP
+from vllm_mtp.drafter.served import unserved_text
 from vllm_mtp.evaluation.offline import OfflineResult
 from vllm_mtp.evaluation.report import markdown
 from vllm_mtp.markdown import plain, table
@@ -98,7 +99,7 @@ def make_card(
         _design(config, target, provenance, speed),
         _training(provenance),
         _adapter(provenance),
-        _check(target, model),
+        _check(config, target, model),
         f"## Limits\n\n{_LIMITS}",
         _made_with(provenance),
     ]
@@ -238,10 +239,12 @@ def _introduction(
         made = f"It was trained beside its target, on the same batches, by {beside}."
     else:
         made = f"It was trained on {_texts(provenance)}."
+    how = f"in vLLM, with the method `{METHOD}` of the plugin vllm-mtp"
+    if config.unserved:
+        how = "of the project vllm-mtp, which vLLM cannot run yet"
     return (
-        f"A drafter for speculative decoding of `{target}` in vLLM, with the method "
-        f"`{METHOD}` of the plugin vllm-mtp. {_reading(config)} and "
-        f"keeps none of its own. {_drafting(config)} up to "
+        f"A drafter for speculative decoding of `{target}` {how}. {_reading(config)} "
+        f"and keeps none of its own. {_drafting(config)} up to "
         f"{config.num_speculative_tokens} tokens. {made}"
     )
 
@@ -272,6 +275,14 @@ def _texts(provenance: DrafterProvenance | None) -> str:
 
 
 def _use(config: DrafterConfig, target: str, model: str) -> str:
+    if why := unserved_text(config):
+        folder = _local(model)
+        return (
+            f"## Use\n\nvLLM does not serve it yet (`{why}`): it is for training, and "
+            "for measuring in plain torch, on answers of `vllm-mtp generate` (`pip "
+            f"install 'vllm-mtp[train]'`):\n\n```bash\n{_download(model)}"
+            f"vllm-mtp eval {folder} --target {shlex.quote(target)} --data ANSWERS\n```"
+        )
     k = config.num_speculative_tokens
     # As formatters of Python want it, so that formatting a card changes nothing.
     settings = json.dumps(_settings(model, k), indent=4).replace("\n}", ",\n}")
@@ -536,19 +547,32 @@ def _warm_start(provenance: DrafterProvenance) -> str:
     return f"`{parent.name}` (config.json: SHA-256 `{parent.config_sha256}`)"
 
 
-def _check(target: str, model: str) -> str:
-    folder = shlex.quote("./" + model.rpartition("/")[2])
-    lines = [
-        f"vllm-mtp check {folder} --target {shlex.quote(target)}",
-        f"vllm-mtp inspect {folder}",
-    ]
-    if not model.startswith("./"):
-        lines.insert(0, f"hf download {model} --local-dir {folder}")
-    commands = "\n".join(lines)
+def _check(config: DrafterConfig, target: str, model: str) -> str:
+    folder = _local(model)
+    what = "See the drafter's layers and costs"
+    check = ""
+    if not config.unserved:
+        what = (
+            "Compare what vLLM computes with what training computed, and see the "
+            "drafter's layers and costs"
+        )
+        check = f"vllm-mtp check {folder} --target {shlex.quote(target)}\n"
     return (
-        "## Check it\n\nCompare what vLLM computes with what training computed, and "
-        f"see the drafter's layers and costs:\n\n```bash\n{commands}\n```"
+        f"## Check it\n\n{what}:\n\n```bash\n{_download(model)}{check}"
+        f"vllm-mtp inspect {folder}\n```"
     )
+
+
+def _local(model: str) -> str:
+    """The drafter's folder, beside the shell that the card's commands run in."""
+    return shlex.quote("./" + model.rpartition("/")[2])
+
+
+def _download(model: str) -> str:
+    """The command that fetches it, with its line break, if it is on the hub."""
+    if model.startswith("./"):
+        return ""
+    return f"hf download {model} --local-dir {_local(model)}\n"
 
 
 def _made_with(provenance: DrafterProvenance | None) -> str:
