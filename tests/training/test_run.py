@@ -149,7 +149,14 @@ class TestResume:
         # A kill may also cut a checkpoint short.
         (broken / "checkpoint-399").mkdir()
         subprocess.run([*command, *resume], check=True)
-        subprocess.run([*command, "--output_dir", str(whole)], check=True)
+        end = subprocess.run(
+            [*command, "--output_dir", str(whole)],
+            check=True,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        # Nothing else would show what the time behind the last step goes into.
+        assert f"written to {whole}; evaluating" in end.stderr
         assert len(losses(whole)) == 400
         assert losses(broken) == losses(whole)
         ours = load_drafter(broken).state_dict()

@@ -29,6 +29,8 @@ class Train(DrafterTrainingArguments):
 
         if self.process_index:
             _be_quiet()
+        else:
+            self._be_heard()
         advise(
             "with --resume-from-checkpoint last it goes on from the last checkpoint in "
             f"{self.output_dir}"
@@ -54,6 +56,14 @@ class Train(DrafterTrainingArguments):
             + served_line(config, folder, self.target)
         )
         return 0
+
+    def _be_heard(self) -> None:
+        """Where nobody has set logging up, it shows warnings alone."""
+        logger = logging.getLogger("vllm.mtp_placeholder")
+        is_chosen = self.log_level != "passive"
+        logger.setLevel(self.get_process_log_level() if is_chosen else logging.INFO)
+        if not logger.hasHandlers():
+            logger.addHandler(logging.StreamHandler())
 
 
 def _be_quiet() -> None:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The end of a run: a folder that can be served, checked and told about."""
 
+import logging
 from datetime import datetime
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from vllm_mtp.evaluation.probe import write_probe
 from vllm_mtp.training.arguments import DrafterTrainingArguments
 from vllm_mtp.training.loss_module import LossModule
 from vllm_mtp.training.record import RunInfo, publish_run
+
+logger = logging.getLogger("vllm.mtp_placeholder.training")
 
 
 def finish(
@@ -42,6 +45,11 @@ def finish(
     folder = save_drafter(loss_module.drafter, str(args.output_dir))
     with args.autocast():
         write_probe(folder, loss_module.bound, held_out)
+    logger.info(
+        "written to %s; evaluating what was written on %d held-out texts",
+        folder,
+        len(held_out),
+    )
     evaluation = evaluate_texts(
         _as_written(folder, loss_module), held_out, args.num_speculative_tokens
     )
