@@ -266,3 +266,48 @@ def test_an_mlp_layer_takes_no_weights_of_another_form(tiny_llama: Path) -> None
     fill_weights(old, 0.2, salt="old ")
     left = warm_start(new, old)
     assert {name for name in new.state_dict() if name.startswith("layers.")} == {*left}
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "new"),
+    [
+        (
+            {},
+            {"own_attention": "block"},
+            {"q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight"},
+        ),
+        ({}, {"boundary_of": "bound"}, {"boundary_proj.weight"}),
+        (
+            {"boundary_layers": [0, 1]},
+            {"boundary_layers": [1, 2]},
+            {"boundary_proj.weight", "boundary_mix"},
+        ),
+        ({}, {"per_position": True, "bridges": True}, {"bridge.weight", "bridge.bias"}),
+    ],
+)
+def test_weights_for_another_computation_are_not_taken(
+    tiny_llama: Path, before: dict[str, Any], after: dict[str, Any], new: set[str]
+) -> None:
+    """Their shapes are the same, so nothing else would tell."""
+    options = replace(OPTIONS, boundary_hidden="all")
+    old, ours = (
+        new_drafter(tiny_llama, "own:1", 2, replace(options, **changes))
+        for changes in (before, after)
+    )
+    fill_weights(old, 0.2, salt="old ")
+    start = {name: tensor.clone() for name, tensor in ours.state_dict().items()}
+    left = warm_start(ours, old)
+    assert {name.removeprefix("layers.0.") for name in left} == new
+    for name, tensor in ours.state_dict().items():
+        assert tensor.equal(start[name]) == (name in left), name
+
+
+def test_a_layer_of_another_form_is_not_taken(tiny_qwen3: Path) -> None:
+    """A copy of the target's layer norms queries and keys, as Llama's does not."""
+    old, ours = (
+        new_drafter(tiny_qwen3, "own:1", 2, replace(OPTIONS, own_init=init))
+        for init in ("random", "copy")
+    )
+    assert {n for n in ours.state_dict() if n.startswith("layers.")} == {
+        n for n in warm_start(ours, old) if n.startswith("layers.")
+    }

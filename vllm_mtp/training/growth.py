@@ -7,18 +7,29 @@ from pathlib import Path
 import torch
 
 from vllm_mtp.drafter.checkpoint import load_drafter
-from vllm_mtp.drafter.config import LayerConfig
+from vllm_mtp.drafter.config import LayerConfig, OwnLayerConfig
 from vllm_mtp.drafter.model import Drafter
 from vllm_mtp.training.states import TrainingInputError
 
 _TOKENS = "draft_vocab.token_ids"
 # Their last dimension but one is output tokens.
 _ROWS_BY_TOKEN = ("markov.unembed.weight", "lm_heads.weight")
+# Keys of own layers that add weights, or change their shape: the rest means the same.
+_ADDING = {"intermediate_size", "boundary_hidden", "bridge", "per_position"}
+# Keys that change what some weights are for; other keys concern the whole layer.
+_CONCERNED = {
+    "attention": (
+        *("q_proj.", "k_proj.", "v_proj.", "o_proj.", "o_bias"),
+        *("q_norm.", "k_norm.", "output_gate_proj."),
+    ),
+    "boundary_of": ("boundary_proj.",),
+}
 
 
 @torch.no_grad()
 def warm_start(drafter: Drafter, source: Drafter) -> list[str]:
-    """Take over every weight of ``source`` that fits.
+    """Take over every weight of ``source`` that fits and is for the same computation
+    (`computed_otherwise`).
 
     Layers fit by kind and target layer, or form, in the order they come, so layers can
     be left out ("healing"). Placeholders and weights per position are taken from the
@@ -42,6 +53,7 @@ def warm_start(drafter: Drafter, source: Drafter) -> list[str]:
     _require_same_lora_scale(drafter, source)
     taken = _layers_taken(drafter, source)
     weights = source.state_dict()
+    other = tuple(computed_otherwise(drafter, source))
     left: list[str] = []
     # Noise is the target's own, as the vocabulary is this drafter's.
     kept = {_TOKENS, "placeholders"} if drafter.config.noise else {_TOKENS}
@@ -49,7 +61,7 @@ def warm_start(drafter: Drafter, source: Drafter) -> list[str]:
     by_position, theirs = drafter.weights_by_position(), source.weights_by_position()
     for name, tensor in ours.items():
         name_there = _name_in_source(name, taken)
-        origin = weights.get(name_there)
+        origin = None if name.startswith(other) else weights.get(name_there)
         if origin is not None and name in by_position:
             if name_there in theirs:
                 first = by_position[name]
@@ -69,6 +81,28 @@ def warm_start(drafter: Drafter, source: Drafter) -> list[str]:
             "target layers. Use another drafter, or none"
         )
     return left
+
+
+def computed_otherwise(drafter: Drafter, source: Drafter) -> dict[str, str]:
+    """What of a drafter has weights of the same shape in ``source``, but for another
+    computation: beginnings of tensors' names, and the key that differs."""
+    found: dict[str, str] = {}
+    layers, theirs = drafter.config.layers, source.config.layers
+    mixes_differ = drafter.config.boundary_layers != source.config.boundary_layers
+    if mixes_differ:
+        found["boundary_mix"] = "boundary_layers"
+    for index, origin in _layers_taken(drafter, source).items():
+        layer, there = layers[index], theirs[origin]
+        if not isinstance(layer, OwnLayerConfig):
+            continue
+        for key, value in layer.model_dump().items():
+            if key in _ADDING or value == getattr(there, key):
+                continue
+            for name in _CONCERNED.get(key, ("",)):
+                found[f"layers.{index}.{name}"] = key
+        if mixes_differ and layer.boundary_of == "last":
+            found[f"layers.{index}.boundary_proj."] = "boundary_layers"
+    return found
 
 
 def _positions_taken(num_ours: int, num_theirs: int, first: int) -> torch.Tensor:

@@ -34,6 +34,7 @@ from vllm_mtp.training.arguments import DrafterTrainingArguments
 from vllm_mtp.training.bridges import bridged_layers, fit_bridges
 from vllm_mtp.training.finish import finish
 from vllm_mtp.training.growth import (
+    computed_otherwise,
     draft_tokens,
     freeze_all_but_new_positions,
     require_same_but_positions,
@@ -316,7 +317,15 @@ def _warm_start(drafter: Drafter, args: DrafterTrainingArguments) -> None:
     assert args.warm_start is not None
     source = load_drafter(args.warm_start, dtype=torch.float32, device=args.device)
     left = warm_start(drafter, source)
-    logger.info("warm start from %s; new: %s", args.warm_start, left or "nothing")
+    keys = sorted(set(computed_otherwise(drafter, source).values()))
+    logger.info(
+        "warm start from %s; new: %s%s",
+        args.warm_start,
+        ", ".join(left) or "nothing",
+        f" (what is computed otherwise there is not taken: {', '.join(keys)})"
+        if keys
+        else "",
+    )
     if args.train_only == "new_positions":
         require_same_but_positions(drafter, source)
         num_old = source.config.num_speculative_tokens
