@@ -379,6 +379,25 @@ class TestStates:
             weight.copy_(before)
         assert len(list(tmp_path.iterdir())) == 2
 
+    def test_another_packed_target_has_other_states_on_disk(
+        self, host: HFTarget, tmp_path: Path
+    ) -> None:
+        """Its weights are buffers. What is not saved is no part of a target's name."""
+        linear, names = host.layer(1).mlp.up_proj, []
+        for number, persistent in ((0, False), (1, False), (0, True), (1, True)):
+            packed = torch.full((4, 4), number, dtype=torch.int32)
+            linear.register_buffer("packed", packed, persistent=persistent)
+            try:
+                folder = tmp_path / f"{number} {persistent}"
+                StatesFolder(folder, host)
+                names.append(next(folder.iterdir()).name)
+            finally:
+                del linear.packed
+        StatesFolder(tmp_path / "none", host)
+        plain = next((tmp_path / "none").iterdir()).name
+        assert names[:2] == [plain, plain]
+        assert len({*names}) == 3
+
     def test_the_same_weights_with_another_config_are_another_target(
         self, tiny_llama: Path, tmp_path: Path
     ) -> None:

@@ -164,6 +164,33 @@ def test_the_text_has_the_rest_of_the_weight(host: HFTarget, tiny_llama: Path) -
     torch.testing.assert_close(some, 0.75 * none + 0.25 * all_of_it)
 
 
+@pytest.mark.parametrize(
+    ("kind", "weight", "count"),
+    [("chain", 1.0, 1), ("chain", 0.5, 2), ("own", 1.0, 1), ("own", 0.5, 1)],
+)
+def test_no_forward_runs_that_nobody_reads(
+    kind: str,
+    weight: float,
+    count: int,
+    host: HFTarget,
+    tiny_llama: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Rows of a block are the same behind text and spans; those of a chain are not."""
+    forwards = []
+
+    def forward(*inputs: Any) -> torch.Tensor:
+        forwards.append(1)
+        return forward_texts(*inputs)
+
+    monkeypatch.setattr("vllm_mtp.training.loss_module.forward_texts", forward)
+    module = module_of(host, tiny_llama, KINDS[kind], weight)
+    module.loss_of([module.blocks(text_of(host), step=0)])["loss"].backward()
+    assert len(forwards) == count
+    grads = [p.grad for p in module.drafter.parameters() if p.grad is not None]
+    assert any(grad.abs().sum() for grad in grads)
+
+
 @pytest.mark.parametrize("kind", ["whole target", "reduced", "chain"])
 @pytest.mark.parametrize("objective", [Objective(), Objective(0.5, 0.5, 0.5, 8)])
 def test_parts_of_a_step_sum_up_to_all_of_it(

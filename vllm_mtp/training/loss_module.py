@@ -215,19 +215,21 @@ class LossModule(nn.Module):
         num_draft_tokens, objective = self._positions(step), self.plan.objective
         if step is not None:
             objective = self.plan.schedule.objective(objective, step)
-        hidden = forward_texts(self.bound, texts, num_draft_tokens)
+        own_part = self.plan.on_policy_weight
+        # Of a chain that learns from its own spans alone, nobody reads the text's rows.
+        is_read = own_part < 1 or self.features or self.drafter.config.chain is None
+        hidden = forward_texts(self.bound, texts, num_draft_tokens) if is_read else None
         labels = torch.cat([text.labels(num_draft_tokens) for text in texts])
         # Where the first position is the target's own, there is nothing to learn.
         first = int(self.first_position_is_exact)
-        own_part = self.plan.on_policy_weight
-        loss = hidden.new_zeros((), dtype=torch.float32)
+        loss = torch.zeros((), device=labels.device)
         parts: dict[str, torch.Tensor] = {}
-        if own_part < 1:
+        if own_part < 1 and hidden is not None:
             of_text, parts = self.token_loss(
                 objective, texts, hidden, labels, first, whole
             )
             loss = (1 - own_part) * of_text
-        if self.features is not None:
+        if self.features is not None and hidden is not None:
             parts["feature"] = self.features.pop(
                 texts, hidden, labels, whole.total if whole else None
             )
@@ -246,14 +248,14 @@ class LossModule(nn.Module):
         verifier: Verifier,
         objective: Objective,
         texts: Sequence[TextBlocks],
-        hidden: torch.Tensor,
+        hidden: torch.Tensor | None,
         labels: torch.Tensor,
         whole: StepLabels | None,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The loss of what the drafter drafts behind the same anchors."""
         whole = whole or self._step_labels(labels, lambda counts: counts)
         first, k = int(self.first_position_is_exact), labels.shape[1]
-        if self.drafter.config.chain is None:
+        if hidden is not None and self.drafter.config.chain is None:
             spans = verifier.spans(texts, hidden.detach(), k)
         else:
             # Its rows read what it drafts, so they are others than behind the text.

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 from collections.abc import Collection, Iterable
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -144,7 +145,11 @@ def _fingerprint(host: HFTarget) -> str:
         config.pop(name, None)
     config_text = json.dumps(config, sort_keys=True, default=str)
     digest.update(f"{device} {autocast} {config_text}".encode())
-    for name, weight in host.model.named_parameters():
+    # What packed weights consist of are buffers; those that are not saved, such as of
+    # RoPE, follow from the config.
+    saved = set(host.model.state_dict())
+    buffers = ((n, b) for n, b in host.model.named_buffers() if n in saved)
+    for name, weight in chain(host.model.named_parameters(), buffers):
         digest.update(f"{name} {list(weight.shape)} {weight.dtype}".encode())
         some = weight.flatten()[:: max(1, weight.numel() // 64)].float().cpu()
         digest.update(some.numpy().tobytes())
