@@ -163,6 +163,7 @@ SAID: dict[str, tuple[list[str], list[str], list[str]]] = {
             "boundary hidden  none",
             "LM head          the target's",
             "each of its 2 layers reads a target layer's, 64 bytes per token",
+            "reads            of the prefix, all of it",
         ],
         ["It reads the target's own KV cache", "One forward drafts up to 4 tokens"],
         ["times over"],
@@ -176,9 +177,10 @@ SAID: dict[str, tuple[list[str], list[str], list[str]]] = {
             "LM head          3 of its own, one for each position",
             "its own LM heads among them",
             "none of its own: no layer reads the target's",
+            "of the prefix, nothing: no layer reads a cache",
         ],
         ["It reads a hidden state of the target's, no cache,", "MLP, square: [0]"],
-        ["0 bytes per token of prefix that is read (", "trained vectors"],
+        ["0 bytes per token of prefix", "trained vectors", "all of it"],
     ),
     "block-attention": (
         [
@@ -188,8 +190,9 @@ SAID: dict[str, tuple[list[str], list[str], list[str]]] = {
         [
             "It reads the token before the draft, no cache, and keeps none of its own.",
             "attends to the block alone: [0]",
+            "nothing: no layer reads a cache",
         ],
-        [],
+        ["0 bytes per token of prefix", "all of it"],
     ),
     "chain": (
         [

@@ -204,7 +204,9 @@ def placeholders_text(config: DrafterConfig) -> str:
 
 
 def prefix_text(config: DrafterConfig) -> str:
-    """What a draft reads of the prefix."""
+    """What a draft reads of the prefix's keys and values."""
+    if not config.readers:
+        return "nothing: no layer reads a cache"
     window = config.prefix_window
     if window is None:
         return "all of it"
@@ -422,7 +424,9 @@ def _design(
         ),
         (
             "Cache read per draft",
-            f"{cost.kv_bytes_read_per_token:,} bytes per token of prefix that is read",
+            f"{cost.kv_bytes_read_per_token:,} bytes per token of prefix that is read"
+            if config.readers
+            else "",
         ),
         (
             "Cache that the target keeps",
