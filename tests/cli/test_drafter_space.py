@@ -74,9 +74,12 @@ def test_every_point_has_a_line() -> None:
 @pytest.mark.parametrize(
     ("flags", "reason"),
     [
-        (["--mlp-form", "square", "--mlp-size", "8"], "mlp_size: got 8, but mlp_form"),
-        (["--boundary-of", "bound"], "boundary_of: got 'bound', but boundary_hidden"),
-        (["--chain", "--lm-head", "own"], "lm_head: got 'own', expected 'target'"),
+        (
+            ["--mlp-form", "square", "--mlp-size", "8"],
+            "--mlp-size: got 8, but mlp_form",
+        ),
+        (["--boundary-of", "bound"], "--boundary-of: got 'bound', but boundary_"),
+        (["--chain", "--lm-head", "own"], "--lm-head: got 'own', expected 'target'"),
         (["--input", "boundary", "--own-attention", "block"], "would draft the same"),
     ],
 )

@@ -220,12 +220,18 @@ def test_data_says_what_there_is(
 @pytest.mark.parametrize(
     ("flags", "reason"),
     [
-        (["--device-memory", "0"], "device_memory: got 0.0, expected a number above 0"),
+        (
+            ["--device-memory", "0"],
+            "--device-memory: got 0.0, expected a number above 0",
+        ),
         (["--utilisation", "2"], "utilisation: got 2.0, expected a part"),
         (["--layers", "own:9"], "the target has layers 0 to 3"),
         (["--target", "/nowhere/x"], "--target '/nowhere/x': expected a Hugging Face"),
         (["--target", ""], "target: got nothing"),
-        (["--target_device_map", "auto"], "target_device_map: got 'auto', but a plan"),
+        (
+            ["--target_device_map", "auto"],
+            "--target-device-map: got 'auto', but a plan",
+        ),
         (["--on_policy_weight", "1"], "leaves out; add --trace, which runs the step"),
     ],
 )

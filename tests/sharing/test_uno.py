@@ -362,13 +362,16 @@ class TestNoise:
     @pytest.mark.parametrize(
         ("flags", "expected"),
         [
-            (["--noise-ids", "3"], "noise_ids: got 1 ids, expected 3, one less than"),
-            (["--noise-ids", "3", "0", "4"], "noise_ids: got 0, expected 1 to 511"),
-            (["--mask-token-id", "513"], "mask_token_id: got 513, expected 1 to 512"),
-            (["--mask-token-id", "1"], "noise_low: got 1, expected 0 to 0"),
-            (["--noise-low", "-1"], "noise_low: got -1, expected 0 to 511"),
-            (["--num-speculative-tokens", "1"], "num_speculative_tokens: got 1, exp"),
-            (["--num-speculative-tokens", "65"], "num_speculative_tokens: got 65, exp"),
+            (["--noise-ids", "3"], "--noise-ids: got 1 ids, expected 3, one less than"),
+            (["--noise-ids", "3", "0", "4"], "--noise-ids: got 0, expected 1 to 511"),
+            (["--mask-token-id", "513"], "--mask-token-id: got 513, expected 1 to 512"),
+            (["--mask-token-id", "1"], "--noise-low: got 1, expected 0 to 0"),
+            (["--noise-low", "-1"], "--noise-low: got -1, expected 0 to 511"),
+            (["--num-speculative-tokens", "1"], "--num-speculative-tokens: got 1, exp"),
+            (
+                ["--num-speculative-tokens", "65"],
+                "--num-speculative-tokens: got 65, exp",
+            ),
             (["--revision", "main"], "revision: got 'main', but"),
             (["--subfolder", "no"], "adapter_config.json: no such file"),
         ],

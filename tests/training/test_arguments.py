@@ -39,9 +39,12 @@ def test_there_are_examples() -> None:
 
 def test_flags_win_over_the_file(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
-    file.write_text("layers: own:0\nlearning_rate: 0.5\nlora_modules: [q_proj, k_proj]")
+    file.write_text(
+        "layers: shared:0\nlearning_rate: 0.5\nlora_rank: 2\n"
+        "lora_modules: [q_proj, k_proj]"
+    )
     args = load(str(file), "--learning_rate", "0.25")
-    assert (args.layers, args.learning_rate) == ("own:0", 0.25)
+    assert (args.layers, args.learning_rate) == ("shared:0", 0.25)
     assert args.lora_modules == ["q_proj", "k_proj"]
 
 

@@ -37,10 +37,13 @@ class Init(DrafterOptions):
     def run(self) -> int:
         from vllm_mtp.cli.inspect import describe
         from vllm_mtp.drafter.checkpoint import CONFIG_FILE
+        from vllm_mtp.drafter.unused import require_used
         from vllm_mtp.sharing.folder import write_folder
         from vllm_mtp.sharing.provenance import untrained
         from vllm_mtp.torch_host.new_drafter import new_drafter
 
+        self.require_valid(self.num_speculative_tokens)
+        require_used(self, [self.layers], self.num_speculative_tokens)
         out = new_folder(self.out, CONFIG_FILE)
         target = target_folder(self.target)
         drafter = new_drafter(
@@ -60,6 +63,11 @@ class Init(DrafterOptions):
 
     def _draft_token_ids(self, target: Path) -> tuple[int, ...] | None:
         if not self.draft_vocab_size:
+            if self.draft_vocab_text is not None:
+                raise MTPError(
+                    f"draft_vocab_text: got {self.draft_vocab_text!r}, but no size of "
+                    "a vocabulary; give --draft-vocab-size, or leave it out"
+                )
             return None
         if self.draft_vocab_text is None:
             raise MTPError(

@@ -71,6 +71,8 @@ def _run(name: str, rest: Sequence[str]) -> int:
         return interrupts.EXIT_CODE
     except Exception as error:
         said = _said(error)
+        if said is not None:
+            said = _with_its_flag(said, name, rest)
         if processes.is_first_to_fail():
             if said is None:
                 raise
@@ -96,6 +98,37 @@ def _heard_once() -> Iterator[None]:
     finally:
         if speaks:
             sys.stderr.write(said.getvalue())
+
+
+# Keys of a drafter's config whose flags have other names.
+_FLAGS = {
+    "attention": "own_attention",
+    "bridge": "bridges",
+    "form": "mlp_form",
+    "full_rank": "full_rank_modules",
+    "markov": "markov_rank",
+    "noise": "placeholder_kind",
+}
+
+
+def _with_its_flag(said: str, name: str, rest: Sequence[str]) -> str:
+    """A line about a setting, ``key: got ...``, as the user wrote that: where a YAML
+    file was given and no such flag, its key stays."""
+    from dataclasses import fields
+
+    match = re.match(r"(?:layers\.\d+\.)?(\w+)(?:\.\d+)?: ", said)
+    module, class_name, _ = COMMANDS[name]
+    if match is None:
+        return said
+    command = getattr(import_module(f"vllm_mtp.cli.{module}"), class_name)
+    key = _FLAGS.get(match[1], match[1])
+    if key not in {field.name for field in fields(command)}:
+        return said
+    flag = "--" + key.replace("_", "-")
+    given = {word.partition("=")[0].replace("_", "-") for word in rest}
+    if rest and rest[0].endswith(_YAML) and flag not in given:
+        return said
+    return f"{flag}: {said[match.end() :]}"
 
 
 def _said(error: Exception) -> str | None:

@@ -176,7 +176,7 @@ class OwnLayerConfig(Strict):
         default="last",
         description="Which hidden state that is: the target's last one (or the mix of "
         "`boundary_layers`), or the stream behind the target layer that this one is "
-        "bound to.",
+        "bound to, which is not served yet.",
     )
     bridge: bool = Field(
         default=False,

@@ -20,6 +20,7 @@ from transformers.integrations import (
 from vllm_mtp.drafter.config import DrafterConfig
 from vllm_mtp.drafter.layer_spec import EXAMPLES
 from vllm_mtp.drafter.options import DrafterOptions, help_of
+from vllm_mtp.drafter.unused import require_used
 from vllm_mtp.errors import MTPError
 from vllm_mtp.flags import flag
 from vllm_mtp.training.inherited import refuse_inherited
@@ -151,6 +152,8 @@ class DrafterTrainingArguments(DrafterOptions, TrainingArguments):
         if isinstance(self.data, str):  # in Python, or in JSON
             self.data = [self.data]
         self.require_valid(self.num_speculative_tokens)
+        every = [*self.stages, self.layers]
+        require_used(self, every, self.num_speculative_tokens)
         refuse_inherited(self)
         for require in _REQUIREMENTS:
             require(self)
