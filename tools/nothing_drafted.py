@@ -8,13 +8,13 @@ method, whose chooser is made to choose 0: it looks at all that it would look at
 python -m tools.nothing_drafted --turns 60 --batches 1 8
 """
 
-import argparse
 import os
 import statistics
 import time
 from contextlib import ExitStack
 from typing import Any
 
+from tools.command import Parser, count
 from vllm_mtp.bench.cpu_settings import fastest_dtype, fastest_environment
 from vllm_mtp.markdown import table
 
@@ -25,9 +25,9 @@ PLAIN, AGAIN, OURS = "none", "none again", "nothing drafted"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--turns", type=int, default=60)
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
+    parser = Parser(description=__doc__)
+    parser.add_argument("--turns", type=count, default=60)
+    parser.add_argument("--batches", type=count, nargs="+", default=[1, 8])
     parser.add_argument("--dtype", default=fastest_dtype())
     options = parser.parse_args()
     rows = []

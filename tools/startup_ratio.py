@@ -9,7 +9,6 @@ difference within that spread cannot be told from nothing. CPU time is the stead
 the two measures on a machine that does other work.
 """
 
-import argparse
 import os
 import statistics
 import subprocess
@@ -18,6 +17,7 @@ import tempfile
 from pathlib import Path
 
 from tests.tiny_targets import make_tiny_llama
+from tools.command import Parser, count_or_none
 
 CONFIG = """
 from vllm.plugins import load_general_plugins
@@ -41,9 +41,9 @@ Times = tuple[float, float]  # wall and CPU seconds
 
 def main() -> None:
     """Run from the command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--engine-rounds", type=int, default=5)
+    parser = Parser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--rounds", type=count_or_none, default=9)
+    parser.add_argument("--engine-rounds", type=count_or_none, default=5)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         target = make_tiny_llama(Path(folder))

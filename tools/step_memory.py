@@ -9,7 +9,6 @@ does not depend on the machine. Time is the process's CPU time without the track
 least of some steps. To compare two commits, run it in both by turns.
 """
 
-import argparse
 import json
 import time
 from collections.abc import Callable
@@ -19,6 +18,7 @@ import torch
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.distributed._tools.mod_tracker import ModTracker
 
+from tools.command import Parser, count
 from vllm_mtp.data.demo_target import ensure_demo_target
 from vllm_mtp.data.sharegpt import every_sharegpt_prompt
 from vllm_mtp.engine import tokenizer_of
@@ -45,7 +45,7 @@ OBJECTIVES = {
 
 def main() -> None:
     """Run from the command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = Parser(description=(__doc__ or "").partition("\n")[0])
     for name, default in {
         "tokens": 2048,
         "anchors": 256,
@@ -53,7 +53,7 @@ def main() -> None:
         "repeats": 3,
         "texts": 1,
     }.items():
-        parser.add_argument(f"--{name}", type=int, default=default)
+        parser.add_argument(f"--{name}", type=count, default=default)
     parser.add_argument("--only", default="", help="drafters whose name starts so")
     parser.add_argument("--gradient-checkpointing", action="store_true")
     args = parser.parse_args()

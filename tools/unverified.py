@@ -23,12 +23,14 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from tools.command import Parser, alone, count, finish
 from vllm_mtp.data.demo_target import ensure_demo_target
+from vllm_mtp.data.render import Renderer
 from vllm_mtp.drafter.bound import BoundDrafter
 from vllm_mtp.drafter.checkpoint import load_drafter
 from vllm_mtp.drafter.cost import draft_cost
 from vllm_mtp.drafter.target_facts import TargetFacts
-from vllm_mtp.engine import tokenizer_of
+from vllm_mtp.engine import front_end
 from vllm_mtp.errors import MTPError, in_one_line
 from vllm_mtp.evaluation.merged import (
     ForwardCost,
@@ -71,16 +73,13 @@ MERGED_HEAD = (
 def main() -> int:
     """Run from the command line; returns the exit code."""
     args = _arguments()
-    try:
-        if not Path(args.out).parent.is_dir():  # before the work, not after it
-            raise MTPError(f"--out {args.out}: its folder is not there; make it")
-        results = _measure(args)
-    except MTPError as error:
-        print(f"unverified: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\nunverified: interrupted, nothing written", file=sys.stderr)
-        return 130
+    return finish("unverified", lambda: _run(args), "nothing is written")
+
+
+def _run(args: argparse.Namespace) -> int:
+    if not Path(args.out).parent.is_dir():  # before the work, not after it
+        raise MTPError(f"--out {args.out}: its folder is not there; make it")
+    results = _measure(args)
     plot(results, Path(f"{args.out}.png"))
     Path(f"{args.out}.json").write_text(json.dumps(results, indent=1) + "\n", "utf-8")
     print(taken_table(results) + "\n\n" + merged_table(results))
@@ -93,15 +92,15 @@ def kept_results() -> dict[str, Any]:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = Parser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--target", help="a folder (default: the demo's target)")
     parser.add_argument("--drafter", nargs="+", required=True, help="names or folders")
     parser.add_argument("--prompts", default=str(PROMPTS), help="JSONL with 'prompt'")
-    parser.add_argument("--limit", type=int, default=16, help="prompts")
-    parser.add_argument("--max-tokens", type=int, default=128, help="of an answer")
+    parser.add_argument("--limit", type=count, default=16, help="prompts")
+    parser.add_argument("--max-tokens", type=count, default=128, help="of an answer")
     parser.add_argument("--probability", type=float, nargs="*", default=PROBABILITIES)
     parser.add_argument("--entropy", type=float, nargs="*", default=ENTROPIES)
-    parser.add_argument("--batch", type=int, default=16, help="texts at once")
+    parser.add_argument("--batch", type=count, default=16, help="texts at once")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", default=str(ROOT / "docs" / "unverified"))
@@ -124,14 +123,14 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
     }
     for bound in drafters.values():
         bound.drafter.config.target.require_same(TargetFacts.from_folder(target))
-    token_ids = _token_ids(target, args.prompts, args.limit)
+    texts = _prompts(args.prompts, args.limit)
+    token_ids, stop = alone(as_served, target, texts)
     size = args.batch if takes_several(host) else 1
     streams = {i for b in drafters.values() for i in streams_of(b.drafter.config)}
     own: list[Answer] = []
     taken: dict[str, dict[Rule, list[Answer]]] = {
         name: {rule: [] for rule in rules} for name in drafters
     }
-    stop = _stop(host)
     batches = [token_ids[i : i + size] for i in range(0, len(token_ids), size)]
     total = len(batches) * (1 + len(drafters) * len(rules))
     with tqdm(total=total, unit="batch", mininterval=5) as bar:
@@ -213,9 +212,9 @@ def _folder(name: str) -> Path:
     return Path(name) if Path(name).is_dir() else installed_folder(name)
 
 
-def _token_ids(target: Path, file: str, limit: int) -> list[list[int]]:
-    """Prompts in the target's chat template; those that follow each other in the file
-    are alike, so they are taken from all over it."""
+def _prompts(file: str, limit: int) -> list[str]:
+    """Those that follow each other in the file are alike, so they are taken from all
+    over it."""
     try:
         lines = Path(file).read_text("utf-8").splitlines()
         prompts = [json.loads(line)["prompt"] for line in lines]
@@ -228,22 +227,17 @@ def _token_ids(target: Path, file: str, limit: int) -> list[list[int]]:
         raise MTPError(
             f"--limit: got {limit}, expected 1 to {len(prompts)}, the prompts of {file}"
         )
-    tokenizer = tokenizer_of(target)
-    return [
-        list(
-            tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}],
-                add_generation_prompt=True,
-                return_dict=False,
-            )
-        )
-        for prompt in prompts[:: len(prompts) // limit][:limit]
-    ]
+    return prompts[:: len(prompts) // limit][:limit]
 
 
-def _stop(host: HFTarget) -> set[int]:
-    stop = host.model.generation_config.eos_token_id
-    return set(stop) if isinstance(stop, list) else {stop} - {None}
+def as_served(
+    target: Path, prompts: Sequence[str]
+) -> tuple[list[list[int]], frozenset[int]]:
+    """Token ids of each prompt as the chat endpoint renders it, and the tokens that end
+    an answer. Imports vLLM, so it is for a process of its own."""
+    chat = front_end(target)
+    renderer = Renderer(chat)
+    return [renderer.token_ids_of(prompt) for prompt in prompts], chat.end_token_ids
 
 
 def taken_table(results: dict[str, Any]) -> str:

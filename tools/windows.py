@@ -18,6 +18,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from tools.command import Parser, count
 from vllm_mtp import engine
 from vllm_mtp.bench.loads import context_loads
 from vllm_mtp.bench.plan import Load
@@ -59,12 +60,12 @@ class Turn:
 
 def main() -> int:
     """Run from the command line; returns the exit code."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--contexts", type=int, nargs="+", default=[2048, 4096, 7680])
-    parser.add_argument("--windows", type=int, nargs="+", default=[256, 512, 1024])
-    parser.add_argument("--prompts", type=int, default=8, help="of each context")
-    parser.add_argument("--max-tokens", type=int, default=80)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser = Parser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--contexts", type=count, nargs="+", default=[2048, 4096, 7680])
+    parser.add_argument("--windows", type=count, nargs="+", default=[256, 512, 1024])
+    parser.add_argument("--prompts", type=count, default=8, help="of each context")
+    parser.add_argument("--max-tokens", type=count, default=80)
+    parser.add_argument("--rounds", type=count, default=3)
     options = parser.parse_args()
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     os.environ |= {"VLLM_USE_V2_MODEL_RUNNER": "0"}

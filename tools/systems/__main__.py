@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import tools.systems
+from tools.command import Parser, above_0, count, finish
 from tools.systems.presets import presets
 from vllm_mtp.errors import MTPError
 
@@ -20,18 +21,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run from the command line; returns the exit code."""
     options = _parser().parse_args(argv)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    try:
-        return _run(options)
-    except MTPError as error:
-        print(f"systems {options.command}: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on", file=sys.stderr)
-        return 130
+    return finish(
+        f"systems {options.command}", lambda: _run(options), "the same command goes on"
+    )
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m tools.systems",
         description=tools.systems.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -42,28 +38,28 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, help="where the runs are")
     parser.add_argument("--only", nargs="*", default=[], help="these systems or runs")
     parser.add_argument(
-        "--minutes", type=float, default=15.0, help="of one core, for each training"
+        "--minutes", type=above_0, default=15.0, help="of one core, for each training"
     )
     parser.add_argument(
-        "--max-steps", type=int, help="optimizer steps in place of the minutes"
+        "--max-steps", type=count, help="optimizer steps in place of the minutes"
     )
     parser.add_argument(
         "--dtype", choices=["float32", "bfloat16"], default="float32", help="to measure"
     )
     parser.add_argument(
-        "--prompts", type=int, default=64, help="most of each set, to evaluate"
+        "--prompts", type=count, default=64, help="most of each set, to evaluate"
     )
     parser.add_argument(
-        "--max-tokens", type=int, default=128, help="longest answer, to evaluate"
+        "--max-tokens", type=count, default=128, help="longest answer, to evaluate"
     )
     parser.add_argument(
-        "--best", type=int, default=8, help="systems whose speed is measured"
+        "--best", type=count, default=8, help="systems whose speed is measured"
     )
     parser.add_argument(
-        "--speed-prompts", type=int, default=10, help="prompts of each round of that"
+        "--speed-prompts", type=count, default=10, help="prompts of each round of that"
     )
     parser.add_argument(
-        "--rounds", type=int, default=3, help="how often sides take turns to be timed"
+        "--rounds", type=count, default=3, help="how often sides take turns to be timed"
     )
     return parser
 

@@ -6,8 +6,9 @@ from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
+from tools.command import alone
 from tools.systems.reference import SETS, Reference
-from tools.systems.runs import Run, alone, of_each
+from tools.systems.runs import Run, of_each
 from vllm_mtp import engine
 from vllm_mtp.drafter.bound import BoundDrafter
 from vllm_mtp.drafter.checkpoint import load_drafter

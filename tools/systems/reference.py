@@ -13,8 +13,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from tools.command import alone
 from tools.systems.presets import ROOT
-from tools.systems.runs import alone
 from vllm_mtp import engine
 from vllm_mtp.data.render import Renderer
 from vllm_mtp.data.store import HELD_OUT, read_split

@@ -4,10 +4,8 @@
 import json
 import traceback
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -115,10 +113,3 @@ def of_each(runs: Iterable[Run], measure: Callable[[Run], None]) -> None:
             f"not measured: {', '.join(failed)}; what each said stands above, and the "
             "same command goes on with them"
         )
-
-
-def alone(work: Any, *arguments: Any) -> Any:
-    """What a function gives in a process of its own: vLLM reads its settings when it is
-    imported, and memory comes back for sure."""
-    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-        return pool.submit(work, *arguments).result()

@@ -9,8 +9,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from tools.command import alone
 from tools.systems.reference import HELD_OUT_SET, UNSEEN_PROMPTS, Reference
-from tools.systems.runs import Run, alone, of_each
+from tools.systems.runs import Run, of_each
 from vllm_mtp.bench.measure import measure
 from vllm_mtp.bench.plan import Load, Plan, Side, drafter_side, plain_side
 from vllm_mtp.bench.servers import sigterm_unwinds

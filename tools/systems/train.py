@@ -18,8 +18,9 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from tools.command import alone
 from tools.systems.presets import Preset
-from tools.systems.runs import Run, alone
+from tools.systems.runs import Run
 from vllm_mtp.cli.main import _load
 from vllm_mtp.cli.targets import target_folder
 from vllm_mtp.errors import MTPError
