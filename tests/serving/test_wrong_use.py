@@ -20,10 +20,12 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 from vllm.engine.arg_utils import EngineArgs
 
 from tests.tiny_targets import WINDOW, make_tiny_llama
+from vllm_mtp.drafter.checkpoint import save_drafter
 from vllm_mtp.errors import MTPError
 from vllm_mtp.installed import installed_folder
 from vllm_mtp.serving.loading import load_bound_drafter
 from vllm_mtp.serving.settings import ALLOWED_KEYS
+from vllm_mtp.torch_host.new_drafter import DrafterOptions, new_drafter
 
 Drafter = Callable[[str, str], Path]
 
@@ -258,6 +260,15 @@ def test_wrong_use_is_refused(
         start(tiny_targets["llama"], good | spec, **settings)
     for text in expected:
         assert text in str(error.value)
+
+
+def test_a_drafter_that_is_only_evaluated_is_refused(
+    tiny_targets: dict[str, Path], tmp_path: Path
+) -> None:
+    target, options = tiny_targets["llama"], DrafterOptions(extra_rows=2)
+    save_drafter(new_drafter(target, "shared:0", 2, options), tmp_path / "d")
+    with pytest.raises(MTPError, match="/d: extra_rows: got 2, expected 0.*eval"):
+        start(target, {"model": str(tmp_path / "d")})
 
 
 @pytest.mark.parametrize("embeds", [True, False])
