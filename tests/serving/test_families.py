@@ -100,8 +100,10 @@ def test_from_init_to_served(
 ) -> None:
     target, out = tiny_targets[case.target], tmp_path / "drafter"
     flags = ["--target", str(target), "--num-speculative-tokens", str(K)]
-    layers = ["--layers", case.layers, "--dtype", "float32", "--own-init", "random"]
-    assert main(["init", *flags, *layers, "--out", str(out)]) == 0
+    flags += ["--layers", case.layers, "--dtype", "float32"]
+    if "own" in case.layers:
+        flags += ["--own-init", "random"]
+    assert main(["init", *flags, "--out", str(out)]) == 0
     if not ON_V2:
         # Before any engine, as in its own process: vLLM's Transformers backend changes
         # transformers' classes for good.
@@ -362,7 +364,7 @@ def train(target: Path, case: Case, folder: Path) -> Path:
         "data": str(data),
         "output-dir": str(out),
         "layers": case.layers,
-        "own-init": "random",
+        **({"own-init": "random"} if "own" in case.layers else {}),
         "num-speculative-tokens": str(K),
         "dtype": "float32",
         "bf16": str(case.target in HYBRIDS),

@@ -95,7 +95,7 @@ def test_what_does_not_work_is_refused_in_one_line(
     flag = f"--{name.replace('_', '-')}"
     assert main(["train", "--target", "t", "--data", "d", flag, value]) == 1
     error = capsys.readouterr().err
-    assert error.startswith(f"vllm-mtp train: {name}: got ")
+    assert error.startswith(f"vllm-mtp train: {flag}: got ")
     assert REFUSED[name] in error
     assert "hf_secret" not in error
     assert error.count("\n") == 1
