@@ -110,8 +110,6 @@ def flags_of(changes: dict[str, Any]) -> list[str]:
         values = value if isinstance(value, list) else [value]
         # argparse cannot say "nothing"; 0 means the same for a rank.
         flags += [f"--{name}", *("0" if v is None else str(v) for v in values)]
-    if changes.get("boundary_hidden") == "none":
-        flags += ["--boundary_init", "zero"]  # the base's has nothing to start
     return flags
 
 

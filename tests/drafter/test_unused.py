@@ -28,7 +28,6 @@ UNUSED: list[tuple[str, int, dict[str, Any], str]] = [
         {"boundary_hidden": "all"},
         "boundary_hidden: .* no layer is an own",
     ),
-    ("own:0", 2, {"boundary_init": "identity"}, "boundary_init: .* is 'none'"),
     ("shared:0", 2, {"per_position": True}, "per_position: .* all layers are shared"),
     ("own:0", 2, {"lora_rank": 4}, "lora_rank: got 4, but no layer is a shared one"),
     (

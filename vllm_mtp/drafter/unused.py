@@ -45,11 +45,6 @@ def require_used(
         ("bridges", "own" in kinds, _NO_OWN),
         ("boundary_hidden", "own" in kinds, _NO_OWN),
         (
-            "boundary_init",
-            options.boundary_hidden != "none",
-            ("boundary_hidden is 'none'", "write first or all there"),
-        ),
-        (
             "per_position",
             bool(kinds & {"own", "mlp"}),
             ("all layers are shared ones", "list own or MLP layers"),
