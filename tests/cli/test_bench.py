@@ -63,6 +63,18 @@ WRONG = {
         ["--prompts", "PROMPTS", "--concurrency", "4"],
         ["got 1 prompts, expected 8"],
     ),
+    "conversations as prompts": (
+        ["--prompts", "sharegpt:later"],
+        ["--prompts sharegpt:later: its prompts are conversations", "sharegpt:tasks"],
+    ),
+    "a misspelt source": (
+        ["--prompts", "sharegpt:latter"],
+        ["--prompts sharegpt:latter: no such file", "sharegpt:later", "self:N"],
+    ),
+    "prompts that nobody has written": (
+        ["--prompts", "self:9"],
+        ["--prompts self:9: only `vllm-mtp generate`"],
+    ),
     "too few unseen prompts": (
         ["--prompts", "sharegpt", "--concurrency", "400"],
         ["sharegpt (not trained on: cheap): got ", "prompts, expected 800"],

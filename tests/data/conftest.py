@@ -13,6 +13,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from tests.tiny_targets import make_tiny_llama
+from vllm_mtp.data import sharegpt
 
 BEGIN, END = "<|begin|>", "<|end|>"
 USER, ASSISTANT = "<|user|>", "<|assistant|>"
@@ -34,6 +35,7 @@ THINKING_TEMPLATE = (
     "and not enable_thinking %}<think></think>{% endif %}{% endif %}"
 )
 
+WriteShareGPT = Callable[[Sequence[Sequence[tuple[str, str]]]], Path]
 WriteJsonl = Callable[[Sequence[dict[str, Any]]], Path]
 
 
@@ -84,6 +86,26 @@ def thinking_target(
     shutil.copytree(chat_target, folder)
     (folder / "chat_template.jinja").write_text(THINKING_TEMPLATE)
     return folder
+
+
+@pytest.fixture
+def write_sharegpt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> WriteShareGPT:
+    """Write conversations to a file that is read in place of the package's."""
+    path = tmp_path / "sharegpt.json"
+    monkeypatch.setattr(sharegpt, "demo_package_file", lambda *_: ("0", path))
+
+    def write(conversations: Sequence[Sequence[tuple[str, str]]]) -> Path:
+        items = [
+            {
+                "id": "x",
+                "conversations": [{"from": who, "value": v} for who, v in turns],
+            }
+            for turns in conversations
+        ]
+        path.write_text(json.dumps(items))
+        return path
+
+    return write
 
 
 @pytest.fixture

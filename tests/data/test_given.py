@@ -227,7 +227,9 @@ def test_a_data_set_as_the_source(run: Run, tmp_path: Path) -> None:
         (["--tensor-parallel-size", "2"], "--tensor-parallel-size: got 2, but"),
         (["--quantization", "fp8"], "--quantization: got fp8, but"),
         (["--no-chat-template"], "leave one of the two out"),
-        (["--prompts", "sharegpt"], "gives first turns only"),
+        (["--prompts", "sharegpt"], "gives prompts only"),
+        (["--prompts", "sharegpt:tasks"], "hf:NAME_OR_PATH or sharegpt:later"),
+        (["--prompts", "self:3"], "gives prompts only"),
     ],
 )
 def test_flags_of_an_engine_are_refused(

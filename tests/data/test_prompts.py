@@ -264,6 +264,28 @@ def test_a_missing_file_is_named_with_the_other_sources(tmp_path: Path) -> None:
         read(tmp_path / "nothing.jsonl")
 
 
+@pytest.mark.parametrize("name", ["sharegpt:latter", "sharegpt:", "ShareGPT", "self"])
+def test_a_misspelt_source_is_named_with_those_that_there_are(name: str) -> None:
+    with pytest.raises(DataError) as error:
+        read(name)
+    said = str(error.value)
+    assert said.startswith(f"--prompts {name}: ")
+    assert "\n" not in said
+    for source in ("sharegpt,", "sharegpt:later", "sharegpt:tasks", "self:N", "hf:"):
+        assert source in said
+
+
+@pytest.mark.parametrize("count", ["", "0", "-3", "1.5", "1e3", "10000001", "²"])
+def test_how_many_prompts_the_target_shall_write(count: str) -> None:
+    with pytest.raises(DataError, match=r"expected self:N .* 1 to 10,000,000"):
+        read(f"self:{count}")
+
+
+def test_only_generate_has_prompts_written() -> None:
+    with pytest.raises(DataError, match="self:3: only `vllm-mtp generate`"):
+        read("self:3")
+
+
 @pytest.fixture
 def saved(tmp_path: Path) -> str:
     """A dataset with two splits, as ``save_to_disk`` writes it."""

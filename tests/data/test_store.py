@@ -68,8 +68,10 @@ SETTINGS = RunSettings(
 
 def row(text: str, answer: int = 3) -> Row:
     """A prompt of two tokens with an answer of some tokens."""
+    identifier = prompt_id([{"role": "user", "content": text}])
     return {
-        "prompt_id": prompt_id([{"role": "user", "content": text}]),
+        "prompt_id": identifier,
+        "split_id": identifier,
         "category": text,
         "input_ids": list(range(2 + answer)),
         "loss_spans": [[2, 2 + answer]] if answer else [],

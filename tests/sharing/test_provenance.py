@@ -11,6 +11,7 @@ import pytest
 
 from tests.sharing.conftest import HOME
 from tests.tiny_answers import MakeArguments
+from vllm_mtp.data.settings import SourceSettings
 from vllm_mtp.data.unseen import TrainingPrompts
 from vllm_mtp.drafter.checkpoint import save_drafter
 from vllm_mtp.drafter.target_facts import TargetFacts
@@ -139,7 +140,32 @@ class TestTrainingPrompts:
         source = {"prompts": "sharegpt", "skip": 100, "limit": 50}
         record["data"]["generation"]["settings"]["source"] |= source
         found = self.told(folder, DrafterProvenance.model_validate(record))
-        assert found == TrainingPrompts(folder.name, 0.1, range(100, 150))
+        assert found == TrainingPrompts(
+            folder.name, 0.1, (SourceSettings.model_validate(source),)
+        )
+
+    @pytest.mark.parametrize(
+        ("prompts", "read"),
+        [
+            ("sharegpt:later", ("sharegpt:later",)),
+            ("sharegpt:tasks", ("sharegpt:tasks",)),
+            ("self:40", ()),  # nobody asked these in ShareGPT
+            ("mine.jsonl", None),  # which may hold any text
+            ("hf:org/name", None),
+        ],
+    )
+    def test_what_was_read_of_sharegpt(
+        self,
+        prompts: str,
+        read: tuple[str, ...] | None,
+        folder: Path,
+        provenance: DrafterProvenance,
+    ) -> None:
+        record = json.loads(provenance.to_json()) | {"parent": None}
+        record["data"]["generation"]["settings"]["source"] = {"prompts": prompts}
+        found = self.told(folder, DrafterProvenance.model_validate(record))
+        expected = read and tuple(SourceSettings(prompts=name) for name in read)
+        assert found == TrainingPrompts(folder.name, 0.1, expected)
 
     def test_another_source_has_no_numbers(
         self, folder: Path, provenance: DrafterProvenance

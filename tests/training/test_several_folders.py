@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training on the answers of several folders."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,9 @@ import pytest
 
 from tests.tiny_answers import MakeArguments, keep_answers, training_log
 from vllm_mtp.cli.main import _load
+from vllm_mtp.data.settings import SourceSettings
 from vllm_mtp.data.several import read_answers
-from vllm_mtp.data.store import Row
+from vllm_mtp.data.store import HELD_OUT, TRAIN, Row, read_split
 from vllm_mtp.data.unseen import TrainingPrompts
 from vllm_mtp.drafter.target_facts import TargetFacts
 from vllm_mtp.errors import DataError
@@ -22,8 +24,10 @@ DESIGN = {"layers": "own:3", "max_steps": 2}
 
 def row(number: int, length: int = 12) -> Row:
     """A text whose prompt has a hash of its own: a sixteenth of all, one by one."""
+    identifier = f"{number:x}".ljust(32, "0")
     return {
-        "prompt_id": f"{number:x}".ljust(32, "0"),
+        "prompt_id": identifier,
+        "split_id": identifier,
         "category": "",
         "input_ids": [(37 * number + 11 * n) % 500 for n in range(length)],
         "loss_spans": [[4, length]],
@@ -80,6 +84,44 @@ def test_what_another_folder_holds_out_is_not_trained_on(
         read(tiny_llama, *only)
 
 
+def test_prompts_of_one_conversation_are_not_on_two_sides(
+    make: Make, tiny_llama: Path, tmp_path: Path
+) -> None:
+    """Later turns hang on the first one, whatever their own hashes are."""
+
+    def later(number: int, first: int) -> Row:
+        return row(number) | {"split_id": row(first)["prompt_id"], "category": "later"}
+
+    whole = make("a", range(16), 0.5)
+    rows = [later(9, 1), later(10, 6), later(0, 11)]
+    other = keep_answers(tmp_path / "b", tiny_llama, rows, 0.25)
+    assert names(read_split(other, HELD_OUT)) == ["9"]
+    assert names(read_split(other, TRAIN)) == ["a", "0"]
+    found = read(tiny_llama, whole, other)
+    # The first folder holds out 6, and with it the second one's later turn; and its own
+    # 9, whose text the second one holds out.
+    assert names(found.held_out) == list("012345679")
+    assert names(found.train) == list("8abcdef")
+    assert found.dropped == 3
+    assert sorted(set(found.held_out["category"])) == ["", "later"]
+
+
+def test_folders_of_earlier_versions_go_along(
+    make: Make, tiny_llama: Path, tmp_path: Path
+) -> None:
+    from datasets import DatasetDict, load_from_disk
+
+    old, new = make("a", range(16), 0.5), make("b", range(4, 6))
+    shutil.copytree(old, tmp_path / "copy")
+    rows = load_from_disk(str(tmp_path / "copy"))
+    assert isinstance(rows, DatasetDict)
+    rows.remove_columns("split_id").save_to_disk(str(old))
+    found = read(tiny_llama, old, new)
+    assert names(found.held_out) == list("01234567")
+    assert names(found.train) == list("89abcdef")
+    assert found.dropped == 2
+
+
 def test_folders_that_do_not_go_together(
     make: Make, tiny_llama: Path, tiny_qwen3: Path, tmp_path: Path
 ) -> None:
@@ -122,7 +164,14 @@ def test_a_run_on_two_folders_says_so_everywhere(
     assert "`b`: the target's own answers to `sharegpt`" in card
     assert str(tmp_path) not in (out / "provenance.json").read_text() + card
     # For prompts that the drafter has not seen: what both held out, and left unread.
-    assert training_prompts(out) == TrainingPrompts("out", 0.25, range(59))
+    assert training_prompts(out) == TrainingPrompts(
+        "out",
+        0.25,
+        (
+            SourceSettings(prompts="sharegpt", limit=20),
+            SourceSettings(prompts="sharegpt", skip=50, limit=9),
+        ),
+    )
 
 
 def test_names_on_the_command_line_and_in_yaml(tmp_path: Path) -> None:

@@ -57,8 +57,8 @@ class Bench:
     )
     concurrency: list[int] = flag("requests at once", [1, 4, 8])
     prompts: str = flag(
-        "JSONL file of prompts, or sharegpt: those of its prompts that none of the "
-        "drafters was trained on, by their provenance.json",
+        "JSONL file of prompts, or sharegpt or sharegpt:tasks: those of its prompts "
+        "that none of the drafters was trained on, by their provenance.json",
         "sharegpt",
     )
     contexts: list[int] = flag(
@@ -283,20 +283,27 @@ class Bench:
 
     def _prompts(self, num: int, known: "Sequence[TrainingPrompts]") -> tuple[str, ...]:
         from vllm_mtp.bench.plan import require_enough
-        from vllm_mtp.data.unseen import SHAREGPT, unseen_prompts
+        from vllm_mtp.data.sources import LATER, OF_SHAREGPT, SHAREGPT, TASKS
+        from vllm_mtp.data.unseen import unseen_prompts
 
-        if self.prompts != SHAREGPT:
+        if self.prompts not in OF_SHAREGPT:
             return tuple(text for _, text in _read(self.prompts, num))
-        found = unseen_prompts(num, known, max_chars=_MAX_CHARS)
+        if self.prompts == LATER:
+            raise MTPError(
+                f"--prompts {LATER}: its prompts are conversations, and `bench` sends "
+                f"questions; name {SHAREGPT}, {TASKS} or a JSONL file"
+            )
+        found = unseen_prompts(num, known, max_chars=_MAX_CHARS, source=self.prompts)
         trained = ", ".join(one.drafter for one in known)
-        require_enough(found, num, f"{SHAREGPT} (not trained on: {trained})")
+        require_enough(found, num, f"{self.prompts} (not trained on: {trained})")
         return tuple(found)
 
     def _choice_in_words(self, known: "Sequence[TrainingPrompts]") -> str:
-        from vllm_mtp.data.unseen import SHAREGPT, choice_in_words
+        from vllm_mtp.data.sources import OF_SHAREGPT
+        from vllm_mtp.data.unseen import choice_in_words
 
-        if self.prompts == SHAREGPT:
-            return choice_in_words(known)
+        if self.prompts in OF_SHAREGPT:
+            return choice_in_words(known, self.prompts)
         return f"of {Path(self.prompts).name}, whatever the drafters were trained on"
 
     def _by_category(self) -> dict[str, list[str]]:

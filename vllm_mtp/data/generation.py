@@ -86,6 +86,7 @@ def row_of(request: Request, answer: Answer) -> Row:
     end = start + len(answer.token_ids)
     return {
         "prompt_id": request.prompt_id,
+        "split_id": request.split_on or request.prompt_id,
         "category": request.category,
         "input_ids": [*request.token_ids, *answer.token_ids],
         "loss_spans": [] if answer.is_empty else [[start, end]],

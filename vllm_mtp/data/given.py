@@ -105,6 +105,7 @@ class GivenAnswers:
         start, stop = len(ids), len(ids) + len(kept)
         return {
             "prompt_id": prompt.identifier,
+            "split_id": prompt.split_id,
             "category": prompt.category,
             "input_ids": [*ids, *kept],
             "loss_spans": [[start, stop]] if len(kept) > stopped else [],

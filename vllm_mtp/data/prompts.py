@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where prompts come from: a JSONL file, a Hugging Face dataset, or ShareGPT."""
+"""Where prompts come from: a JSONL file, a Hugging Face dataset, or ShareGPT.
+
+Those that the target writes itself are in `data.written`.
+"""
 
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -11,10 +14,10 @@ from typing import Any
 
 from vllm_mtp.data.odd_rows import OddRowError, OddRows
 from vllm_mtp.data.settings import SourceSettings
-from vllm_mtp.data.split import Message, prompt_id
+from vllm_mtp.data.sources import HF, LATER, SHAREGPT, TASKS, is_self, require_source
+from vllm_mtp.data.split import Message, id_of_text, prompt_id
 from vllm_mtp.errors import DataError, in_one_line
 
-_HF = "hf:"
 _READ = ("prompt", "messages", "category", "tools")  # of a row's fields
 # Besides role and content, what vLLM's chat endpoint hands to a chat template.
 _MORE_OF_A_TURN = (
@@ -36,6 +39,8 @@ class Prompt:
         tools: What the target may call, as the chat endpoint takes them.
         where: The row that it was read from, for messages.
         answer: The assistant's turn that the source has behind it, where it was read.
+        split_on: Identifier of the prompt whose side of the split is this one's too,
+            because this one has text of it or of an answer to it; None: its own.
     """
 
     messages: tuple[Message, ...]
@@ -43,11 +48,17 @@ class Prompt:
     tools: tuple[Any, ...] = ()
     where: str = field(default="", compare=False)
     answer: Message | None = None
+    split_on: str | None = None
 
     @cached_property
     def identifier(self) -> str:
         """See `prompt_id`."""
         return prompt_id(self.messages, self.tools)
+
+    @property
+    def split_id(self) -> str:
+        """What `is_held_out` decides by."""
+        return self.split_on or self.identifier
 
 
 def read_prompts(
@@ -62,13 +73,23 @@ def read_prompts(
 
     Raises:
         DataError: The source cannot be read; the message names the file and line,
-            or the dataset and column.
+            or the dataset and column. Or it is one that the target has yet to write.
         OddRowError: A row cannot be used, and rows are not skipped.
         DemoPackageError: ShareGPT's package is missing.
     """
-    if source.prompts == "sharegpt":
-        rows = _sharegpt_rows(source)
-    elif source.prompts.startswith(_HF):
+    require_source(source.prompts)
+    if is_self(source.prompts):
+        raise DataError(
+            f"--prompts {source.prompts}: only `vllm-mtp generate` has the target "
+            "write prompts; name a source that has some"
+        )
+    if source.prompts in _SHAREGPT_ROWS:
+        numbered = enumerate(_SHAREGPT_ROWS[source.prompts](answered))
+        rows: Iterator[_Row] = (
+            replace(row, where=f"{source.prompts}, prompt {number}")
+            for number, row in islice(numbered, source.skip, _stop(source))
+        )
+    elif source.prompts.startswith(HF):
         rows = _hf_rows(source)
     else:
         rows = _jsonl_rows(source)
@@ -90,6 +111,7 @@ class _Row:
     category: str  # unless the row has one
     line: bytes | None = None  # of a JSONL file
     fields: Any = None
+    split_on: str | None = None  # see `Prompt`
 
     def prompt(self, answered: bool) -> Prompt:
         """Raises OddRowError where it is none."""
@@ -119,6 +141,7 @@ class _Row:
             _tools_of(fields.get("tools"), self.where),
             self.where,
             answer,
+            self.split_on,
         )
 
 
@@ -126,21 +149,47 @@ def _stop(source: SourceSettings) -> int | None:
     return None if source.limit is None else source.skip + source.limit
 
 
-def _sharegpt_rows(source: SourceSettings) -> Iterator[_Row]:
+def _first_turns(_: bool) -> Iterator[_Row]:
     from vllm_mtp.data.sharegpt import every_sharegpt_prompt
 
-    texts = enumerate(every_sharegpt_prompt())
-    for number, text in islice(texts, source.skip, _stop(source)):
-        yield _Row(f"sharegpt, prompt {number}", "sharegpt", fields={"prompt": text})
+    for text in every_sharegpt_prompt():
+        yield _Row("", "sharegpt", fields={"prompt": text})
+
+
+def _later_turns(answered: bool) -> Iterator[_Row]:
+    from vllm_mtp.data.sharegpt import every_later_turn
+
+    for turn in every_later_turn():
+        texts = list(turn.turns)
+        if answered and turn.answer is not None:
+            texts.append(turn.answer)
+        turns = [
+            {"role": "assistant" if number % 2 else "user", "content": text}
+            for number, text in enumerate(texts)
+        ]
+        split_on = id_of_text(turn.first)
+        yield _Row("", "later", fields={"messages": turns}, split_on=split_on)
+
+
+def _tasks(_: bool) -> Iterator[_Row]:
+    from vllm_mtp.data.tasks import every_task
+
+    for task in every_task():
+        split_on = None if task.first is None else id_of_text(task.first)
+        fields = {"prompt": task.text}
+        yield _Row("", task.kind, fields=fields, split_on=split_on)
+
+
+# Each takes whether the answers are wanted, and numbers the same rows with and without.
+_SHAREGPT_ROWS: dict[str, Callable[[bool], Iterator[_Row]]] = {
+    SHAREGPT: _first_turns,
+    LATER: _later_turns,
+    TASKS: _tasks,
+}
 
 
 def _jsonl_rows(source: SourceSettings) -> Iterator[_Row]:
     path = Path(source.prompts).expanduser()
-    if not path.is_file():
-        raise DataError(
-            f"--prompts {source.prompts}: no such file; expected a JSONL file, "
-            "hf:NAME_OR_PATH for a Hugging Face dataset, or sharegpt"
-        )
     try:
         with path.open("rb") as file:
             lines = ((n, line) for n, line in enumerate(file, 1) if line.strip())
@@ -163,7 +212,7 @@ def _parsed(line: bytes, where: str) -> Any:
 
 def _hf_rows(source: SourceSettings) -> Iterator[_Row]:
     rows = _hf_dataset(source)
-    name = source.prompts.removeprefix(_HF).rstrip("/").rsplit("/", 1)[-1]
+    name = source.prompts.removeprefix(HF).rstrip("/").rsplit("/", 1)[-1]
     wanted = [key for key in (source.column, source.category_column) if key is not None]
     for key in wanted:
         if key not in rows.column_names:
@@ -187,7 +236,7 @@ def _hf_dataset(source: SourceSettings) -> Any:
     """Load one split, from a folder of ``save_to_disk`` or from the hub."""
     import datasets
 
-    name = source.prompts.removeprefix(_HF)
+    name = source.prompts.removeprefix(HF)
     folder = Path(name).expanduser()
     saved = ("dataset_dict.json", "state.json")
     try:

@@ -11,6 +11,7 @@ from vllm_mtp.data.odd_rows import OddRowError, OddRows
 from vllm_mtp.data.prompts import Prompt, text_of
 from vllm_mtp.data.settings import PromptCounts
 from vllm_mtp.data.shard import Shard
+from vllm_mtp.data.user_turn import UserTurn, user_turn
 from vllm_mtp.errors import DataError
 
 BATCH = 512  # prompts per call of the tokenizer, which then uses all cores
@@ -48,6 +49,7 @@ class Request:
     prompt_id: str
     category: str
     token_ids: list[int]
+    split_on: str | None = None  # see `Prompt`
 
 
 class Renderer:
@@ -94,6 +96,33 @@ class Renderer:
         if not self._chat_template or not template:
             return None
         return hashlib.sha256(str(template).encode()).hexdigest()
+
+    def user_turn(self) -> UserTurn:
+        """What the target reads around a user's text.
+
+        Raises:
+            DataError: It has no chat template, or none that tells.
+        """
+        if not self._chat_template:
+            raise DataError(
+                "--no-chat-template: with --prompts self:N the target is given what "
+                "its chat template puts before a user's text; leave one of the two out"
+            )
+        return user_turn(lambda turns: self._chat.render(turns, (), self._arguments))
+
+    @property
+    def special_tokens(self) -> frozenset[str]:
+        """Those that the tokenizer never makes of a user's words."""
+        tokenizer = self._chat.tokenizer
+        added = getattr(tokenizer, "added_tokens_decoder", {}).values()
+        return frozenset(tokenizer.all_special_tokens).union(
+            str(token) for token in added if token.special
+        )
+
+    def tokenize(self, text: str) -> list[int]:
+        """Token ids of a rendered text."""
+        (found,) = self._tokenized([text])
+        return found
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Token ids as text, special tokens included."""
@@ -285,7 +314,9 @@ def prepare(
     requests = []
     for prompt, ids in renderer.render(kept, odd):
         if len(ids) <= max_prompt_tokens:
-            requests.append(Request(prompt.identifier, prompt.category, ids))
+            requests.append(
+                Request(prompt.identifier, prompt.category, ids, prompt.split_on)
+            )
         else:
             detail = f"{len(ids)} tokens, --max-prompt-tokens is {max_prompt_tokens}"
             odd.note(OddRowError(TOO_LONG, prompt.where, detail))

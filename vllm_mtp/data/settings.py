@@ -27,10 +27,26 @@ class _Model(BaseModel):
     )
 
 
+class WritingSettings(_Model):
+    """How the target writes prompts itself (`data.written`)."""
+
+    # 0 would write the same prompt N times.
+    temperature: float = Field(default=1.0, gt=0)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    max_tokens: int = Field(default=256, ge=1, description="Longest prompt, in tokens.")
+    seed: int = Field(default=0, description="With each prompt's number: its own seed.")
+
+
 class SourceSettings(_Model):
     """Where the prompts come from."""
 
-    prompts: str = Field(description="`sharegpt`, a JSONL file or `hf:NAME_OR_PATH`.")
+    prompts: str = Field(
+        description="`sharegpt`, `sharegpt:later`, `sharegpt:tasks`, `self:N`, a JSONL "
+        "file or `hf:NAME_OR_PATH`."
+    )
+    writing: WritingSettings | None = Field(
+        default=None, description="Of `self:N`; null: the prompts were there."
+    )
     split: str = Field(default="train", description="Split of a dataset.")
     column: str = Field(default="prompt", description="Column of a dataset.")
     category_column: str | None = Field(default=None, description="Likewise.")
@@ -158,7 +174,8 @@ class RunFile(_Model):
     format: int = 1
     settings: RunSettings
     prompts_sha256: str = Field(
-        description="Of the list of prompts, in order; empty where nothing is answered."
+        description="Of the list of prompts, in order; empty where nothing is "
+        "answered, or the target has still to write them."
     )
 
 

@@ -34,7 +34,7 @@ class Answers:
         held_out: Likewise.
         settings: How each folder was made.
         dropped: Rows of ``train`` that were left out, since another folder holds the
-            prompt out.
+            prompt out, or the one that its side of the split hangs on.
     """
 
     train: "Dataset"
@@ -48,8 +48,8 @@ def read_answers(
 ) -> Answers:
     """Read folders of one target's answers.
 
-    A prompt's side follows from its hash and the share that is held out, so equal
-    prompts can only be on two sides where the shares differ.
+    A prompt's side follows from a hash and the share that is held out, so equal prompts
+    and those of one conversation can only be on two sides where the shares differ.
 
     Args:
         folders: What ``vllm-mtp generate --out`` wrote; at least one.
@@ -68,8 +68,9 @@ def read_answers(
         train, held_out = (read_split(folders[0], split) for split in SPLITS)
         return Answers(train, held_out, settings)
     train, held_out = (_together(folders, split) for split in (TRAIN, HELD_OUT))
-    unseen = set(held_out["prompt_id"])
-    kept = [n for n, name in enumerate(train["prompt_id"]) if name not in unseen]
+    unseen = set(held_out["prompt_id"]) | set(_split_ids(held_out))
+    both = zip(train["prompt_id"], _split_ids(train), strict=True)
+    kept = [number for number, ids in enumerate(both) if unseen.isdisjoint(ids)]
     if not kept:
         raise DataError(
             f"data: every prompt to train on is held out in another one of "
@@ -77,6 +78,14 @@ def read_answers(
         )
     dropped = len(train) - len(kept)
     return Answers(train.select(kept), held_out, settings, dropped)
+
+
+def _split_ids(rows: "Dataset") -> list[str]:
+    """What each row's side hangs on; folders of earlier versions do not say it."""
+    own = list(rows["prompt_id"])
+    if "split_id" not in rows.column_names:
+        return own
+    return [name or other for name, other in zip(rows["split_id"], own, strict=True)]
 
 
 def _require_different(folders: Sequence[str | os.PathLike[str]]) -> None:

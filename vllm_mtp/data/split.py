@@ -43,6 +43,11 @@ def prompt_id(messages: Sequence[Message], tools: Sequence[Any] = ()) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
+def id_of_text(text: str) -> str:
+    """`prompt_id` of one question."""
+    return prompt_id([{"role": "user", "content": text}])
+
+
 def _hashed(message: Message) -> list[Any]:
     more = {k: v for k, v in message.items() if k not in ("role", "content")}
     return [message["role"], message["content"], *([more] if more else [])]
@@ -52,7 +57,8 @@ def is_held_out(identifier: str, fraction: float) -> bool:
     """Tell a prompt's side of the split.
 
     It follows from the prompt alone, so a prompt is on the same side in every
-    data set; with a larger fraction, those held out before still are.
+    data set; with a larger fraction, those held out before still are. Of one that has
+    text of another prompt it follows from that one (`Prompt.split_on`).
 
     Args:
         identifier: What `prompt_id` gave.

@@ -16,6 +16,8 @@ Every file is written under another name first and renamed, so it is whole or it
 not there. The columns of a row:
 
     prompt_id      32 hex digits, see `split.prompt_id`
+    split_id       that of the prompt whose side of the split this one shares, as a
+                   rule its own; folders of earlier versions have no such column
     category       kind of prompt
     input_ids      the prompt's tokens, then the answer's, with the token that ended it
     loss_spans     list of [start, end): the tokens of ``input_ids`` that are the
@@ -29,7 +31,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, NotRequired, TypedDict, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
@@ -61,10 +63,24 @@ class Row(TypedDict):
     """One row, see above; an empty answer has no loss span."""
 
     prompt_id: str
+    split_id: NotRequired[str]
     category: str
     input_ids: list[int]
     loss_spans: list[list[int]]
     finish_reason: str
+
+
+def split_id_of(row: Mapping[str, Any]) -> str:
+    """What `is_held_out` decided a row's side by, in folders of any version."""
+    return row.get("split_id") or row["prompt_id"]
+
+
+class _Place(NamedTuple):
+    """Where a row begins, and what its side of the split hangs on."""
+
+    path: Path
+    begin: int
+    split_id: str
 
 
 def read_split(folder: str | os.PathLike[str], split: str = TRAIN) -> "Dataset":
@@ -231,7 +247,9 @@ class Store:
             write_whole(path, run.model_dump_json(indent=2) + "\n")
             return
         found = _read(path, RunFile).prompts_sha256
-        if found != run.prompts_sha256:
+        if not found:  # so far the target was writing its prompts
+            write_whole(path, run.model_dump_json(indent=2) + "\n")
+        elif run.prompts_sha256 not in ("", found):
             self._refuse(
                 [
                     (
@@ -296,13 +314,14 @@ class Store:
     def _part_files(self) -> list[Path]:
         return sorted(self._parts.glob("*.jsonl"))
 
-    def _places(self) -> Iterator[tuple[str, tuple[Path, int]]]:
+    def _places(self) -> Iterator[tuple[str, _Place]]:
         """Each row's prompt, and where it begins: rows are more than memory holds."""
         for path in self._part_files():
             begin = 0
             with path.open("rb") as lines:
                 for line in lines:
-                    yield json.loads(line)["prompt_id"], (path, begin)
+                    row = json.loads(line)
+                    yield row["prompt_id"], _Place(path, begin, split_id_of(row))
                     begin += len(line)
 
     def discard_parts(self) -> None:
@@ -354,9 +373,9 @@ class Store:
         if order is not None:
             place_of = dict(found)
             found = [(identifier, place_of[identifier]) for identifier in order]
-        sides: dict[str, list[tuple[Path, int]]] = {split: [] for split in SPLITS}
-        for identifier, place in found:
-            side = HELD_OUT if is_held_out(identifier, held_out) else TRAIN
+        sides: dict[str, list[_Place]] = {split: [] for split in SPLITS}
+        for _, place in found:
+            side = HELD_OUT if is_held_out(place.split_id, held_out) else TRAIN
             sides[side].append(place)
         with tempfile.TemporaryDirectory(dir=self.folder, prefix=_CACHE) as cache:
             splits = {
@@ -368,18 +387,18 @@ class Store:
             return {split: _count(rows) for split, rows in splits.items()}
 
 
-def _row_at(path: Path, begin: int) -> Row:
-    with path.open("rb") as file:
-        file.seek(begin)
+def _row_at(place: _Place) -> Row:
+    with place.path.open("rb") as file:
+        file.seek(place.begin)
         row: Row = json.loads(file.readline())
-    return row
+    return row | {"split_id": place.split_id}
 
 
-def _dataset(places: Sequence[tuple[Path, int]], split: str, cache: str) -> "Dataset":
+def _dataset(places: Sequence[_Place], split: str, cache: str) -> "Dataset":
     from datasets import Dataset
 
     def rows() -> Iterator[Row]:
-        found = (_row_at(*place) for place in places)
+        found = map(_row_at, places)
         return (row for row in found if row["loss_spans"])
 
     if next(rows(), None) is None:  # which `from_generator` refuses
@@ -396,6 +415,7 @@ def _features() -> Any:
     return Features(
         {
             "prompt_id": Value("string"),
+            "split_id": Value("string"),
             "category": Value("string"),
             "input_ids": List(Value("int32")),
             "loss_spans": List(List(Value("int32"))),

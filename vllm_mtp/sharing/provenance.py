@@ -4,7 +4,6 @@
 import hashlib
 import json
 import os
-import sys
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
@@ -22,8 +21,9 @@ from pydantic import (
 
 from vllm_mtp.data.settings import Provenance as Generation
 from vllm_mtp.data.settings import SourceSettings
+from vllm_mtp.data.sources import OF_SHAREGPT, is_self
 from vllm_mtp.data.store import read_provenance as read_generation
-from vllm_mtp.data.unseen import SHAREGPT, TrainingPrompts
+from vllm_mtp.data.unseen import TrainingPrompts
 from vllm_mtp.drafter.config import DrafterConfig
 from vllm_mtp.drafter.target_facts import TargetFacts, weights_sample_sha256
 from vllm_mtp.errors import CheckpointError
@@ -290,22 +290,22 @@ def training_prompts(folder: Path | str) -> TrainingPrompts:
     settings = [data.generation.settings for data in provenance.every_data]
     if not settings:
         return TrainingPrompts(name, before)  # as untrained as what it came from
-    read = None if parent else _numbers([each.source for each in settings])
+    read = None if parent else _of_sharegpt([each.source for each in settings])
     held_out = min(each.held_out for each in settings)
     if before is None:
         return TrainingPrompts(name, held_out, read, assumed=True)
     return TrainingPrompts(name, min(held_out, before), read)
 
 
-def _numbers(sources: Sequence[SourceSettings]) -> range | None:
-    """From the first to the last ShareGPT prompt; None if another source was read."""
-    if any(source.prompts != SHAREGPT for source in sources):
+def _of_sharegpt(
+    sources: Sequence[SourceSettings],
+) -> tuple[SourceSettings, ...] | None:
+    """The parts of ShareGPT that were read; None if another source was read too, but
+    for prompts that the target wrote, which nobody asked in ShareGPT."""
+    others = [source for source in sources if not is_self(source.prompts)]
+    if any(source.prompts not in OF_SHAREGPT for source in others):
         return None
-    stops = [
-        sys.maxsize if source.limit is None else source.skip + source.limit
-        for source in sources
-    ]
-    return range(min(source.skip for source in sources), max(stops))
+    return tuple(others)
 
 
 def without_paths(record: _M) -> _M:
