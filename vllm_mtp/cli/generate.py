@@ -9,7 +9,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from vllm_mtp.cli.generating import (
     answer_prompts,
+    finish,
     first_prompt,
+    one_engine,
+    prepare_written,
     report,
     take_answers,
 )
@@ -19,6 +22,7 @@ from vllm_mtp.flags import flag
 from vllm_mtp.interrupts import advise
 
 if TYPE_CHECKING:
+    from vllm_mtp.cli.generating import StartEngine
     from vllm_mtp.data.odd_rows import OddRows
     from vllm_mtp.data.render import Renderer, Request
     from vllm_mtp.data.settings import (
@@ -26,6 +30,7 @@ if TYPE_CHECKING:
         PromptCounts,
         RunSettings,
     )
+    from vllm_mtp.data.store import Store
 
 _MAX_TOKENS = 512  # the longest answer, unless the user or the target says
 # Flags that say how an engine answers.
@@ -45,9 +50,11 @@ class Generate:
 
     target: str = flag("the target's Hugging Face folder or hub name")
     prompts: str = flag(
-        "sharegpt; or a JSONL file with `prompt` (text) or `messages` (turns, the last "
-        "one the user's or a tool's), and, if wanted, `category` and `tools` per line; "
-        "or hf:NAME_OR_PATH, a Hugging Face dataset"
+        "sharegpt (first turns), sharegpt:later (later turns, with those before) or "
+        "sharegpt:tasks (code, maths, translation and more, of its text); self:N, N "
+        "prompts that the target writes itself; a JSONL file with `prompt` (text) or "
+        "`messages` (turns, the last one the user's or a tool's), and, if wanted, "
+        "`category` and `tools` per line; or hf:NAME_OR_PATH, a Hugging Face dataset"
     )
     out: str = flag("folder to write; one that holds a stopped run is continued")
     answers: Literal["target", "given"] = flag(
@@ -63,6 +70,14 @@ class Generate:
         "hf: only; the column with categories; left out, the dataset's name is the "
         "category",
         None,
+    )
+    prompts_temperature: float = flag(
+        "self:N only; the temperature at which the target writes prompts", 1.0
+    )
+    prompts_top_p: float = flag("self:N only; the top_p likewise", 1.0)
+    prompts_max_tokens: int = flag(
+        "self:N only; longest prompt to write, in tokens; drop those that do not end",
+        256,
     )
     skip: int = flag("rows to pass over first", 0)
     limit: int | None = flag("most rows to read; left out, all", None)
@@ -171,6 +186,7 @@ class Generate:
         from vllm_mtp.engine import front_end
 
         _require_datasets()
+        self._require_source()
         self._require_shard()
         self._require_one_replica()
         if self.answers == "given":
@@ -216,28 +232,42 @@ class Generate:
             taken = take_answers(store, settings, renderer, chat.end_token_ids, odd)
             print(report(taken, store.folder, odd.explained()))
             return 0
-        requests, counts = self._requests(settings, renderer, odd)
-        print(first_prompt(requests[0], renderer))
-        print(self._sampling_in_words(sampling, defaults))
         advise(f"the same command goes on with what is in {store.folder}")
-        provenance = answer_prompts(store, settings, machine, target, requests, counts)
+        with one_engine(target, settings, machine) as start_engine:
+            requests, counts = self._requests(
+                store, settings, renderer, start_engine, odd
+            )
+            print(first_prompt(requests[0], renderer))
+            print(self._sampling_in_words(sampling, defaults))
+            run = answer_prompts(store, settings, start_engine, requests)
+        provenance = finish(store, run, requests, counts)
         print(report(provenance, store.folder, odd.explained()))
         return 0
 
     def _requests(
-        self, settings: "RunSettings", renderer: "Renderer", odd: "OddRows"
+        self,
+        store: "Store",
+        settings: "RunSettings",
+        renderer: "Renderer",
+        start_engine: "StartEngine",
+        odd: "OddRows",
     ) -> "tuple[list[Request], PromptCounts]":
         from vllm_mtp.data.prompts import read_prompts
         from vllm_mtp.data.render import prepare
         from vllm_mtp.data.shard import Shard
 
-        requests, counts = prepare(
-            read_prompts(settings.source, odd),
-            renderer,
-            settings.max_prompt_tokens,
-            odd,
-            Shard.parse(settings.source.shard),
-        )
+        if settings.source.writing is not None:
+            requests, counts = prepare_written(
+                store, settings, renderer, start_engine, odd
+            )
+        else:
+            requests, counts = prepare(
+                read_prompts(settings.source, odd),
+                renderer,
+                settings.max_prompt_tokens,
+                odd,
+                Shard.parse(settings.source.shard),
+            )
         if not requests:
             reasons = "; ".join(odd.explained()) or (
                 "the source is empty, --skip passes over all of it, or there are "
@@ -248,6 +278,11 @@ class Generate:
                 f"read; {reasons}. Name a source with prompts that the target takes"
             )
         return requests, counts
+
+    def _require_source(self) -> None:
+        from vllm_mtp.data.sources import require_source
+
+        require_source(self.prompts)
 
     def _require_shard(self) -> None:
         from vllm_mtp.data.shard import Shard
@@ -269,6 +304,8 @@ class Generate:
     def _require_no_engine(self) -> None:
         from dataclasses import fields
 
+        from vllm_mtp.data.sources import LATER, SHAREGPT, TASKS, is_self
+
         for field in fields(self):
             if field.name in _OF_ENGINE and getattr(self, field.name) != field.default:
                 raise DataError(
@@ -281,10 +318,11 @@ class Generate:
                 "--no-chat-template: --answers given takes conversations, which the "
                 "chat template writes; leave one of the two out"
             )
-        if self.prompts == "sharegpt":
+        if is_self(self.prompts) or self.prompts in (SHAREGPT, TASKS):
             raise DataError(
-                "--prompts sharegpt: gives first turns only, and --answers given needs "
-                "conversations with their answers; name a JSONL file or hf:NAME_OR_PATH"
+                f"--prompts {self.prompts}: gives prompts only, and --answers given "
+                "needs conversations with their answers; name a JSONL file, "
+                f"hf:NAME_OR_PATH or {LATER}"
             )
 
     def _machine(self) -> "MachineSettings":
@@ -385,12 +423,21 @@ class Generate:
         return {name: getattr(self, name) for name in names}
 
     def _source(self) -> dict[str, Any]:
+        from vllm_mtp.data.sources import HF, is_self
+
         found = self._fields("prompts", "skip", "limit", "shard")
-        if self.prompts.startswith("hf:"):
+        if self.prompts.startswith(HF):
             found |= {
                 "split": self.prompts_split,
                 "column": self.prompts_column,
                 "category_column": self.prompts_category_column,
+            }
+        elif is_self(self.prompts):
+            found["writing"] = {
+                "temperature": self.prompts_temperature,
+                "top_p": self.prompts_top_p,
+                "max_tokens": self.prompts_max_tokens,
+                "seed": self.seed,
             }
         return found
 
@@ -430,9 +477,14 @@ def _require_datasets() -> None:
 def _flag_errors(error: Any) -> str:
     """pydantic's errors with the flags' names."""
     lines = [
-        f"--{str(item['loc'][-1]).replace('_', '-')}: got {item['input']!r}; "
+        f"--{_flag_of(item['loc'])}: got {item['input']!r}; "
         f"{item['msg'][0].lower()}{item['msg'][1:]}"
         for item in error.errors()
         if item["loc"] != ("part_prompts",)  # no flag; says the same as max_num_seqs
     ]
     return "\n".join(lines)
+
+
+def _flag_of(location: tuple[str | int, ...]) -> str:
+    name = str(location[-1]).replace("_", "-")
+    return f"prompts-{name}" if "writing" in location else name

@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What ``vllm-mtp generate`` does once its flags are read."""
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,28 +12,113 @@ from vllm_mtp.errors import DataError
 from vllm_mtp.interrupts import deferred
 
 if TYPE_CHECKING:
+    from vllm_mtp.data.answerer import VLLMAnswerer
     from vllm_mtp.data.odd_rows import OddRows
     from vllm_mtp.data.render import Renderer, Request
     from vllm_mtp.data.settings import (
         MachineSettings,
         PromptCounts,
         Provenance,
+        RunFile,
         RunSettings,
     )
     from vllm_mtp.data.store import Row, Store
 
+    StartEngine = Callable[[], VLLMAnswerer]
+
 _SHOWN = 1000  # characters of the first prompt
+
+
+@contextmanager
+def one_engine(
+    target: Path, settings: "RunSettings", machine: "MachineSettings"
+) -> "Iterator[StartEngine]":
+    """An engine that starts when it is first asked for: a run that goes on may need
+    none. It is gone when the ``with`` block ends."""
+    from vllm_mtp.data.answerer import answering
+
+    with ExitStack() as stack:
+        yield cache(
+            lambda: stack.enter_context(
+                answering(target, settings.engine, settings.sampling, machine)
+            )
+        )
+
+
+def prepare_written(
+    store: "Store",
+    settings: "RunSettings",
+    renderer: "Renderer",
+    start_engine: "StartEngine",
+    odd: "OddRows",
+) -> "tuple[list[Request], PromptCounts]":
+    """Have the target write the prompts that are missing, and prepare all of them."""
+    from tqdm import tqdm
+
+    from vllm_mtp.data.render import prepare
+    from vllm_mtp.data.settings import RunFile, SamplingSettings
+    from vllm_mtp.data.written import WrittenFile, numbers_of, prompts_of, write_missing
+
+    source, writing = settings.source, settings.source.writing
+    assert writing is not None
+    turn = renderer.user_turn()
+    before = renderer.tokenize(turn.before)
+    longest, needed = settings.engine.max_model_len, len(before) + writing.max_tokens
+    if needed > longest:
+        raise DataError(
+            f"--prompts-max-tokens: got {writing.max_tokens}, behind {len(before)} "
+            f"tokens of the chat template, but the engine's context is {longest}; "
+            "lower it, or raise --max-model-len"
+        )
+    numbers, others = numbers_of(source)
+    file = WrittenFile(store.folder)
+    written = file.read()
+    missing = len([number for number in numbers if number not in written])
+    if missing:
+        store.start(RunFile(settings=settings, prompts_sha256=""))
+        print(
+            f"{len(numbers):,} prompts, {missing:,} of them to be written by the "
+            f"target behind:\n{turn.before}\n"
+        )
+        engine = start_engine()
+        # A log file shall not get a line per second.
+        every = 1.0 if sys.stderr.isatty() else 30.0
+        with (
+            tqdm(
+                total=missing, unit="prompt", desc="writing", mininterval=every
+            ) as bar,
+            deferred(),  # as for answers
+        ):
+            written = write_missing(
+                file,
+                numbers,
+                before,
+                engine,
+                SamplingSettings(**writing.model_dump()),
+                renderer.decode,
+                settings.part_rows,
+                bar.update,
+            )
+    prompts = prompts_of(
+        written, numbers, source.prompts, turn, renderer.special_tokens, odd
+    )
+    requests, counts = prepare(prompts, renderer, settings.max_prompt_tokens, odd)
+    return requests, counts.model_copy(
+        update={"read": counts.read + others, "in_other_shards": others}
+    )
 
 
 def answer_prompts(
     store: "Store",
     settings: "RunSettings",
-    machine: "MachineSettings",
-    target: Path,
+    start_engine: "StartEngine",
     requests: "Sequence[Request]",
-    counts: "PromptCounts",
-) -> "Provenance":
-    """Answer what is missing, and make the dataset."""
+) -> "RunFile":
+    """Answer what is missing.
+
+    Returns:
+        What was asked for, for `finish`.
+    """
     from vllm_mtp.data.settings import RunFile
     from vllm_mtp.data.split import digest_of
 
@@ -41,26 +129,34 @@ def answer_prompts(
     missing = [each for each in requests if each.prompt_id not in done]
     print(f"{len(requests):,} prompts, {len(missing):,} of them to answer")
     if missing:
-        _answer(store, settings, machine, target, requests, missing)
-    return store.finish(order, run, counts, _versions(settings))
+        _answer(store, settings, start_engine(), requests, missing)
+    return run
+
+
+def finish(
+    store: "Store",
+    run: "RunFile",
+    requests: "Sequence[Request]",
+    counts: "PromptCounts",
+) -> "Provenance":
+    """Make the dataset of all answers."""
+    order = [request.prompt_id for request in requests]
+    return store.finish(order, run, counts, _versions(run.settings))
 
 
 def _answer(
     store: "Store",
     settings: "RunSettings",
-    machine: "MachineSettings",
-    target: Path,
+    answerer: "VLLMAnswerer",
     requests: "Sequence[Request]",
     missing: "Sequence[Request]",
 ) -> None:
     """Answer those of a run's requests that are missing."""
-    from vllm_mtp.data.answerer import answering
     from vllm_mtp.data.generation import answer_missing
     from vllm_mtp.data.progress import Progress
 
     rows = settings.part_rows
     with (
-        answering(target, settings.engine, settings.sampling, machine) as answerer,
         Progress(requests, missing, settings.engine.max_num_seqs) as progress,
         # An exception inside vLLM's step would be another one when it comes out.
         deferred(),
@@ -153,5 +249,7 @@ def report(provenance: "Provenance", folder: Path, odd: Sequence[str] = ()) -> s
     reasons = "".join(f"\n    {line}" for line in odd)
     if reasons:
         heading = "rows left out (--strict stops at the first, unless too long)"
+        if provenance.settings.source.writing is not None:
+            heading = "written prompts left out"
         reasons = f"\n\n  {heading}:{reasons}"
     return f"\n{table}{reasons}\n\nwritten to {folder}"

@@ -93,8 +93,16 @@ class VLLMAnswerer:
         self._engine, self._sampling = llm.llm_engine, sampling
         self._at_once = at_once
 
-    def answers(self, requests: Iterable[Request]) -> Iterator[tuple[Request, Answer]]:
-        """See `data.generation.Answerer`."""
+    def answers(
+        self, requests: Iterable[Request], sampling: SamplingSettings | None = None
+    ) -> Iterator[tuple[Request, Answer]]:
+        """See `data.generation.Answerer`.
+
+        Args:
+            requests: Likewise.
+            sampling: None: as it answers.
+        """
+        sampling = sampling or self._sampling
         numbered = enumerate(requests)
         running: dict[str, Request] = {}
         while True:
@@ -105,7 +113,7 @@ class VLLMAnswerer:
                 self._engine.add_request(
                     str(number),
                     {"prompt_token_ids": request.token_ids},
-                    sampling_params(self._sampling, request.prompt_id),
+                    sampling_params(sampling, request.prompt_id),
                 )
             if not running:
                 return

@@ -519,11 +519,19 @@ def _rows_of_data(data: DataRecord) -> list[tuple[str, str]]:
         f"{split}: {count.rows:,} answers, {count.answer_tokens:,} tokens of answers"
         for split, count in data.generation.splits.items()
     )
+    written, writing = "", source.writing
+    if writing is not None:
+        written = (
+            "written by the target itself, sampled with temperature "
+            f"{writing.temperature}, top_p {writing.top_p}, up to "
+            f"{writing.max_tokens:,} tokens"
+        )
     return [
         (
             "Data",
             f"`{data.name}`: {whose} `{source.prompts}`{part}",
         ),
+        ("Prompts", written),
         ("Sizes", counts),
         ("Sampling", sampled),
         ("Longest answer", f"{sampling.max_tokens:,} tokens"),
