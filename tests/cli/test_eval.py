@@ -44,6 +44,7 @@ def make_data(
     held_out: float = 0.5,
     temperature: float = 0.0,
     policy: Literal["on-policy", "off-policy"] = "on-policy",
+    categories: tuple[str, str] = ("code", "chat"),
 ) -> Path:
     """A folder as ``vllm-mtp generate`` writes it: 4 answers held out, 1 to train."""
     rows = []
@@ -52,7 +53,7 @@ def make_data(
         rows.append(
             {
                 "prompt_id": f"{'f' if i == 4 else i}" * 32,
-                "category": "chat" if i % 2 else "code",
+                "category": categories[i % 2],
                 "input_ids": tokens,
                 "loss_spans": [[len(prompt), len(tokens)]],
                 "finish_reason": "length",
@@ -101,6 +102,34 @@ def run(root: Path, tiny_llama: Path) -> Callable[..., int]:
         return main(["eval", str(root / "drafter"), *arguments, *flags])
 
     return _run
+
+
+def test_several_folders_give_a_row_for_each_kind(
+    run: Callable[..., int],
+    root: Path,
+    tiny_llama: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    other = make_data(tiny_llama, tmp_path / "b", categories=("later", "code"))
+    both = [str(root / "data"), str(other)]
+    assert run("--data", *both, "--out", str(tmp_path / "out")) == 0
+    result = OfflineResult.from_json((tmp_path / "out/evaluation.json").read_bytes())
+    assert {name: row.sequences for name, row in result.by_category.items()} == {
+        "chat": 2,
+        "code": 4,
+        "later": 2,
+    }
+    assert result.settings["data"] == ["data", "b"]
+    said = capsys.readouterr().out
+    assert all(f"\n| {name} " in said for name in ("chat", "code", "later"))
+    warm = make_data(tiny_llama, tmp_path / "warm", temperature=0.7)
+    capsys.readouterr()
+    assert run("--data", both[0], str(warm)) == 1
+    error = capsys.readouterr().err
+    assert f"--data {warm}: its answers were made with" in error
+    assert "temperature 0.7" in error
+    assert error.count("\n") == 1
 
 
 def test_end_to_end(

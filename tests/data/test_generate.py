@@ -16,7 +16,15 @@ from typing import Any, ClassVar
 import pytest
 from transformers import GptOssConfig
 
-from tests.data.conftest import ASSISTANT, BEGIN, USER, WriteJsonl, make_tokenizer
+from tests.data.conftest import (
+    ASSISTANT,
+    BEGIN,
+    USER,
+    WriteJsonl,
+    WriteShareGPT,
+    make_tokenizer,
+)
+from tests.data.test_tasks import conversation
 from tests.tiny_targets import make_tiny_llama
 from vllm_mtp.cli.main import main
 from vllm_mtp.data.answerer import answering, sampling_params
@@ -210,6 +218,58 @@ def test_what_is_dropped_is_counted(
         ("empty answers dropped", 2),
     ]:
         assert f"  {name:<21} {number}" in out
+
+
+def test_kinds_without_a_held_out_row_are_named(
+    run: Run,
+    write_jsonl: WriteJsonl,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    kinds = ("code", "maths", "roleplay")
+    write_jsonl([{"prompt": f"n {n}", "category": kinds[n % 3]} for n in range(9)])
+    for held_out in (0.01, 0.1, 0.5):
+        out = tmp_path / str(held_out)
+        assert run(out=out, held_out=held_out) == 0
+        counts = read_provenance(out).splits
+        found = read_split(out, "held_out") if counts["held_out"].rows else ()
+        held = {row["category"] for row in found}
+        missing = [kind for kind in kinds if kind not in held]
+        said = capsys.readouterr().out
+        assert ("no row held out of" in said) == bool(missing)
+        assert f"no row held out of: {', '.join(missing)} (" in said or not missing
+    assert held == set(kinds)
+    assert run(out=tmp_path / "none", held_out=0) == 0
+    assert "no row held out" not in capsys.readouterr().out
+
+
+def test_a_conversation_is_held_out_in_each_run(
+    run: Run, chat_target: Path, write_sharegpt: WriteShareGPT, tmp_path: Path
+) -> None:
+    """Of `sharegpt` and of what is made of the same conversations."""
+    later = ("human", "And then, what came of the town?")
+    write_sharegpt([[*conversation(number), later] for number in range(12)])
+    target = tmp_path / "long"
+    shutil.copytree(chat_target, target)
+    config = json.loads((target / "config.json").read_text())
+    config["max_position_embeddings"] = 4096
+    (target / "config.json").write_text(json.dumps(config))
+    sides: dict[str, dict[str, set[str]]] = {}
+    for source in ("sharegpt", "sharegpt:later", "sharegpt:tasks"):
+        out = tmp_path / source
+        flags = {"prompts": source, "max_prompt_tokens": 4000, "held_out": 0.4}
+        assert run(out=out, target=target, **flags) == 0
+        sides[source] = {
+            split: {row["split_id"] for row in read_split(out, split)}
+            for split in SPLITS
+        }
+    firsts = sides["sharegpt"]
+    assert min(len(found) for found in firsts.values()) > 1
+    assert sum(len(found) for found in firsts.values()) == 12
+    assert sides["sharegpt:later"] == firsts
+    for split, other in (("train", "held_out"), ("held_out", "train")):
+        assert firsts[split] <= sides["sharegpt:tasks"][split]
+        assert not firsts[split] & sides["sharegpt:tasks"][other]
 
 
 def test_shards_answer_all_prompts_once_and_go_on_by_themselves(

@@ -20,7 +20,7 @@ from vllm_mtp.drafter.layer_spec import parse_layers
 from vllm_mtp.drafter.model import Drafter
 from vllm_mtp.evaluation.offline import OfflineResult
 from vllm_mtp.sharing.card import is_made, layers_text, license_of, make_card
-from vllm_mtp.sharing.provenance import DrafterProvenance
+from vllm_mtp.sharing.provenance import DrafterProvenance, without_paths
 
 
 def blocks(card: ModelCard, language: str) -> list[str]:
@@ -99,6 +99,24 @@ def test_untrained_is_said(drafter: Drafter, provenance: DrafterProvenance) -> N
     assert "untrained" in text
     assert "## Training" not in text
     assert "## Made with" in text
+
+
+@pytest.mark.parametrize("prompts", ["sharegpt:later", "sharegpt:tasks", "self:2000"])
+def test_the_source_of_the_prompts_is_said(
+    prompts: str, drafter: Drafter, provenance: DrafterProvenance
+) -> None:
+    record = json.loads(provenance.to_json())
+    source: dict[str, object] = {"prompts": prompts, "shard": "2/8"}
+    if prompts.startswith("self:"):
+        source["writing"] = {"temperature": 0.8, "max_tokens": 1024}
+    record["data"]["generation"]["settings"]["source"] = source
+    made = without_paths(DrafterProvenance.model_validate(record))
+    text = make_card(drafter.config, made).text
+    assert f"the target's own answers to `{prompts}`, part 2/8 of them" in text
+    assert (
+        "written by the target itself, sampled with temperature 0.8, top_p 1.0, up to "
+        "1,024 tokens" in text
+    ) == prompts.startswith("self:")
 
 
 def test_training_beside_the_target_is_said(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from vllm_mtp.cli.targets import target_folder
-from vllm_mtp.errors import DataError, MTPError
+from vllm_mtp.errors import MTPError
 from vllm_mtp.flags import flag
 
 if TYPE_CHECKING:
@@ -34,7 +34,9 @@ class Eval:
         "the drafter's folder; where it comes first, the flag's name can be left out"
     )
     target: str = flag("the target's Hugging Face folder or hub name")
-    data: str = flag("folder that `vllm-mtp generate` wrote with this target")
+    data: list[str] = flag(
+        "folder that `vllm-mtp generate` wrote with this target; of several, all rows"
+    )
     split: str = flag("its part to use: held_out or train", "held_out")
     num_speculative_tokens: int | None = flag(
         "tokens to draft per step (default: what the drafter was made for)", None
@@ -79,7 +81,7 @@ class Eval:
         if self.in_vllm:
             self._require_served()  # likewise
         result = replace(self._evaluate(), settings=self._settings())
-        made_with = read_provenance(self.data).settings
+        made_with = read_provenance(self.data[0]).settings
         print(markdown(result))
         if temperature := result.settings["answers_temperature"]:
             print(
@@ -151,7 +153,7 @@ class Eval:
         from vllm_mtp.evaluation.served import measure_served
 
         target = target_folder(self.target)
-        penalties = penalties_of(read_provenance(self.data).settings.sampling)
+        penalties = penalties_of(read_provenance(self.data[0]).settings.sampling)
         return measure_served(
             drafter, target, self._rows(target), k, self.dtype, penalties
         )
@@ -190,23 +192,17 @@ class Eval:
             ) from None
 
     def _rows(self, target: Path) -> "Dataset":
-        from vllm_mtp.data.store import read_split, require_made_by
+        from vllm_mtp.data.several import read_rows
 
         if self.limit is not None and self.limit < 1:
             raise MTPError(f"--limit: got {self.limit}, expected 1 or more")
-        require_made_by(self.data, _facts_of(target), target=target)
         try:
-            rows = read_split(self.data, self.split)
+            rows = read_rows(self.data, self.split, _facts_of(target), target)
         except ModuleNotFoundError as error:
             raise MTPError(
                 f"--data needs the package {error.name!r}, which is not installed: "
                 "pip install 'vllm-mtp[train]'"
             ) from None
-        if not len(rows):
-            raise DataError(
-                f"--data {self.data}: the split {self.split!r} has no rows; generate "
-                "more, or use another --split"
-            )
         return rows.select(range(min(len(rows), self.limit or len(rows))))
 
     def _settings(self) -> "dict[str, JsonValue]":
@@ -217,14 +213,18 @@ class Eval:
         from vllm_mtp.data.store import read_provenance
         from vllm_mtp.sharing.names import public_value
 
-        generated = read_provenance(self.data).settings
-        flags = ("drafter", "target", "data", "split", "limit", "dtype")
+        made = [read_provenance(folder).settings for folder in self.data]
+        generated = made[0]  # of all, but for lengths
+        flags = ("drafter", "target", "split", "limit", "dtype")
         # Names without this machine's paths: the report may go with the drafter.
-        told = public_value({name: getattr(self, name) for name in flags})
+        told = public_value(
+            {name: getattr(self, name) for name in flags}
+            | {"data": self.data if self.data[1:] else self.data[0]}
+        )
         return told | {
             "device": str(self._device()),
             "answers_temperature": generated.sampling.temperature,
-            "answers_max_tokens": generated.sampling.max_tokens,
+            "answers_max_tokens": max(each.sampling.max_tokens for each in made),
             **({"answers_policy": "off-policy"} if generated.is_off_policy else {}),
             **{f"answers_{k}": v for k, v in penalties_of(generated.sampling).items()},
             "versions": {

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     StartEngine = Callable[[], VLLMAnswerer]
 
 _SHOWN = 1000  # characters of the first prompt
+_KINDS = 20  # named at most
 
 
 @contextmanager
@@ -224,6 +225,8 @@ def first_prompt(request: "Request", renderer: "Renderer") -> str:
 
 def report(provenance: "Provenance", folder: Path, odd: Sequence[str] = ()) -> str:
     """The table that the command ends with, and why rows were left out."""
+    from vllm_mtp.data.store import kinds_not_held_out
+
     prompts = provenance.prompts
     whose = "answers" if provenance.settings.is_off_policy else "the target's"
     rows = [
@@ -246,6 +249,10 @@ def report(provenance: "Provenance", folder: Path, odd: Sequence[str] = ()) -> s
     if provenance.settings.source.shard is None:
         rows = [row for row in rows if row[0] != "in other shards"]
     table = "\n".join(f"  {name:<21} {value}" for name, value in rows)
+    if provenance.settings.held_out and (missing := kinds_not_held_out(folder)):
+        # A data set may have a category for each row.
+        named = ", ".join(missing[:_KINDS]) + (", ..." if missing[_KINDS:] else "")
+        table += f"\n\n  no row held out of: {named} (--held-out larger, or more rows)"
     reasons = "".join(f"\n    {line}" for line in odd)
     if reasons:
         heading = "rows left out (--strict stops at the first, unless too long)"

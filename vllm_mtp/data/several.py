@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_mtp.data.served_sampling import in_use
+from vllm_mtp.data.served_sampling import in_use, penalties_of
 from vllm_mtp.data.settings import RunSettings
 from vllm_mtp.data.store import (
     HELD_OUT,
@@ -86,6 +86,51 @@ def _split_ids(rows: "Dataset") -> list[str]:
     if "split_id" not in rows.column_names:
         return own
     return [name or other for name, other in zip(rows["split_id"], own, strict=True)]
+
+
+def read_rows(
+    folders: Sequence[str | os.PathLike[str]],
+    split: str,
+    facts: TargetFacts,
+    target: Path,
+) -> "Dataset":
+    """Read one split of all folders.
+
+    Args:
+        folders: What ``vllm-mtp generate --out`` wrote; at least one.
+        split: ``"train"`` or ``"held_out"``.
+        facts: The target's.
+        target: Its folder.
+
+    Returns:
+        The rows; of several folders in the order of the prompts' hashes.
+
+    Raises:
+        DataError: As in `read_answers`; or answers were sampled otherwise than others,
+            so that one measure would not fit all.
+    """
+    _require_different(folders)
+    for folder in folders:
+        require_made_by(folder, facts, target=target)
+    if len(folders) == 1:
+        return read_split(folders[0], split)
+    first, *others = [_to_measure(folder) for folder in folders]
+    for folder, other in zip(folders[1:], others, strict=True):
+        if other != first:
+            raise DataError(
+                f"--data {folder}: its answers were made with {other}, those of "
+                f"{folders[0]} with {first}; evaluate them one by one"
+            )
+    return _together(folders, split)
+
+
+def _to_measure(folder: str | os.PathLike[str]) -> str:
+    """What says how drafts are compared with answers, in words."""
+    settings = read_provenance(folder).settings
+    values = {"temperature": settings.sampling.temperature}
+    values |= penalties_of(settings.sampling)
+    told = ", ".join(f"{name} {value}" for name, value in values.items())
+    return f"{told}, {settings.policy}"
 
 
 def _require_different(folders: Sequence[str | os.PathLike[str]]) -> None:

@@ -116,6 +116,25 @@ def read_split(folder: str | os.PathLike[str], split: str = TRAIN) -> "Dataset":
         ) from None
 
 
+def kinds_not_held_out(folder: str | os.PathLike[str]) -> list[str]:
+    """The categories of which all rows are there to train on.
+
+    A side follows from a hash, so of few rows of a kind none may be held out.
+
+    Raises:
+        DataError: As in `read_split`.
+    """
+    counts = read_provenance(folder).splits
+    kinds = {
+        split: dict.fromkeys(read_split(folder, split)["category"])
+        for split in SPLITS
+        if counts[split].rows
+    }
+    return [
+        name for name in kinds.get(TRAIN, ()) if name not in kinds.get(HELD_OUT, ())
+    ]
+
+
 def _require_tokens(rows: "Dataset", where: str, provenance: Provenance) -> None:
     """Every id has a row in the target's embedding; else torch only says "index"."""
     import pyarrow.compute as pc
