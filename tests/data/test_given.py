@@ -8,13 +8,21 @@ from typing import Any
 
 import pytest
 
-from tests.data.conftest import ASSISTANT, BEGIN, END, USER, WriteJsonl, make_tokenizer
+from tests.data.conftest import (
+    ASSISTANT,
+    BEGIN,
+    END,
+    USER,
+    WriteJsonl,
+    WriteShareGPT,
+    make_tokenizer,
+)
 from tests.data.test_generate import rows
 from tests.tiny_answers import MakeArguments, training_log
 from vllm_mtp.cli.main import main
 from vllm_mtp.data.prompts import read_prompts
 from vllm_mtp.data.settings import SourceSettings
-from vllm_mtp.data.split import is_held_out
+from vllm_mtp.data.split import id_of_text, is_held_out
 from vllm_mtp.data.store import HELD_OUT, TRAIN, read_provenance, read_split
 from vllm_mtp.engine import FrontEnd, front_end
 from vllm_mtp.sharing.provenance import read_provenance as read_record
@@ -218,6 +226,23 @@ def test_a_data_set_as_the_source(run: Run, tmp_path: Path) -> None:
     flags = {"prompts": f"hf:{tmp_path}/source", "prompts_column": "turns"}
     assert run([], **flags) == 0
     assert len(rows(tmp_path / "out")) == 2
+
+
+def test_the_answers_of_later_turns(
+    run: Run, write_sharegpt: WriteShareGPT, tmp_path: Path
+) -> None:
+    texts = [f"Turn number {number}, which is long." for number in range(5)]
+    turns = [("gpt" if n % 2 else "human", text) for n, text in enumerate(texts)]
+    write_sharegpt([turns[:4], turns])  # the last turn of the second has no answer
+    flags = {"prompts": "sharegpt:later", "max_prompt_tokens": 300, "max_tokens": 200}
+    assert run([], **flags) == 0
+    (row,) = rows(tmp_path / "out")
+    assert row["split_id"] == id_of_text(texts[0])
+    prompt, answer = text_of(row)
+    assert all(text in prompt for text in texts[:3])
+    assert answer == f"<think></think>{texts[3]}{END}"
+    skipped = read_provenance(tmp_path / "out").prompts.odd_skipped
+    assert skipped == {"the last turn is not the assistant's": 1}
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,7 @@ def cut(template: str) -> UserTurn:
             },
         ),
         (ALPACA, "### Instruction:\n", {"### Instruction:", "### Response:"}),
-        (ONE_TURN, "[INST] ", {"[INST]", "[/INST]"}),
+        (ONE_TURN, "[INST]", {"[INST]", "[/INST]"}),
         # "user" and "assistant" are words of prompts too.
         (WORDS, "user\n", set()),
     ],

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
-import torch
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -206,13 +205,7 @@ def prompts(folder: Path, tokenizer: Any = None) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for split in SPLITS:
         rows = list(read_split(folder, split)) if counts[split].rows else []
-        texts = [
-            tokenizer.decode(r["input_ids"][: r["loss_spans"][0][0]]) for r in rows
-        ]
-        around = (BEGIN + USER, END + ASSISTANT)
-        found[split] = [
-            t.removeprefix(around[0]).removesuffix(around[1]) for t in texts
-        ]
+        found[split] = [text_of(row, tokenizer) for row in rows]
         assert {row["category"] for row in rows} <= {"self"}
         assert all(row["split_id"] == row["prompt_id"] for row in rows)
     return found
@@ -398,4 +391,3 @@ def test_the_same_command_writes_the_same_prompts(
     assert set(found) <= texts
     part = run("part", shard="2/3", **{"max-num-seqs": 3})
     assert part == {number: whole[number] for number in range(1, 60, 3)}
-    assert torch.is_grad_enabled()

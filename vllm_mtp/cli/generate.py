@@ -11,6 +11,7 @@ from vllm_mtp.cli.generating import (
     answer_prompts,
     finish,
     first_prompt,
+    goes_on,
     one_engine,
     prepare_written,
     report,
@@ -232,13 +233,13 @@ class Generate:
             taken = take_answers(store, settings, renderer, chat.end_token_ids, odd)
             print(report(taken, store.folder, odd.explained()))
             return 0
-        advise(f"the same command goes on with what is in {store.folder}")
         with one_engine(target, settings, machine) as start_engine:
             requests, counts = self._requests(
                 store, settings, renderer, start_engine, odd
             )
             print(first_prompt(requests[0], renderer))
             print(self._sampling_in_words(sampling, defaults))
+            advise(goes_on(store))
             run = answer_prompts(store, settings, start_engine, requests)
         provenance = finish(store, run, requests, counts)
         print(report(provenance, store.folder, odd.explained()))

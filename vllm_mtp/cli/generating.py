@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vllm_mtp.errors import DataError
-from vllm_mtp.interrupts import deferred
+from vllm_mtp.interrupts import advise, deferred
 
 if TYPE_CHECKING:
     from vllm_mtp.data.answerer import VLLMAnswerer
@@ -46,6 +46,11 @@ def one_engine(
         )
 
 
+def goes_on(store: "Store") -> str:
+    """What to do after an interrupt, once something is in the folder."""
+    return f"the same command goes on with what is in {store.folder}"
+
+
 def prepare_written(
     store: "Store",
     settings: "RunSettings",
@@ -77,6 +82,7 @@ def prepare_written(
     missing = len([number for number in numbers if number not in written])
     if missing:
         store.start(RunFile(settings=settings, prompts_sha256=""))
+        advise(goes_on(store))
         print(
             f"{len(numbers):,} prompts, {missing:,} of them to be written by the "
             f"target behind:\n{turn.before}\n"

@@ -19,7 +19,7 @@ class UserTurn:
     """A user's turn, the first one of a conversation.
 
     Attributes:
-        before: All that the target reads before the user's text.
+        before: All that the target reads before the user's text, but for a last space.
         markers: Texts by which the template tells turns apart, such as
             ``<|im_start|>assistant``; no user writes them.
     """
@@ -46,6 +46,8 @@ def user_turn(render: Render) -> UserTurn:
         raise _uncut("it writes nothing before a user's text")
     # Of what stands before, only the last line: a system prompt may come first.
     last = before.rstrip().rsplit("\n", 1)[-1]
+    # A space belongs to the token of the word behind it.
+    before = before.rstrip(" ")
     return UserTurn(before, _markers([last, behind, *_between(render)]))
 
 
