@@ -140,9 +140,9 @@ class _Waiting:
 
 def _task_of(kind: str, text: str) -> str:
     """Draw what is asked of a text."""
-    drawn = random.Random(f"{_SEED} {kind} {text}")
     if kind == "maths":
         return text  # asks for it already
+    drawn = random.Random(f"{_SEED} {kind} {text}")
     return drawn.choice(_TEMPLATES[kind]).format(
         text=text,
         language=drawn.choice(words.LANGUAGES),
