@@ -31,11 +31,8 @@ REWRITING = (
     "Make this text shorter:\n\n{text}",
     "Rewrite this in a more formal tone:\n\n{text}",
     "Rewrite this in a friendlier tone:\n\n{text}",
-    "Use simpler language in this paragraph:\n\n{text}",
-    "{text}\n\nRewrite the paragraph above so that a ten-year-old can follow it.",
     "Turn this paragraph into a short e-mail to a colleague:\n\n{text}",
     "Rephrase the following without repeating its wording:\n\n{text}",
-    "Turn this paragraph into bullet points:\n\n{text}",
     "Make this paragraph more persuasive:\n\n{text}",
     "Cut this text to half its length and keep what matters.\n\n{text}",
     "Edit this paragraph for clarity and flow:\n\n{text}",
@@ -78,16 +75,6 @@ PASSAGE = (
     "Answer from the passage alone. What do we learn about {topic}?\n\n{text}",
     "Passage: {text}\n\nQuestion: What is the role of {topic} here?\nAnswer:",
     "Use the text below to answer: how does {topic} come up in it?\n\n{text}",
-)
-
-SUMMARY = (
-    "Summarise this text in one sentence:\n\n{text}",
-    "{text}\n\nGive a short summary of the text above.",
-    "Write a summary of the following in at most 50 words.\n\n{text}",
-    "What is the main idea of this text?\n\n{text}",
-    "Write a headline and a one-line summary for this:\n\n{text}",
-    "TL;DR:\n\n{text}",
-    "I have no time to read this. What should I know?\n\n{text}",
 )
 
 # A text, and the numbers to draw for it: lowest and highest.

@@ -23,16 +23,14 @@ from vllm_mtp.data.sharegpt import (
     iter_sharegpt_conversations,
 )
 
-KINDS = (
-    "code", "maths", "rewriting", "translation", "roleplay", "passage", "summary",
-)  # fmt: skip
+KINDS = ("code", "maths", "rewriting", "translation", "roleplay", "passage")
 _SEED = 20
 # The others of a kind are passed over, so that tasks next to each other are of the same
 # part of the file.
 _MOST_WAITING = 32
 
 # Of each kind, the text's length in characters.
-_CODE, _PARAGRAPH, _SEVERAL = (80, 1200), (200, 900), (500, 1600)
+_CODE, _PARAGRAPH = (80, 1200), (200, 900)
 _QUESTION, _MATHS = (20, 300), (20, 600)
 
 _FENCE = re.compile(r"```([\w+#-]+)[ \t]*\n(.*?)\n?```", re.DOTALL)
@@ -123,18 +121,17 @@ class _Waiting:
             if len(self._tasks[kind]) == _MOST_WAITING:
                 continue
             for text in texts_of(asked, answers):
-                if self._is_new(kind, text):
+                if self._is_new(text):
                     task = Task(kind, _task_of(kind, text), asked[0])
                     self._tasks[kind].append(task)
                     break
 
-    def _is_new(self, kind: str, text: str) -> bool:
-        """Whether no part of a text was used; from now on it is."""
-        parts = text.split("\n\n") if kind == "summary" else [text]
-        keys = {hashlib.sha256(part.encode()).digest() for part in parts}
-        if self._used & keys:
+    def _is_new(self, text: str) -> bool:
+        """Whether a text was not used; from now on it is."""
+        key = hashlib.sha256(text.encode()).digest()
+        if key in self._used:
             return False
-        self._used |= keys
+        self._used.add(key)
         return True
 
 
@@ -157,7 +154,6 @@ _TEMPLATES: dict[str, Sequence[str]] = {
     "translation": words.TRANSLATION,
     "roleplay": words.ROLEPLAY,
     "passage": words.PASSAGE,
-    "summary": words.SUMMARY,
 }
 
 
@@ -203,21 +199,11 @@ def _with_a_name(asked: Sequence[str], answers: Sequence[str]) -> Iterator[str]:
     return filter(_topic_of, _single(asked, answers))
 
 
-def _several(_: Sequence[str], answers: Sequence[str]) -> Iterator[str]:
-    """The first two or more paragraphs of an answer that are long enough together."""
-    for paragraphs in map(_paragraphs, answers):
-        for count in range(2, len(paragraphs) + 1):
-            text = "\n\n".join(paragraphs[:count])
-            if _fits(text, _SEVERAL):
-                yield text
-
-
 # What a kind's tasks are made of, by what human and GPT say. The choosy ones first.
 _TEXTS_OF: dict[str, Callable[[Sequence[str], Sequence[str]], Iterable[str]]] = {
     "code": _code,
     "maths": _maths,
     "roleplay": _questions,
-    "summary": _several,
     "passage": _with_a_name,
     "translation": _single,
     "rewriting": _single,
