@@ -218,6 +218,11 @@ class TestTheBest:
         ({"draft_vocab_size": -4}, "draft_vocab_size: got -4"),
         ({"feature_weight": -0.5}, "feature_weight: got -0.5, expected 0"),
         ({"states_budget_gb": float("nan")}, "states_budget_gb: got nan"),
+        (
+            {"unvisited_weight": 1.5},
+            "unvisited_weight: got 1.5, expected a weight from",
+        ),
+        ({"unvisited_weight": float("nan")}, "unvisited_weight: got nan"),
         ({"placeholder_lr_scale": 0.0}, "placeholder_lr_scale: got 0.0, .*above 0"),
         ({"markov_lr_scale": -1.0}, "markov_lr_scale: got -1.0"),
         ({"stages": ["own:0"]}, "stage_steps: got 0"),

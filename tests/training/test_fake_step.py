@@ -55,6 +55,14 @@ KINDS: dict[str, dict[str, Any]] = {
         "loss_vocab_size": 50,
     },
     "on-policy": {"layers": "own:0,2", "on_policy_weight": 0.5, "kl_weight": 0.5},
+    "walk": {
+        "layers": "own:0,2",
+        "unvisited_weight": 0.3,
+        "acceptance_weight": 1.0,
+        "markov_rank": 8,
+        "loss_vocab_size": 50,
+    },
+    "chain's walk": {"layers": "own:0,2", "chain": True, "unvisited_weight": 0.3},
     "heads": {
         "layers": "mlp:2",
         "input": "boundary",
@@ -121,6 +129,8 @@ def test_a_label_holds_inside_its_block() -> None:
         ("shared", {"bf16": False}),
         ("shared", {"bf16": True, "gradient_checkpointing": True}),
         ("on-policy", {"bf16": True, "gradient_checkpointing": True}),
+        ("walk", {"bf16": True}),
+        ("chain's walk", {"bf16": False}),
         ("heads", {"bf16": True}),
         ("chain", {"bf16": True, "gradient_checkpointing": True}),
         ("others", {"bf16": False, "gradient_checkpointing": True}),

@@ -22,6 +22,7 @@ from vllm_mtp.torch_host.texts import draft_texts, forward_texts
 from vllm_mtp.training.loss_module import LossModule, LossPlan
 from vllm_mtp.training.loss_vocabulary import LossVocabulary
 from vllm_mtp.training.objective import Objective
+from vllm_mtp.training.walk import draft_greedily
 
 K = 3
 LORA: dict[str, Any] = {"lora_rank": 4, "lora_modules": ["q_proj", "v_proj", "up_proj"]}
@@ -87,10 +88,10 @@ def test_the_target_reads_what_was_drafted(
     module = module_of(host, folder, KINDS[kind])
     texts = [module.blocks(text_of(host, index=i), step=0) for i in range(2)]
     with torch.no_grad():
-        is_chain = module.drafter.config.chain is not None
-        hidden = None if is_chain else forward_texts(module.bound, texts, K)
+        hidden = forward_texts(module.bound, texts, K)
         assert module.verifier is not None
-        spans = module.verifier.spans(texts, hidden, K)
+        tokens = draft_greedily(module.bound, texts, hidden, K)
+        spans = module.verifier.spans(texts, tokens)
         drafted, scores = draft_texts(module.bound, texts, K, pick_greedy_with_scores)
         assert spans.tokens.equal(drafted)
         row = 0

@@ -104,6 +104,8 @@ class TestResume:
         "tv_weight": 0.5,
         "ce_start_steps": 60,
         "curriculum_steps": 200,
+        "unvisited_weight": 0.3,
+        "acceptance_weight": 0.5,
     }
 
     def test_a_stopped_run_goes_on_as_if_nothing_was(

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import LlamaConfig
 
 from tests.tiny_answers import MakeArguments
 from tests.tiny_targets import make_tiny
 from tests.training.step_traces import FILE, NEW, SEEN, SETTINGS, TARGET, settings_of
+from tests.training.test_fake_step import SIZES
 from vllm_mtp.cli.plan import bare_target
 from vllm_mtp.errors import UnsupportedTargetError
 from vllm_mtp.torch_host.without_weights import BareTarget
@@ -19,6 +21,7 @@ from vllm_mtp.training.fake_step import DRAFTER, OPTIMIZER, fake_step
 from vllm_mtp.training.fake_step import TARGET as TARGETS_WEIGHTS
 from vllm_mtp.training.step_memory import BUCKETS, GRADIENTS, KEPT, step_memory
 from vllm_mtp.training.step_shape import step_shape
+from vllm_mtp.training.step_time import learn_flops
 
 CHEAPEST = "two own layers"
 
@@ -133,6 +136,34 @@ def test_weights_that_are_not_trained_leave_the_gradients_of_others(
 def test_states_that_are_kept_count(target: BareTarget) -> None:
     args = replace(settings_of(CHEAPEST), states_budget_gb=1.5)
     assert step_memory(step_shape(target, args))[KEPT] == 1.5 * 2**30
+
+
+def test_a_walk_takes_time(target: BareTarget) -> None:
+    plain = step_shape(target, settings_of(CHEAPEST))
+    args = replace(plain.args, unvisited_weight=0.3)
+    shape = replace(plain, args=args)
+    before, now = step_memory(plain), step_memory(shape)
+    assert before == now  # the choice of the drafts takes less than the loss
+    rows = plain.blocks * plain.positions
+    head = plain.config.target.hidden_size * plain.config.target.vocab_size
+    assert learn_flops(shape) - learn_flops(plain) == 2 * rows * head
+
+
+def test_all_that_can_be_drafted_is_chosen_from(arguments: MakeArguments) -> None:
+    """Also where the loss looks at a few tokens only."""
+    target = BareTarget(LlamaConfig(**SIZES | {"vocab_size": 20_000}))
+    found = []
+    for weight in (1.0, 0.3):
+        args = arguments(
+            **{"layers": "own:0", "markov_rank": 4, "loss_vocab_size": 8},
+            **{"unvisited_weight": weight, "anchors_per_text": 80, "bf16": True},
+            **{"max_text_tokens": 100, "states_budget_gb": 0},
+        )
+        memory = step_memory(step_shape(target, args))
+        traced = fake_step(target, args)
+        assert moving(memory) == pytest.approx(moving(traced.peak), rel=0.15)
+        found.append(moving(memory))
+    assert found[1] > 2 * found[0]
 
 
 def test_several_devices_keep_gradients_once_more(target: BareTarget) -> None:

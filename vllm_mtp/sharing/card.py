@@ -37,6 +37,7 @@ _TERMS = {
     "ce_weight": "cross-entropy on the target's text",
     "kl_weight": "KL divergence from the target's likeliest tokens",
     "tv_weight": "total variation distance to the same",
+    "acceptance_weight": "minus the drafts that are accepted, per position",
     "feature_weight": "feature loss of own layers",
 }
 _MEASURES = """\

@@ -12,6 +12,22 @@ def choose_anchors(
     return possible[order.sort().values]
 
 
+def choose_window(
+    possible: torch.Tensor, count: int, generator: torch.Generator
+) -> torch.Tensor:
+    """At most ``count`` that follow each other, from a random one on, ascending.
+
+    Behind the last one it goes on with the first, so each is taken as often as any
+    other, as by `choose_anchors`.
+    """
+    size = len(possible)
+    if count >= size:
+        return possible
+    start = torch.randint(size, (1,), generator=generator)
+    chosen = (start + torch.arange(count)) % size
+    return possible[chosen.sort().values]
+
+
 def generator_for(*numbers: int) -> torch.Generator:
     """A random generator that depends on these numbers alone.
 

@@ -67,6 +67,11 @@ class DrafterTrainingArguments(DrafterOptions, TrainingArguments):
     kl_weight: float = flag("weight of the KL from the target's likeliest tokens", 0.0)
     tv_weight: float = flag("weight of the total variation to the same", 0.0)
     feature_weight: float = flag("weight of the feature loss of own layers", 0.0)
+    acceptance_weight: float = flag(
+        "weight of minus the expected number of accepted drafts, over the number of "
+        "positions: the products of the first labels' probabilities, summed",
+        0.0,
+    )
     teacher_tokens: int = flag(
         "how many likeliest tokens; 0: all that are scored, which makes both exact", 64
     )
@@ -77,6 +82,13 @@ class DrafterTrainingArguments(DrafterOptions, TrainingArguments):
         "which part of this loss is of spans that the drafter drafts itself, as the "
         "target goes on behind each of their tokens; the rest is of the text (0 to 1)",
         0.0,
+    )
+    unvisited_weight: float = flag(
+        "what the loss of a block counts where greedy decoding with the drafter, as it "
+        "is at that step, would not draft (0 to 1). Below 1 a text's blocks stand "
+        "behind tokens that follow each other, and the loss, which is divided by all "
+        "blocks, gets smaller",
+        1.0,
     )
     ce_start_steps: int = flag(
         "for so many optimizer steps (of each stage) the loss is cross-entropy alone, "
@@ -229,6 +241,7 @@ class DrafterTrainingArguments(DrafterOptions, TrainingArguments):
             num_draft_tokens=self.train_places,
             schedule=Schedule(self.ce_start_steps, self.curriculum_steps),
             on_policy_weight=self.on_policy_weight,
+            unvisited_weight=self.unvisited_weight,
         )
 
     def _states_budget(self) -> float:
@@ -287,7 +300,7 @@ _RANGES: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
         "0 or a number above",
     ),
     (
-        ("ce_weight", "kl_weight", "tv_weight"),
+        ("ce_weight", "kl_weight", "tv_weight", "acceptance_weight"),
         lambda value: 0 <= value < math.inf,
         "0 (none) or a number above",
     ),
@@ -295,6 +308,11 @@ _RANGES: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
         ("on_policy_weight",),
         lambda value: 0 <= value <= 1,
         "a part from 0 (none) to 1 (all)",
+    ),
+    (
+        ("unvisited_weight",),
+        lambda value: 0 <= value <= 1,
+        "a weight from 0 (such blocks teach nothing) to 1 (as much as others)",
     ),
     (
         ("adam_beta1", "adam_beta2"),
@@ -448,10 +466,12 @@ def _require_positions(args: DrafterTrainingArguments) -> None:
 
 
 def _require_schedule(args: DrafterTrainingArguments) -> None:
-    if args.ce_start_steps and not (args.kl_weight > 0 or args.tv_weight > 0):
+    others = args.kl_weight, args.tv_weight, args.acceptance_weight
+    if args.ce_start_steps and not any(weight > 0 for weight in others):
         raise MTPError(
             f"ce_start_steps: got {args.ce_start_steps}, but the loss is cross-entropy "
-            "alone all the time; leave it out, or set tv_weight or kl_weight"
+            "alone all the time; leave it out, or set tv_weight, kl_weight or "
+            "acceptance_weight"
         )
     taught = args.train_places or args.num_speculative_tokens
     if args.curriculum_steps and taught <= 2:
@@ -459,6 +479,15 @@ def _require_schedule(args: DrafterTrainingArguments) -> None:
             f"curriculum_steps: got {args.curriculum_steps}, but only {taught} "
             "positions are taught, and it begins with two; leave it out, or raise "
             "num_speculative_tokens (or train_places)"
+        )
+
+
+def _require_the_text(args: DrafterTrainingArguments) -> None:
+    if args.acceptance_weight > 0 and args.on_policy_weight > 0:
+        raise MTPError(
+            f"acceptance_weight: got {args.acceptance_weight}, but on_policy_weight "
+            f"is {args.on_policy_weight}, and of a span of the drafter's own nothing "
+            "is accepted behind the first wrong token; leave one of the two out"
         )
 
 
@@ -568,6 +597,7 @@ _REQUIREMENTS = (
     _require_start,
     _require_positions,
     _require_schedule,
+    _require_the_text,
     _require_own_layers,
     _require_rows,
     _require_one_mode,

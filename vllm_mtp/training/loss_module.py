@@ -3,6 +3,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from vllm_mtp.torch_host.texts import (
     labels_behind,
     streams_of,
 )
-from vllm_mtp.training.anchors import choose_anchors, generator_for
+from vllm_mtp.training.anchors import choose_anchors, choose_window, generator_for
 from vllm_mtp.training.features import FeatureLoss
 from vllm_mtp.training.loss_vocabulary import LossVocabulary
 from vllm_mtp.training.objective import Objective
@@ -29,7 +30,11 @@ from vllm_mtp.training.on_policy import Verifier, on_tokens
 from vllm_mtp.training.schedule import Schedule
 from vllm_mtp.training.states import StatesSource
 from vllm_mtp.training.step_labels import StepLabels, step_labels
-from vllm_mtp.training.token_loss import TokenLoss
+from vllm_mtp.training.token_loss import Spans, TokenLoss
+from vllm_mtp.training.walk import draft_greedily, visited
+
+# Parts for the log that are no losses: which part of the blocks decoding would run.
+MEASURES = frozenset(("visited",))
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,10 @@ class LossPlan:
         schedule: What is learnt otherwise in a run's first steps.
         on_policy_weight: Which part of the objective's loss is of spans that the
             drafter drafts itself, 0 to 1; the rest is of the text.
+        unvisited_weight: What the objective's loss of a block counts where greedy
+            decoding with the drafter as it is would not draft (`walk`); 1 where it
+            would. Below 1 the blocks of a text stand behind anchors that follow each
+            other.
     """
 
     objective: Objective = Objective()
@@ -58,6 +67,7 @@ class LossPlan:
     num_draft_tokens: int | None = None
     schedule: Schedule = Schedule()
     on_policy_weight: float = 0.0
+    unvisited_weight: float = 1.0
 
 
 class LossModule(nn.Module):
@@ -176,7 +186,8 @@ class LossModule(nn.Module):
         return blocks._replace(noise_ids=self._noise(text, step, len(anchors)))
 
     def _anchors(self, text: Mapping[str, Any], step: int) -> torch.Tensor:
-        return choose_anchors(
+        choose = choose_anchors if self.plan.unvisited_weight == 1 else choose_window
+        return choose(
             possible_anchors(text["loss_spans"], len(text["input_ids"])),
             self.plan.anchors_per_text,
             generator_for(self.plan.seed, step, text["index"]),
@@ -224,10 +235,19 @@ class LossModule(nn.Module):
         first = int(self.first_position_is_exact)
         loss = torch.zeros((), device=labels.device)
         parts: dict[str, torch.Tensor] = {}
+        weights = None
+        drafted = cache(
+            lambda: draft_greedily(self.bound, texts, hidden, num_draft_tokens)
+        )
+        if self.plan.unvisited_weight < 1:
+            seen = visited(texts, drafted(), labels)
+            weights = torch.where(seen, 1.0, self.plan.unvisited_weight)
+            parts["visited"] = seen.sum() / (whole.blocks if whole else len(labels))
         if own_part < 1 and hidden is not None:
-            of_text, parts = self.token_loss(
-                objective, texts, hidden, labels, first, whole
+            of_text, found = self.token_loss(
+                objective, texts, hidden, labels, first, whole, None, weights
             )
+            parts |= found
             loss = (1 - own_part) * of_text
         if self.features is not None and hidden is not None:
             parts["feature"] = self.features.pop(
@@ -235,8 +255,9 @@ class LossModule(nn.Module):
             )
             loss = loss + self.plan.feature_weight * parts["feature"]
         if self.verifier is not None:
+            spans = self.verifier.spans(texts, drafted())
             of_spans, found = self._of_spans(
-                self.verifier, objective, texts, hidden, labels, whole
+                spans, objective, texts, hidden, labels, whole, weights
             )
             loss = loss + own_part * of_spans
             parts |= {f"on_policy_{name}": value for name, value in found.items()}
@@ -245,23 +266,23 @@ class LossModule(nn.Module):
 
     def _of_spans(
         self,
-        verifier: Verifier,
+        spans: Spans,
         objective: Objective,
         texts: Sequence[TextBlocks],
         hidden: torch.Tensor | None,
         labels: torch.Tensor,
         whole: StepLabels | None,
+        weights: torch.Tensor | None,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The loss of what the drafter drafts behind the same anchors."""
         whole = whole or self._step_labels(labels, lambda counts: counts)
         first, k = int(self.first_position_is_exact), labels.shape[1]
-        if hidden is not None and self.drafter.config.chain is None:
-            spans = verifier.spans(texts, hidden.detach(), k)
-        else:
+        if hidden is None or self.drafter.config.chain is not None:
             # Its rows read what it drafts, so they are others than behind the text.
-            spans = verifier.spans(texts, None, k)
             hidden = forward_texts(self.bound, on_tokens(texts, spans.tokens), k)
-        return self.token_loss(objective, texts, hidden, labels, first, whole, spans)
+        return self.token_loss(
+            objective, texts, hidden, labels, first, whole, spans, weights
+        )
 
     def gradient_checkpointing_enable(self, **_: Any) -> None:
         """Keep the layers' inputs alone, and compute the rest anew in the backward, as

@@ -28,6 +28,12 @@ class Objective:
             exact.
         position_decay: Gamma of the positions' weights ``exp(-(i - 1) / gamma)``; None
             for equal weights.
+        acceptance: Minus the tokens of a draft that are accepted when they are drawn
+            from the drafter and the target is greedy: the sum over i of the product of
+            the first i labels' probabilities, over the number of positions. Products
+            weigh the positions already, so ``position_decay`` does not act on them. LK
+            losses (2602.23881) and Uno (2609.04010) train each position's acceptance by
+            itself; we know no paper that has the product.
     """
 
     ce: float = 1.0
@@ -35,14 +41,17 @@ class Objective:
     tv: float = 0.0
     teacher_tokens: int = 64
     position_decay: float | None = None
+    acceptance: float = 0.0
 
     def __post_init__(self) -> None:
-        weights = {"ce": self.ce, "kl": self.kl, "tv": self.tv}
+        names = ("ce", "kl", "tv", "acceptance")
+        weights = {name: getattr(self, name) for name in names}
         wrong = {name: w for name, w in weights.items() if not 0 <= w < float("inf")}
         if wrong or not any(weights.values()):
             raise MTPError(
                 f"objective weights: got {weights}; expected numbers of 0 or more, and "
-                "one of them above 0 (ce_weight, kl_weight, tv_weight)"
+                "one of them above 0 (ce_weight, kl_weight, tv_weight, "
+                "acceptance_weight)"
             )
         if self.position_decay is not None and not self.position_decay > 0:
             raise MTPError(
@@ -59,6 +68,7 @@ class Objective:
             settings.tv_weight,
             settings.teacher_tokens,
             settings.position_decay,
+            settings.acceptance_weight,
         )
 
     @property
@@ -91,19 +101,27 @@ def position_losses(
 
     Args:
         logits: ``[B, k, C]``.
-        labels: ``[B, k]`` int64, candidates; others mean nothing where negative.
+        labels: ``[B, k]`` int64, candidates; others mean nothing where negative, but
+            that no draft goes further.
         objective: Which parts.
         teacher: Needed where ``objective.needs_teacher``.
 
     Returns:
-        ``[B, k]`` float32 by the part's name.
+        ``[B, k]`` float32 by the part's name. Of ``acceptance``: minus the probability
+        that all drafts up to there are right.
     """
     logits = logits.float()
     normaliser = logits.logsumexp(-1, keepdim=True)
     parts: dict[str, torch.Tensor] = {}
-    if objective.ce:
+    if objective.ce or objective.acceptance:
         chosen = logits.gather(-1, labels.clamp(min=0)[..., None])
-        parts["ce"] = (normaliser - chosen)[..., 0]
+        surprise = (normaliser - chosen)[..., 0]
+        if objective.ce:
+            parts["ce"] = surprise
+        if objective.acceptance:
+            unknown = labels == IGNORE_LABEL
+            log_q = -surprise.masked_fill(unknown, torch.inf)
+            parts["acceptance"] = -log_q.cumsum(-1).exp()
     if objective.needs_teacher:
         assert teacher is not None, "the objective asks for a teacher"
         if teacher.columns is not None:
@@ -142,11 +160,26 @@ def label_weights(
 
 
 def weighted_sum(
-    losses: Mapping[str, torch.Tensor], weights: torch.Tensor, objective: Objective
+    losses: Mapping[str, torch.Tensor],
+    weights: torch.Tensor,
+    objective: Objective,
+    block_weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The objective's loss, of `position_losses` and their `label_weights`."""
+    """The objective's loss.
+
+    Args:
+        losses: `position_losses`.
+        weights: `label_weights`.
+        objective: Has the weights of the losses.
+        block_weights: ``[B, 1]`` float32; what each position of a block counts in
+            ``acceptance``, of which a block has one value for all its positions.
+    """
     loss = torch.zeros((), device=weights.device)
     for name, values in losses.items():
-        values = values.masked_fill(weights == 0, 0.0)
-        loss = loss + getattr(objective, name) * (values * weights).sum()
+        of_values = weights
+        if name == "acceptance":
+            assert block_weights is not None, "it is no mean over labels"
+            of_values = block_weights.expand_as(values)
+        values = values.masked_fill(of_values == 0, 0.0)
+        loss = loss + getattr(objective, name) * (values * of_values).sum()
     return loss

@@ -19,7 +19,7 @@ from vllm_mtp.drafter.config import DrafterConfig, SharedLayerConfig
 from vllm_mtp.drafter.heads import pick_greedy
 from vllm_mtp.drafter.model import Drafter
 from vllm_mtp.errors import MTPError, refusal_of
-from vllm_mtp.torch_host.texts import TextBlocks, draft_texts, forward_texts
+from vllm_mtp.torch_host.texts import TextBlocks, forward_texts
 from vllm_mtp.training.token_loss import Spans, blocks_at_once
 
 
@@ -30,14 +30,13 @@ class Verifier:
     and changes nothing computes where the tokens stand in place of its placeholders.
 
     Args:
-        bound: The drafter that drafts.
+        bound: A drafter on the target.
 
     Raises:
         MTPError: The target has layers without keys and values.
     """
 
     def __init__(self, bound: BoundDrafter) -> None:
-        self._bound = bound
         config = _of_target_alone(bound.drafter.config)
         with torch.device("meta"):  # its placeholders are never read
             drafter = Drafter(config)
@@ -45,25 +44,15 @@ class Verifier:
         self.read_layers = config.read_layers
 
     @torch.no_grad()
-    def spans(
-        self, texts: Sequence[TextBlocks], hidden: torch.Tensor | None, k: int
-    ) -> Spans:
-        """Draft greedily behind every anchor, and let the target read it.
+    def spans(self, texts: Sequence[TextBlocks], tokens: torch.Tensor) -> Spans:
+        """Let the target read what is drafted behind every anchor.
 
         Args:
             texts: The blocks' texts, with the keys and values of all layers.
-            hidden: ``[B, k, hidden_size]``, what the drafter's forward gave; None for a
-                chain, whose rows depend on what is drafted.
-            k: Positions.
+            tokens: ``[B, k]`` int64, from `draft_greedily`.
         """
-        vocab_size = self._bound.drafter.config.target.vocab_size
-        if hidden is None:
-            # One text at a time: their logits are scored at once.
-            of_texts = [draft_texts(self._bound, [t], k, pick_greedy) for t in texts]
-            tokens = torch.cat([drafted for drafted, _ in of_texts])
-        else:
-            parts = hidden.split(blocks_at_once(vocab_size, k, hidden.device))
-            tokens = torch.cat([self._bound.draft(p, pick_greedy)[0] for p in parts])
+        k = tokens.shape[1]
+        vocab_size = self._target.drafter.config.target.vocab_size
         read = forward_texts(self._target, on_tokens(texts, tokens), k)
         parts = read.split(blocks_at_once(vocab_size, k, read.device))
         said = torch.cat([self._target.draft(part, pick_greedy)[0] for part in parts])

@@ -40,7 +40,7 @@ class Schedule:
         """
         if step >= self.ce_start_steps:
             return stated
-        return replace(stated, ce=1.0, kl=0.0, tv=0.0)
+        return replace(stated, ce=1.0, kl=0.0, tv=0.0, acceptance=0.0)
 
     def positions(self, most: int, step: int) -> int:
         """How many positions are taught in a step.

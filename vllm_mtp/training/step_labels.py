@@ -23,6 +23,7 @@ class StepLabels(NamedTuple):
     counts: torch.Tensor  # [k] int64, labels that are scored at each position
     positions: torch.Tensor  # [k] int64, labels at each of these, scored or not
     total: torch.Tensor  # [] int64, labels of all positions, scored or not
+    blocks: torch.Tensor  # [] int64, all of them
     # [m] int64, each once: the scored labels, where these become candidates; else none
     tokens: torch.Tensor
 
@@ -51,11 +52,13 @@ def step_labels(
         scored = candidates.columns(scored)
     valid = scored != IGNORE_LABEL
     total = (labels != IGNORE_LABEL).sum()
-    counts = torch.cat([valid.sum(0), positions, total[None]])
+    blocks = total.new_tensor(len(labels))
+    counts = torch.cat([valid.sum(0), positions, torch.stack([total, blocks])])
     seen = counts.new_zeros(vocab_size if candidates and adds_labels else 0)
     if len(seen):
         seen[scored[valid]] = 1
     summed = sum_over_processes(torch.cat([counts, seen]))
-    scored, positions = summed[: len(counts) - 1].chunk(2)
+    scored, positions = summed[: len(counts) - 2].chunk(2)
+    total, blocks = summed[len(counts) - 2 : len(counts)]
     tokens = summed[len(counts) :].nonzero()[:, 0]
-    return StepLabels(scored, positions, summed[len(counts) - 1], tokens)
+    return StepLabels(scored, positions, total, blocks, tokens)

@@ -106,6 +106,8 @@ def _moments(shape: StepShape) -> Iterator[Mapping[str, int]]:
     copies = sum(part.copies for parts in layers for part in parts)
     before = [around + kept for kept in _kept_before(shape, layers)]
     forward = {STATES: states, ACTIVATIONS: before[-1] + copies}
+    if shape.args.unvisited_weight < 1:
+        yield forward | {LOSS: _pick_bytes(shape)}
     yield forward | {LOSS: _loss_bytes(shape)}
     behind = _WIDE * _markov_parameters(shape) if trains else 0
     # Gradients of the loss are multiplied by what comes from behind: two of each.
@@ -316,6 +318,16 @@ def _loss_bytes(shape: StepShape) -> int:
         copies = shape.item if shape.args.bf16 else 0
         markov = 2 * _WIDE * _markov_parameters(shape) + copies * unembed
     return each * logits + head + markov + _rows_bytes(shape)
+
+
+def _pick_bytes(shape: StepShape) -> int:
+    """Of a slice of the blocks whose drafts are chosen: all logits, and those of one
+    position beside them with the Markov correction added."""
+    taught = shape.positions + shape.is_exact
+    at_once = max(GPU_LOGITS // (shape.drafted * taught), 1)
+    blocks = min(at_once, shape.texts * shape.blocks)
+    beside = 2 if shape.config.markov else 0
+    return (taught + beside) * blocks * shape.drafted * shape.item
 
 
 def _markov_parameters(shape: StepShape) -> int:

@@ -82,6 +82,10 @@ def learn_flops(shape: StepShape) -> float:
         total += 2 * rows * config.markov.rank * shape.scored * _TRAINED
     if shape.needs_teacher:
         total += min(rows, shape.tokens) * head
+    if shape.args.unvisited_weight < 1:
+        drafted = shape.blocks * (shape.positions + shape.is_exact)
+        rank = config.markov.rank if config.markov else 0
+        total += 2 * drafted * (facts.hidden_size + rank) * shape.drafted
     if shape.args.on_policy_weight:
         total += _span_flops(shape, rows)
     return total

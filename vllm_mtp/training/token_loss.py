@@ -89,6 +89,7 @@ class TokenLoss:
         first: int = 0,
         whole: StepLabels | None = None,
         spans: Spans | None = None,
+        block_weights: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The loss of all positions from one on.
 
@@ -103,10 +104,13 @@ class TokenLoss:
             spans: Learn, wherever there is a label, what the target says along these
                 spans, in place of the text. What is no candidate by the texts' labels
                 counts nothing, so that the candidates of a step are known before it.
+            block_weights: ``[B]`` float32, what each block counts in the loss; None for
+                1. Means are over the number of blocks all the same.
 
         Returns:
-            The loss, and each part's mean over the positions, detached. Those of all
-            parts of a step sum up to what all of its blocks together would give.
+            The loss, and each part's mean over the positions, detached, in which all
+            blocks count alike. Those of all parts of a step sum up to what all of its
+            blocks together would give.
         """
         wanted = labels[:, first:]
         candidates = self.candidates
@@ -124,6 +128,14 @@ class TokenLoss:
             assert whole is not None, "spans' labels say nothing about the step"
             counts = whole.positions
         weights = label_weights(columns, objective, counts)
+        # Those that are taught anything. With a mean over each position's labels, a
+        # block's sum over its positions would be none any more.
+        blocks = whole.positions[0] if whole else (wanted[:, 0] != IGNORE_LABEL).sum()
+        num_products = wanted.shape[1] * blocks.clamp(min=1)
+        of_blocks = (1 / num_products).expand(len(labels), 1)
+        if block_weights is not None:
+            weights = weights * block_weights[:, None]
+            of_blocks = of_blocks * block_weights[:, None]
         own = self._bound.drafter.lm_heads
         # May have to gather its rows, so only where it is used.
         target_head = cache(lambda: self._head(candidates))
@@ -146,7 +158,9 @@ class TokenLoss:
             for name, values in losses.items():
                 values = values.detach().masked_fill(~valid[part.of_all], 0.0)
                 sums[name] = sums.get(name, 0.0) + values.sum()
-            return weighted_sum(losses, weights[part.of_all], objective)
+            return weighted_sum(
+                losses, weights[part.of_all], objective, of_blocks[part.of_all]
+            )
 
         heads = [m for m in (self._bound.drafter.markov, own) if m is not None]
         loss = _summed(
@@ -155,8 +169,9 @@ class TokenLoss:
             hidden[:, first:],
             [weight for module in heads for weight in module.parameters()],
         )
+        sizes = {"acceptance": num_products}
         count = counts.sum().clamp(min=1)
-        return loss, {name: total / count for name, total in sums.items()}
+        return loss, {n: total / sizes.get(n, count) for n, total in sums.items()}
 
     def _num_candidates(self, candidates: LossVocabulary | None) -> int:
         if candidates is None:

@@ -20,7 +20,7 @@ from vllm_mtp.files import writing
 from vllm_mtp.metrics import AcceptanceCounts, count_accepted, mean_length
 from vllm_mtp.torch_host.texts import TextBlocks, draft_texts
 from vllm_mtp.training.arguments import DrafterTrainingArguments
-from vllm_mtp.training.loss_module import LossModule
+from vllm_mtp.training.loss_module import MEASURES, LossModule
 from vllm_mtp.training.optimizer import make_optimizer
 from vllm_mtp.training.resume import write_checkpoint_config
 from vllm_mtp.training.states import TrainingInputError
@@ -183,7 +183,8 @@ class DrafterTrainer(Trainer):
         if "loss" in logs:
             for name, values in self._parts.items():
                 total = self.accelerator.reduce(torch.stack(values).sum())
-                logs[f"loss_{name}"] = total.item() / len(self._part_steps[name])
+                key = name if name in MEASURES else f"loss_{name}"
+                logs[key] = total.item() / len(self._part_steps[name])
             self._parts, self._part_steps = {}, {}
         super().log(logs, *args, **kwargs)
 

@@ -33,6 +33,7 @@ class CoTrainingSettings(BaseModel):
     ce_weight: float = Field(0.5, ge=0)
     kl_weight: float = Field(0.5, ge=0)
     tv_weight: float = Field(0.0, ge=0)
+    acceptance_weight: float = Field(0.0, ge=0)
     teacher_tokens: int = Field(64, ge=0, description="0 for all that are scored.")
     position_decay: float | None = Field(None, gt=0)
     anchors_per_text: int = Field(64, ge=1)
