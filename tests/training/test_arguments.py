@@ -120,6 +120,21 @@ def test_a_mapping_is_handed_on(tmp_path: Path) -> None:
     assert load_yaml(tmp_path, text).lr_scheduler_kwargs == {"num_cycles": 2}
 
 
+def test_a_rate_that_falls_in_the_end(tmp_path: Path) -> None:
+    text = (
+        "lr_scheduler_type: warmup_stable_decay\n"
+        "lr_scheduler_kwargs: {num_decay_steps: 100}"
+    )
+    by_file = load_yaml(tmp_path, text)
+    by_flags = load(
+        *("--lr_scheduler_type", "warmup_stable_decay"),
+        *("--lr_scheduler_kwargs", '{"num_decay_steps": 100}'),
+    )
+    for args in (by_file, by_flags):
+        assert args.lr_scheduler_type == "warmup_stable_decay"
+        assert args.lr_scheduler_kwargs == {"num_decay_steps": 100}
+
+
 def test_a_bare_no_is_no_strategy(tmp_path: Path) -> None:
     args = load_yaml(tmp_path, "save_strategy: no\nbf16: no")
     assert (args.save_strategy, args.bf16) == ("no", False)

@@ -61,6 +61,7 @@ KINDS: dict[str, dict[str, Any]] = {
         "acceptance_weight": 1.0,
         "markov_rank": 8,
         "loss_vocab_size": 50,
+        "ema_decay": 0.9,
     },
     "chain's walk": {"layers": "own:0,2", "chain": True, "unvisited_weight": 0.3},
     "heads": {

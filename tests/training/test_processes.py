@@ -43,6 +43,7 @@ LONG: dict[str, Any] = {
     "save_strategy": "steps",
     "save_steps": 20,
     "own_optimizer": "muon",
+    "ema_decay": 0.9,
 }
 RUNS: dict[str, dict[str, Any]] = {
     # Every mean that a loss has, and every place that weights come from.

@@ -104,6 +104,8 @@ class TestResume:
         "tv_weight": 0.5,
         "ce_start_steps": 60,
         "curriculum_steps": 200,
+        # What is written is made of the steps before the stop too.
+        "ema_decay": 0.99,
         "unvisited_weight": 0.3,
         "acceptance_weight": 0.5,
     }

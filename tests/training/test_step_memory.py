@@ -19,7 +19,13 @@ from vllm_mtp.errors import UnsupportedTargetError
 from vllm_mtp.torch_host.without_weights import BareTarget
 from vllm_mtp.training.fake_step import DRAFTER, OPTIMIZER, fake_step
 from vllm_mtp.training.fake_step import TARGET as TARGETS_WEIGHTS
-from vllm_mtp.training.step_memory import BUCKETS, GRADIENTS, KEPT, step_memory
+from vllm_mtp.training.step_memory import (
+    AVERAGE,
+    BUCKETS,
+    GRADIENTS,
+    KEPT,
+    step_memory,
+)
 from vllm_mtp.training.step_shape import step_shape
 from vllm_mtp.training.step_time import learn_flops
 
@@ -138,11 +144,12 @@ def test_states_that_are_kept_count(target: BareTarget) -> None:
     assert step_memory(step_shape(target, args))[KEPT] == 1.5 * 2**30
 
 
-def test_a_walk_takes_time(target: BareTarget) -> None:
+def test_a_walk_takes_time_and_an_average_memory(target: BareTarget) -> None:
     plain = step_shape(target, settings_of(CHEAPEST))
-    args = replace(plain.args, unvisited_weight=0.3)
+    args = replace(plain.args, unvisited_weight=0.3, ema_decay=0.9)
     shape = replace(plain, args=args)
     before, now = step_memory(plain), step_memory(shape)
+    assert now.pop(AVERAGE) == before[DRAFTER]
     assert before == now  # the choice of the drafts takes less than the loss
     rows = plain.blocks * plain.positions
     head = plain.config.target.hidden_size * plain.config.target.vocab_size

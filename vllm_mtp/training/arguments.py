@@ -141,6 +141,12 @@ class DrafterTrainingArguments(DrafterOptions, TrainingArguments):
         "muon: train the matrices of own layers with Muon, and all else with `optim`",
         "as_optim",
     )
+    ema_decay: float | None = flag(
+        "save, and evaluate in the end, an exponential moving average of the trained "
+        "weights: so much of it stays in each step (0.999 averages over about 1,000 "
+        "steps; default: the last step's weights)",
+        None,
+    )
     placeholder_lr_scale: float = flag("learning rate of placeholders, relative", 10.0)
     markov_lr_scale: float = flag("learning rate of the correction, relative", 1.0)
     eval_texts: int = flag("held-out texts that are evaluated while training", 32)
@@ -177,7 +183,10 @@ class DrafterTrainingArguments(DrafterOptions, TrainingArguments):
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         try:
             super().__post_init__()
+            _require_decay(self)
             _try_loop(self)
+        except MTPError:
+            raise
         except Exception as error:  # of transformers, accelerate, torch, loggers ...
             said = " ".join(str(error).split()) or type(error).__name__
             raise MTPError(f"refused by transformers: {said}") from error
@@ -264,6 +273,18 @@ _METRICS = ("eval_teacher_forced_length", "eval_teacher_forced_position_1")
 _FORMER_METRIC = re.compile(r"(eval_)?acceptance_(?P<rest>length|(place|position)_\d+)")
 
 
+def _require_decay(args: TrainingArguments) -> None:
+    # A flag of transformers', whose word for it is that of a function's argument.
+    given: Any = args.lr_scheduler_kwargs or {}
+    needs_it = args.lr_scheduler_type == "warmup_stable_decay"
+    if needs_it and "num_decay_steps" not in given:
+        raise MTPError(
+            "lr_scheduler_type: got 'warmup_stable_decay', which has to know for how "
+            "many steps the rate falls in the end; write lr_scheduler_kwargs: "
+            "{num_decay_steps: 100}, or another number"
+        )
+
+
 def _try_loop(args: TrainingArguments) -> None:
     """Make what Trainer makes once the target is loaded: packages may be missing, and
     settings wrong.
@@ -313,6 +334,11 @@ _RANGES: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
         ("unvisited_weight",),
         lambda value: 0 <= value <= 1,
         "a weight from 0 (such blocks teach nothing) to 1 (as much as others)",
+    ),
+    (
+        ("ema_decay",),
+        lambda value: value is None or 0 < value < 1,
+        "a number above 0 and below 1, such as 0.999 (leave it out for no average)",
     ),
     (
         ("adam_beta1", "adam_beta2"),
@@ -491,6 +517,21 @@ def _require_the_text(args: DrafterTrainingArguments) -> None:
         )
 
 
+def _require_average(args: DrafterTrainingArguments) -> None:
+    if args.ema_decay is None:
+        return
+    optim = str(getattr(args.optim, "value", args.optim))
+    other = None
+    if args.load_best_model_at_end:
+        other = "load_best_model_at_end is true, which saves the weights of one step"
+    elif "schedule_free" in optim:
+        other = f"optim is {optim}, which averages the weights itself"
+    if other:
+        raise MTPError(
+            f"ema_decay: got {args.ema_decay}, but {other}; leave one of the two out"
+        )
+
+
 def _require_own_layers(args: DrafterTrainingArguments) -> None:
     if args.own_optimizer != "as_optim" and args.per_position:
         raise MTPError(
@@ -598,6 +639,7 @@ _REQUIREMENTS = (
     _require_positions,
     _require_schedule,
     _require_the_text,
+    _require_average,
     _require_own_layers,
     _require_rows,
     _require_one_mode,

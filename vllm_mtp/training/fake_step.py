@@ -30,6 +30,7 @@ from vllm_mtp.training.memory_watch import MemoryWatch
 from vllm_mtp.training.optimizer import make_optimizer
 
 TARGET, DRAFTER, OPTIMIZER = "target's weights", "drafter's weights", "optimizer"
+AVERAGE = "average of the weights"
 GRADIENTS, STATES = "gradients", "target's states"
 FORWARD, BACKWARD = "forward", "backward"
 # Tokens of a text that are the prompt's, as a part of it: no block stands there.
@@ -113,6 +114,11 @@ def watched_step(
         watch.count(weight, TARGET)
     for weight in module.parameters():
         watch.count(weight, DRAFTER)
+    average: list[torch.Tensor] = []
+    if args.ema_decay is not None:
+        average += map(torch.empty_like, module.parameters())
+    for tensor in average:
+        watch.count(tensor, AVERAGE)
     for state in optimizer.state.values():
         for tensor in state.values():
             if isinstance(tensor, torch.Tensor):

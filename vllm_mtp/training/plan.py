@@ -222,7 +222,8 @@ def _disk(shape: StepShape, texts: Texts) -> dict[str, float]:
     """Bytes by item."""
     args, drafter = shape.args, shape.drafter_parameters
     kept = (args.save_total_limit or 1) + 1  # the newest is whole before one goes
-    checkpoint = 4 * drafter + shape.optimizer_bytes
+    averages = args.ema_decay is not None
+    checkpoint = 4 * drafter * (1 + averages) + shape.optimizer_bytes
     return {
         "target": 2.0 * shape.target.parameters,
         "texts": float(texts.number * texts.tokens * _ID_BYTES),

@@ -11,6 +11,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 
 from vllm_mtp.drafter.config import DrafterConfig
 from vllm_mtp.errors import in_one_line
+from vllm_mtp.training.average import AVERAGE_FILE
 from vllm_mtp.training.loss_module import LossModule
 from vllm_mtp.training.states import TrainingInputError
 
@@ -25,7 +26,11 @@ def write_checkpoint_config(checkpoint: Path | str, config: DrafterConfig) -> No
 
 
 def checkpoint_to_resume(
-    wanted: str | None, output_dir: Path, loss_module: LossModule
+    wanted: str | None,
+    output_dir: Path,
+    loss_module: LossModule,
+    *,
+    averages: bool = False,
 ) -> Path | None:
     """Find the checkpoint and make sure that it is this run's.
 
@@ -34,6 +39,7 @@ def checkpoint_to_resume(
             ``output_dir`` (none is fine: the run then begins), or None.
         output_dir: The run's folder.
         loss_module: What was saved.
+        averages: Whether an average of its weights was saved too.
 
     Raises:
         TrainingInputError: There is no such checkpoint, or it holds other weights;
@@ -51,6 +57,8 @@ def checkpoint_to_resume(
         )
     try:
         problem = _difference(checkpoint, loss_module)
+        if averages:
+            problem = problem or _no_average(checkpoint)
     except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
         raise TrainingInputError(
             f"{checkpoint}: cannot be read ({in_one_line(error)}); name "
@@ -96,6 +104,14 @@ def _difference(checkpoint: Path, loss_module: LossModule) -> str | None:
         if found["target"].get(key) != value and key != "name":
             return f"target.{key}: the checkpoint has {found['target'].get(key)}"
     return _differing_vocabulary(checkpoint, loss_module)
+
+
+def _no_average(checkpoint: Path) -> str | None:
+    file = checkpoint / AVERAGE_FILE
+    if not file.exists():
+        return "ema_decay: the checkpoint has no average of the weights"
+    with safe_open(file, framework="pt"):  # it can be read
+        return None
 
 
 def _differing_vocabulary(checkpoint: Path, loss_module: LossModule) -> str | None:

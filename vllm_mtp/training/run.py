@@ -257,7 +257,10 @@ def fit(run: TrainingRun, args: DrafterTrainingArguments) -> Fitted:
         _warm_start(drafter, args)
     trainer = run.trainer(drafter, args)
     checkpoint = checkpoint_to_resume(
-        args.resume_from_checkpoint, Path(str(args.output_dir)), trainer.loss_module
+        args.resume_from_checkpoint,
+        Path(str(args.output_dir)),
+        trainer.loss_module,
+        averages=args.ema_decay is not None,
     )
     require_same_everywhere("output_dir", f"goes on from {checkpoint}")
     if args.bridge_texts and not (args.warm_start or checkpoint):

@@ -30,6 +30,7 @@ GRADIENTS, STATES = "gradients", "target's states"
 ACTIVATIONS, ATTENTION = "activations of the layers", "attention"
 LOSS, BUCKETS = "logits and loss", "gradients between devices"
 KEPT = "states that are kept"
+AVERAGE = "average of the weights"
 
 _WIDE = 4  # bytes of float32
 # Of a score, where a slice of attention is largest: masked, with the block's own, in
@@ -86,6 +87,8 @@ def step_memory(shape: StepShape, num_devices: int = 1) -> dict[str, int]:
     }
     if shape.args.states_budget_gb:  # by default a GPU keeps none
         always[KEPT] = round(shape.args.states_budget_gb * 2**30)
+    if shape.args.ema_decay is not None:
+        always[AVERAGE] = always[DRAFTER]
     if num_devices > 1:
         always[BUCKETS] = _WIDE * shape.trained_parameters
     most = max(_moments(shape), key=lambda moment: sum(moment.values()))

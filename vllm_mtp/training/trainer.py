@@ -20,6 +20,7 @@ from vllm_mtp.files import writing
 from vllm_mtp.metrics import AcceptanceCounts, count_accepted, mean_length
 from vllm_mtp.torch_host.texts import TextBlocks, draft_texts
 from vllm_mtp.training.arguments import DrafterTrainingArguments
+from vllm_mtp.training.average import WeightAverage
 from vllm_mtp.training.loss_module import MEASURES, LossModule
 from vllm_mtp.training.optimizer import make_optimizer
 from vllm_mtp.training.resume import write_checkpoint_config
@@ -82,6 +83,10 @@ class DrafterTrainer(Trainer):
     def __init__(self, loss_module: LossModule, **kwargs: Any) -> None:
         super().__init__(model=loss_module, data_collator=collate, **kwargs)
         self.add_callback(WarnOfTooFewSteps())
+        self._average: WeightAverage | None = None
+        if self.args.ema_decay is not None:
+            self._average = WeightAverage(loss_module.drafter, self.args.ema_decay)
+            self.add_callback(self._average)
         # The loss is divided by the counts of the whole step (`get_batch_samples`):
         # Trainer must sum over accumulated batches.
         self.model_accepts_loss_kwargs = True
@@ -197,6 +202,34 @@ class DrafterTrainer(Trainer):
         super()._save(output_dir, state_dict)
         # Weights of the same shapes may belong to other layers: resuming compares.
         write_checkpoint_config(str(output_dir), self.loss_module.drafter.config)
+        if self._average is not None:
+            self._average.save(str(output_dir))
+
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self._average is not None:
+            self._average.load(resume_from_checkpoint)
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> Any:
+        """As transformers makes it.
+
+        Raises:
+            TrainingInputError: The rate would begin to fall before the run begins.
+        """
+        args = self.args
+        falls = (args.lr_scheduler_kwargs or {}).get("num_decay_steps", 0)  # type: ignore[union-attr]
+        rises = args.get_warmup_steps(num_training_steps)
+        if rises + falls > num_training_steps:
+            raise TrainingInputError(
+                f"lr_scheduler_kwargs: got num_decay_steps {falls}, behind {rises} "
+                f"steps of warmup, but the run (or stage) has {num_training_steps} "
+                "steps; lower it"
+            )
+        return super().create_scheduler(num_training_steps, optimizer)
 
     def evaluation_loop(
         self,
