@@ -106,8 +106,6 @@ class TestResume:
         "curriculum_steps": 200,
         # What is written is made of the steps before the stop too.
         "ema_decay": 0.99,
-        "unvisited_weight": 0.3,
-        "acceptance_weight": 0.5,
     }
 
     def test_a_stopped_run_goes_on_as_if_nothing_was(
