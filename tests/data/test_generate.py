@@ -804,6 +804,10 @@ def test_a_tokenizer_without_a_template_is_refused(
     [
         ({"target": "/nonexistent/target"}, ["--target '/nonexistent/target'"]),
         ({"prompts": "nothing.jsonl"}, ["nothing.jsonl: no such file"]),
+        ({"prompts": "a question? " * 30}, ["cannot be read", "name too long"]),
+        ({"prompts": "~nobody-here/x"}, ["cannot be read", "home directory"]),
+        ({"prompts_top_p": 0.5}, ["--prompts-top-p: got 0.5", "self:... reads it"]),
+        ({"prompts_column": "x"}, ["--prompts-column: got x", "hf:... reads it"]),
         ({"max_num_seqs": 0}, ["--max-num-seqs: got 0"]),
         ({"held_out": 1.0}, ["--held-out: got 1.0", "less than 1"]),
         ({"top_p": 0.0, "seed": 1}, ["--top-p: got 0.0", "greater than 0"]),

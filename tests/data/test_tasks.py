@@ -19,11 +19,17 @@ from vllm_mtp.data.tasks import KINDS, Task, every_task
 
 # What `examples/prompts/unseen.jsonl` asks for, by its kinds: nothing may come near.
 UNSEEN = re.compile(
-    r"\b(explain\w*|explanation\w*|difference between|how does|how do|"
+    r"\b(explain\w*|explanation\w*|differences?|how does|how do|why do|"
+    r"what does (?:this|it)|what (?:is|are) an?|"
     r"extract\w*|list all|key points|alphabetical\w*|spelling|plain words|"
     r"two sentences|summar\w*|bullet\w*|simpl\w+ (?:words|language)|"
     r"fables?|stor(?:y|ies)|tales?|legends?|bedtime|"
     r"recipes?|cook\w*|bake\w*|dish(?:es)?|sql\w*|quer(?:y|ies)|tables?)\b",
+    re.IGNORECASE,
+)
+# How a question may ask for one.
+EXPLANATION = re.compile(
+    r"\b(expla\w+|differences?|how do|how does|why|what (?:is|are|does|do))\b",
     re.IGNORECASE,
 )
 SQL = (
@@ -185,8 +191,7 @@ def instructions() -> list[str]:
 
 def test_no_instruction_asks_for_what_stays_unseen() -> None:
     for text in instructions():
-        said = re.sub(r"how does {topic} come up", "", text)
-        assert not UNSEEN.search(said), text
+        assert not UNSEEN.search(text), text
     lines = Path("examples/prompts/unseen.jsonl").read_text("utf-8").splitlines()
     prompts = [json.loads(line) for line in lines]
     assert not {prompt["category"] for prompt in prompts} & set(KINDS)
@@ -203,12 +208,14 @@ def test_real_file() -> None:
     counts = Counter(task.kind for task in found)
     assert set(counts) == set(KINDS)
     assert len(set(counts.values())) == 1
-    assert counts["code"] > 1000
+    assert counts["code"] > 900
     assert len({task.text for task in found}) == len(found)
     assert all(20 <= len(task.text) <= 2000 for task in found if task.kind != "maths")
     assert sum(task.first is not None for task in found if task.kind == "maths") > 20
     for task in found:
         if task.kind == "code":
             assert not re.search(r"sql|\bselect\b.+\bfrom\b", task.text, re.IGNORECASE)
+        if task.kind == "roleplay":
+            assert not EXPLANATION.search(task.text), task.text
         if task.kind not in ("code", "maths"):
             assert not re.search(r"\b(recipe|fable|SQL)", task.text), task.text

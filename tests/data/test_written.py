@@ -103,12 +103,16 @@ def test_a_broken_file_is_named(tmp_path: Path) -> None:
     file = WrittenFile(tmp_path)
     assert file.read() == {}
     one = Written(number=3, text="a\u2028b\n", ended=True)
-    file.write({3: one, 1: one.model_copy(update={"number": 1})})
-    assert [json.loads(line)["number"] for line in file.path.open()] == [1, 3]
+    file.write([one])
+    file.add([one.model_copy(update={"number": 1})])
+    assert [json.loads(line)["number"] for line in file.path.open()] == [3, 1]
     assert file.read()[3] == one
+    with file.path.open("a") as cut:
+        cut.write('{"number": 2, "te')
+    assert set(file.read()) == {1, 3}, "what a kill has cut is written again"
     for line in ("{", '{"number": 1}', '{"number": -1, "text": "", "ended": true}'):
         file.path.write_text(f"{one.model_dump_json()}\n{line}\n")
-        with pytest.raises(DataError, match=r"written\.jsonl, line 2: .* remove"):
+        with pytest.raises(DataError, match=r"written\.jsonl, line 2: .* another"):
             file.read()
 
 
@@ -279,7 +283,7 @@ def test_prompts_that_were_changed_between_are_refused(
     file = WrittenFile(tmp_path / "out")
     written = file.read()
     written[3] = written[3].model_copy(update={"text": "Another question than this?"})
-    file.write(written)
+    file.write(written.values())
     assert run() == 1
     assert "the source's contents changed" in capsys.readouterr().err
 

@@ -2,6 +2,7 @@
 """Settings from flags and YAML."""
 
 import logging
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -133,6 +134,23 @@ def test_a_rate_that_falls_in_the_end(tmp_path: Path) -> None:
     for args in (by_file, by_flags):
         assert args.lr_scheduler_type == "warmup_stable_decay"
         assert args.lr_scheduler_kwargs == {"num_decay_steps": 100}
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("{}", "write lr_scheduler_kwargs: {num_decay_steps: 100}"),
+        ("{num_decay_steps: 0.2}", "got num_decay_steps 0.2, expected a whole"),
+        ("{num_decay_steps: -1}", "got num_decay_steps -1, expected a whole"),
+        ("{num_decay_steps: 2, num_stable_steps: 9}", "got num_stable_steps"),
+    ],
+)
+def test_a_rate_that_would_not_fall_in_the_end(
+    tmp_path: Path, given: str, said: str
+) -> None:
+    text = f"lr_scheduler_type: warmup_stable_decay\nlr_scheduler_kwargs: {given}"
+    with pytest.raises(MTPError, match=re.escape(said)):
+        load_yaml(tmp_path, text)
 
 
 def test_a_bare_no_is_no_strategy(tmp_path: Path) -> None:

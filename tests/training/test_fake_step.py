@@ -15,16 +15,11 @@ from vllm_mtp.torch_host.hf_target import HFTarget
 from vllm_mtp.torch_host.load import class_of
 from vllm_mtp.torch_host.new_drafter import new_drafter
 from vllm_mtp.torch_host.without_weights import BareTarget, drafter_config
-from vllm_mtp.training.fake_step import (
-    DRAFTER,
-    OPTIMIZER,
-    TARGET,
-    fake_step,
-    watched_step,
-)
+from vllm_mtp.training.fake_step import fake_step, watched_step
 from vllm_mtp.training.loss_module import LossModule
 from vllm_mtp.training.loss_vocabulary import LossVocabulary
 from vllm_mtp.training.memory_watch import MemoryWatch
+from vllm_mtp.training.step_memory import DRAFTER, OPTIMIZER, TARGET
 
 SIZES: dict[str, Any] = {
     "vocab_size": 300,

@@ -17,15 +17,17 @@ from tests.training.test_fake_step import SIZES
 from vllm_mtp.cli.plan import bare_target
 from vllm_mtp.errors import UnsupportedTargetError
 from vllm_mtp.torch_host.without_weights import BareTarget
-from vllm_mtp.training.fake_step import DRAFTER, OPTIMIZER, fake_step
-from vllm_mtp.training.fake_step import TARGET as TARGETS_WEIGHTS
+from vllm_mtp.training.fake_step import fake_step
 from vllm_mtp.training.step_memory import (
     AVERAGE,
     BUCKETS,
+    DRAFTER,
     GRADIENTS,
     KEPT,
+    OPTIMIZER,
     step_memory,
 )
+from vllm_mtp.training.step_memory import TARGET as TARGETS_WEIGHTS
 from vllm_mtp.training.step_shape import step_shape
 from vllm_mtp.training.step_time import learn_flops
 

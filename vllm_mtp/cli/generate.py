@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from vllm_mtp.data.store import Store
 
 _MAX_TOKENS = 512  # the longest answer, unless the user or the target says
+_OF_WRITING = ("prompts_temperature", "prompts_top_p", "prompts_max_tokens")
+_OF_HF = ("prompts_split", "prompts_column", "prompts_category_column")
 # Flags that say how an engine answers.
 _OF_ENGINE = (
     "temperature", "top_p", "top_k", "min_p", "seed",
@@ -281,9 +283,27 @@ class Generate:
         return requests, counts
 
     def _require_source(self) -> None:
-        from vllm_mtp.data.sources import require_source
+        from dataclasses import fields
 
-        require_source(self.prompts)
+        from vllm_mtp.data.sources import HF, SELF, require_source
+        from vllm_mtp.data.store import Store
+
+        for field in fields(self):
+            source = SELF if field.name in _OF_WRITING else HF
+            value = getattr(self, field.name)
+            if (
+                field.name in (*_OF_WRITING, *_OF_HF)
+                and value != field.default
+                and not self.prompts.startswith(source)
+            ):
+                raise DataError(
+                    f"--{field.name.replace('_', '-')}: got {value}, but only "
+                    f"--prompts {source}... reads it, and --prompts is {self.prompts}; "
+                    "leave it out"
+                )
+        # A finished folder is finished, also where its source is gone.
+        if not Store(Path(self.out).expanduser()).is_finished:
+            require_source(self.prompts)
 
     def _require_shard(self) -> None:
         from vllm_mtp.data.shard import Shard

@@ -2,6 +2,7 @@
 """``vllm-mtp train``."""
 
 import logging
+import shlex
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -51,9 +52,9 @@ class Train(DrafterTrainingArguments):
         print(
             f"drafter written to {folder}\n"
             + checked_line(config, folder, self.target)
-            + f"measure its acceptance length:  vllm-mtp eval {folder} "
-            f"--target {self.target} --data {self.data[0]}{in_vllm}\n"
-            + served_line(config, folder, self.target)
+            + f"measure its acceptance length:  vllm-mtp eval {shlex.quote(folder)} "
+            f"--target {shlex.quote(self.target)} --data {shlex.join(self.data)}"
+            f"{in_vllm}\n" + served_line(config, folder, self.target)
         )
         return 0
 

@@ -4,7 +4,7 @@
 import re
 from pathlib import Path
 
-from vllm_mtp.errors import DataError
+from vllm_mtp.errors import DataError, in_one_line
 
 SHAREGPT = "sharegpt"
 LATER = "sharegpt:later"
@@ -47,8 +47,14 @@ def require_source(prompts: str) -> None:
     if is_self(prompts):
         count_of_self(prompts)
     elif prompts not in OF_SHAREGPT and not prompts.startswith(HF):
-        if Path(prompts).expanduser().is_file():
-            return
+        try:
+            path = Path(prompts).expanduser()
+            if path.exists() and not path.is_dir():  # a pipe is no regular file
+                return
+        except (OSError, RuntimeError) as error:  # no name of a file, nobody's home
+            raise DataError(
+                f"--prompts {prompts[:80]}: cannot be read ({in_one_line(error)})"
+            ) from None
         raise DataError(
             f"--prompts {prompts}: no such file, and no source of this name; expected "
             f"one of {EXISTING}"

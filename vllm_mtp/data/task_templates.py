@@ -7,8 +7,6 @@ extraction, a fable, a recipe or SQL.
 """
 
 CODE = (
-    "What does this code do?\n\n{text}",
-    "{text}\n\nGo through this code line by line and say what each part does.",
     "Add comments to this code:\n\n{text}",
     "Write a docstring or a header comment for this code.\n\n{text}",
     "Find the mistake in this code, if there is one, and correct it.\n\n{text}",
@@ -74,7 +72,7 @@ PASSAGE = (
     "Read this passage:\n\n{text}\n\nAccording to it, what is said about {topic}?",
     "Answer from the passage alone. What do we learn about {topic}?\n\n{text}",
     "Passage: {text}\n\nQuestion: What is the role of {topic} here?\nAnswer:",
-    "Use the text below to answer: how does {topic} come up in it?\n\n{text}",
+    "Use the text below to answer: where does {topic} come up in it?\n\n{text}",
 )
 
 # A text, and the numbers to draw for it: lowest and highest.
@@ -173,7 +171,7 @@ MATHS: tuple[tuple[str, dict[str, tuple[int, int]]], ...] = (
     ),
     (
         (
-            "What is the {b}th term of the arithmetic sequence that starts at {a} and "
+            "What is term number {b} of the arithmetic sequence that starts at {a} and "
             "goes up by {c}?"
         ),
         {"a": (1, 30), "b": (20, 90), "c": (2, 15)},

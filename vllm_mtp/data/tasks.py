@@ -48,7 +48,13 @@ _CONTEXT = re.compile(
 # Kinds of prompts that stay unseen, see `task_templates`.
 _UNSEEN = re.compile(
     r"\b(\w*sql\w*|quer(?:y|ies)|databases?|recipes?|ingredients?|cook\w*|bak(?:e|ing)|"
-    r"dish(?:es)?|fables?|legends?|stor(?:y|ies)|tales?|bedtime|extract\w*|expla\w+)\b",
+    r"dish(?:es)?|eat|meals?|fables?|legends?|stor(?:y|ies)|tales?|bedtime|extract\w*|expla\w+)\b",
+    re.IGNORECASE,
+)
+# Of what a question asks: how something is or works is an explanation.
+_EXPLAINED = re.compile(
+    r"\b(what (?:is|are|does|do|was|were)|what's|how (?:is|are|do|does|did)|why|"
+    r"differences?|tell me|describe|define|meaning)\b",
     re.IGNORECASE,
 )
 _SQL = re.compile(
@@ -236,7 +242,8 @@ def _is_question(text: str) -> bool:
         and "\n" not in text
         and text.endswith("?")
         and not any(
-            found.search(text) for found in (_MARKUP, _ELSEWHERE, _CONTEXT, _UNSEEN)
+            found.search(text)
+            for found in (_MARKUP, _ELSEWHERE, _CONTEXT, _UNSEEN, _EXPLAINED)
         )
     )
 

@@ -8,6 +8,7 @@ out afterwards. They lie in the run's folder as they were written, so that a run
 goes on answers the same ones.
 """
 
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -25,7 +26,7 @@ from vllm_mtp.data.sharegpt import MAX_CHARS, MIN_CHARS
 from vllm_mtp.data.sources import count_of_self
 from vllm_mtp.data.user_turn import UserTurn
 from vllm_mtp.errors import DataError
-from vllm_mtp.files import write_whole
+from vllm_mtp.files import write_whole, writing
 
 WRITTEN_FILE = "written.jsonl"
 CATEGORY = "self"
@@ -86,23 +87,34 @@ class WrittenFile:
         if not self.path.is_file():
             return {}
         found: dict[int, Written] = {}
-        lines = self.path.read_bytes().splitlines()
-        for place, line in enumerate(lines, 1):
+        # What a kill has cut: the next prompts are written behind it.
+        whole, _, _ = self.path.read_bytes().rpartition(b"\n")
+        for place, line in enumerate(whole.splitlines(), 1):
             try:
                 one = Written.model_validate_json(line)
                 found[one.number] = one
             except ValidationError:
                 raise DataError(
                     f"{self.path}, line {place}: not what `vllm-mtp generate` wrote; "
-                    "remove the file to have prompts written again, or name another "
-                    "folder as --out"
+                    "name another folder as --out (prompts that are written again may "
+                    "be others than those that have answers)"
                 ) from None
         return found
 
-    def write(self, found: Mapping[int, Written]) -> None:
-        """All of it, in the order of the numbers."""
-        lines = (found[number].model_dump_json() for number in sorted(found))
-        write_whole(self.path, "".join(f"{line}\n" for line in lines))
+    def write(self, found: Iterable[Written]) -> None:
+        """In place of what is there."""
+        write_whole(self.path, _lines(found))
+
+    def add(self, more: Iterable[Written]) -> None:
+        """Behind what is there."""
+        with writing(self.path), self.path.open("a", encoding="utf-8") as file:
+            file.write(_lines(more))
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _lines(some: Iterable[Written]) -> str:
+    return "".join(f"{one.model_dump_json()}\n" for one in some)
 
 
 def write_missing(
@@ -136,20 +148,21 @@ def write_missing(
         for number in numbers
         if number not in found
     )
-    kept = len(found)
+    file.write(found.values())  # without a last line that was cut
+    fresh: list[Written] = []
     try:
         for request, answer in writer.answers(missing, sampling):
             number, ended = int(request.category), answer.finish_reason == "stop"
             ids = answer.token_ids[: len(answer.token_ids) - ended]
-            found[number] = Written(number=number, text=decode(ids), ended=ended)
+            fresh.append(Written(number=number, text=decode(ids), ended=ended))
             on_prompt()
-            if len(found) == kept + part:
-                kept = len(found)
-                file.write(found)
+            if len(fresh) == part:
+                file.add(fresh)
+                found |= {one.number: one for one in fresh}
+                fresh = []
     finally:
-        if len(found) > kept:
-            file.write(found)
-    return found
+        file.add(fresh)
+    return found | {one.number: one for one in fresh}
 
 
 def prompts_of(

@@ -276,12 +276,24 @@ _FORMER_METRIC = re.compile(r"(eval_)?acceptance_(?P<rest>length|(place|position
 def _require_decay(args: TrainingArguments) -> None:
     # A flag of transformers', whose word for it is that of a function's argument.
     given: Any = args.lr_scheduler_kwargs or {}
-    needs_it = args.lr_scheduler_type == "warmup_stable_decay"
-    if needs_it and "num_decay_steps" not in given:
+    if args.lr_scheduler_type != "warmup_stable_decay":
+        return
+    if "num_decay_steps" not in given:
         raise MTPError(
             "lr_scheduler_type: got 'warmup_stable_decay', which has to know for how "
             "many steps the rate falls in the end; write lr_scheduler_kwargs: "
             "{num_decay_steps: 100}, or another number"
+        )
+    steps = given["num_decay_steps"]
+    if not isinstance(steps, int) or steps < 1:
+        raise MTPError(
+            f"lr_scheduler_kwargs: got num_decay_steps {steps!r}, expected a whole "
+            "number of steps, 1 or more"
+        )
+    if "num_stable_steps" in given:
+        raise MTPError(
+            "lr_scheduler_kwargs: got num_stable_steps, with which the rate would fall "
+            "before the run's end or not at all; leave it out, it follows from the rest"
         )
 
 

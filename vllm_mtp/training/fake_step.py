@@ -28,10 +28,15 @@ from vllm_mtp.training.loss_module import LossModule
 from vllm_mtp.training.loss_vocabulary import LossVocabulary
 from vllm_mtp.training.memory_watch import MemoryWatch
 from vllm_mtp.training.optimizer import make_optimizer
+from vllm_mtp.training.step_memory import (
+    AVERAGE,
+    DRAFTER,
+    GRADIENTS,
+    OPTIMIZER,
+    STATES,
+    TARGET,
+)
 
-TARGET, DRAFTER, OPTIMIZER = "target's weights", "drafter's weights", "optimizer"
-AVERAGE = "average of the weights"
-GRADIENTS, STATES = "gradients", "target's states"
 FORWARD, BACKWARD = "forward", "backward"
 # Tokens of a text that are the prompt's, as a part of it: no block stands there.
 _PROMPT = 0.1

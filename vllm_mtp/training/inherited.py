@@ -57,8 +57,8 @@ REFUSED: Mapping[str, str] = {
     "liger_kernel_config": _FUSED,
     "use_cache": "training keeps no cache of its own; leave it out",
     "neftune_noise_alpha": "the embeddings are the frozen target's; leave it out",
-    "label_smoothing_factor": "the losses are ce_weight, kl_weight and tv_weight; "
-    "kl_weight teaches the target's own distribution",
+    "label_smoothing_factor": "the losses are ce_weight, kl_weight, tv_weight and "
+    "acceptance_weight; kl_weight teaches the target's own distribution",
     "average_tokens_across_devices": "losses are means over the labels of all devices "
     "already; leave it out",
     "auto_find_batch_size": "lower per_device_train_batch_size or anchors_per_text "
