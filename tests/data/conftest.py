@@ -39,6 +39,16 @@ WriteShareGPT = Callable[[Sequence[Sequence[tuple[str, str]]]], Path]
 WriteJsonl = Callable[[Sequence[dict[str, Any]]], Path]
 
 
+def generate_command(*switches: str, **flags: object) -> list[str]:
+    """``generate``, its flags with their values, and switches; None: left out."""
+    values = [
+        [f"--{name.replace('_', '-')}", str(value)]
+        for name, value in flags.items()
+        if value is not None
+    ]
+    return ["generate", *sum(values, []), *switches]
+
+
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """One token per byte; in front of raw texts, as Llama's has it, a token."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())

@@ -22,6 +22,7 @@ from tests.data.conftest import (
     USER,
     WriteJsonl,
     WriteShareGPT,
+    generate_command,
     make_tokenizer,
 )
 from tests.data.test_tasks import conversation
@@ -104,22 +105,18 @@ def run(
 ) -> Run:
     """The command on ten prompts in parts of four, unless told otherwise."""
     prompts = write_jsonl([{"prompt": f"number {n}"} for n in range(10)])
-    defaults = {
+    defaults: dict[str, object] = {
         "target": chat_target,
         "prompts": prompts,
         "out": tmp_path / "out",
-        "max-prompt-tokens": 64,
-        "max-tokens": 32,
-        "max-num-seqs": 4,
-        "held-out": 0.5,
+        "max_prompt_tokens": 64,
+        "max_tokens": 32,
+        "max_num_seqs": 4,
+        "held_out": 0.5,
     }
 
     def run(*switches: str, **changes: object) -> int:
-        given = {name.replace("_", "-"): value for name, value in changes.items()}
-        values = [
-            [f"--{k}", str(v)] for k, v in (defaults | given).items() if v is not None
-        ]
-        return main(["generate", *sum(values, []), *switches])
+        return main(generate_command(*switches, **(defaults | changes)))
 
     return run
 

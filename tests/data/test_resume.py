@@ -15,7 +15,7 @@ import pytest
 import torch
 from transformers.models.auto import AutoModelForCausalLM
 
-from tests.data.conftest import WriteJsonl
+from tests.data.conftest import WriteJsonl, generate_command
 from vllm_mtp.cli.main import main
 from vllm_mtp.data.store import GENERATION_FILE, SPLITS, read_provenance, read_split
 
@@ -51,19 +51,18 @@ def one_thread() -> Iterator[None]:
 
 
 def arguments(target: Path, prompts: Path, out: Path, temperature: float) -> list[str]:
-    flags = {
-        "target": target,
-        "prompts": prompts,
-        "out": out,
-        "temperature": temperature,
-        "seed": 5,
-        "dtype": "float32",
-        "max-prompt-tokens": 96,
-        "max-tokens": MAX_TOKENS,
-        "max-num-seqs": PART_PROMPTS,
-        "held-out": 0.3,
-    }
-    return ["generate", *sum([[f"--{k}", str(v)] for k, v in flags.items()], [])]
+    return generate_command(
+        target=target,
+        prompts=prompts,
+        out=out,
+        temperature=temperature,
+        seed=5,
+        dtype="float32",
+        max_prompt_tokens=96,
+        max_tokens=MAX_TOKENS,
+        max_num_seqs=PART_PROMPTS,
+        held_out=0.3,
+    )
 
 
 def stop_in_the_middle(

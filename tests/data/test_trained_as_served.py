@@ -17,7 +17,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.data.conftest import WriteJsonl, make_tokenizer
+from tests.data.conftest import WriteJsonl, generate_command, make_tokenizer
 from tests.servers import flags_of, start_server
 from vllm_mtp import engine
 from vllm_mtp.bench.servers import kill_server
@@ -149,20 +149,19 @@ def said_by_the_endpoint(ask: Ask, target: Path, kwargs: dict[str, Any]) -> list
 def trained_on(
     target: Path, prompts: Path, out: Path, kwargs: dict[str, Any]
 ) -> list[Text]:
-    flags = {
-        "target": target,
-        "prompts": prompts,
-        "out": out,
-        "chat-template-kwargs": json.dumps(kwargs),
-        "temperature": 0,
-        "dtype": "float32",
-        "max-prompt-tokens": 128,
-        "max-tokens": MAX_TOKENS,
-        "max-num-seqs": 4,
-        "held-out": 0,
-    }
-    command = sum([[f"--{k}", str(v)] for k, v in flags.items()], [])
-    assert main(["generate", *command]) == 0
+    command = generate_command(
+        target=target,
+        prompts=prompts,
+        out=out,
+        chat_template_kwargs=json.dumps(kwargs),
+        temperature=0,
+        dtype="float32",
+        max_prompt_tokens=128,
+        max_tokens=MAX_TOKENS,
+        max_num_seqs=4,
+        held_out=0,
+    )
+    assert main(command) == 0
     return sorted(
         (row["input_ids"][:start], row["input_ids"][start:], row["finish_reason"])
         for row in read_split(out)

@@ -10,7 +10,15 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from tests.data.conftest import ASSISTANT, BEGIN, END, TEMPLATE, USER, make_tokenizer
+from tests.data.conftest import (
+    ASSISTANT,
+    BEGIN,
+    END,
+    TEMPLATE,
+    USER,
+    generate_command,
+    make_tokenizer,
+)
 from tests.data.test_resume import one_thread
 from tests.tiny_targets import VOCAB_SIZE, make_tiny_llama
 from vllm_mtp.cli.main import main
@@ -172,23 +180,21 @@ def run(chat_target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> R
     monkeypatch.setattr(FakeEngine, "asked", [])
     monkeypatch.setattr("vllm_mtp.data.answerer.answering", FakeEngine)
     monkeypatch.setattr("vllm_mtp.engine.vllm_version", lambda: "1.2")
-    defaults = {
+    defaults: dict[str, object] = {
         "target": chat_target,
         "prompts": "self:12",
-        "prompts-temperature": 0.9,
-        "prompts-max-tokens": 40,
+        "prompts_temperature": 0.9,
+        "prompts_max_tokens": 40,
         "seed": 5,
         "out": tmp_path / "out",
-        "max-prompt-tokens": 64,
-        "max-tokens": 32,
-        "max-num-seqs": 4,
-        "held-out": 0.4,
+        "max_prompt_tokens": 64,
+        "max_tokens": 32,
+        "max_num_seqs": 4,
+        "held_out": 0.4,
     }
 
     def run(*switches: str, **changes: object) -> int:
-        given = {name.replace("_", "-"): value for name, value in changes.items()}
-        values = [[f"--{k}", str(v)] for k, v in (defaults | given).items()]
-        return main(["generate", *sum(values, []), *switches])
+        return main(generate_command(*switches, **(defaults | changes)))
 
     return run
 
@@ -368,21 +374,20 @@ def test_the_same_command_writes_the_same_prompts(
     pytest.importorskip("vllm")
 
     def run(out: str, **flags: object) -> dict[int, Written]:
-        given = {
+        given: dict[str, object] = {
             "target": word_target,
             "prompts": "self:60",
-            "prompts-max-tokens": 40,
+            "prompts_max_tokens": 40,
             "out": tmp_path / out,
             "dtype": "float32",
-            "max-prompt-tokens": 64,
-            "max-tokens": 8,
-            "held-out": 0.3,
-        } | flags
-        values = sum([[f"--{k}", str(v)] for k, v in given.items()], [])
-        assert main(["generate", *values]) == 0
+            "max_prompt_tokens": 64,
+            "max_tokens": 8,
+            "held_out": 0.3,
+        }
+        assert main(generate_command(**(given | flags))) == 0
         return WrittenFile(tmp_path / out).read()
 
-    whole = run("whole", **{"max-num-seqs": 16})
+    whole = run("whole", max_num_seqs=16)
     assert sorted(whole) == list(range(60))
     assert len({one.text for one in whole.values()}) > 40
     assert {one.ended for one in whole.values()} == {True, False}
@@ -393,5 +398,5 @@ def test_the_same_command_writes_the_same_prompts(
     found = sum(prompts(tmp_path / "whole", tokenizer).values(), [])
     texts = {one.text.strip() for one in whole.values()}
     assert set(found) <= texts
-    part = run("part", shard="2/3", **{"max-num-seqs": 3})
+    part = run("part", shard="2/3", max_num_seqs=3)
     assert part == {number: whole[number] for number in range(1, 60, 3)}
