@@ -2,7 +2,8 @@
 """``vllm-mtp generate``."""
 
 import os
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, fields
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -283,23 +284,15 @@ class Generate:
         return requests, counts
 
     def _require_source(self) -> None:
-        from dataclasses import fields
-
         from vllm_mtp.data.sources import HF, SELF, require_source
         from vllm_mtp.data.store import Store
 
-        for field in fields(self):
-            source = SELF if field.name in _OF_WRITING else HF
-            value = getattr(self, field.name)
-            if (
-                field.name in (*_OF_WRITING, *_OF_HF)
-                and value != field.default
-                and not self.prompts.startswith(source)
-            ):
-                raise DataError(
-                    f"--{field.name.replace('_', '-')}: got {value}, but only "
-                    f"--prompts {source}... reads it, and --prompts is {self.prompts}; "
-                    "leave it out"
+        for source, names in ((SELF, _OF_WRITING), (HF, _OF_HF)):
+            if not self.prompts.startswith(source):
+                self._require_defaults(
+                    names,
+                    f"only --prompts {source}... reads it, and --prompts is "
+                    f"{self.prompts}",
                 )
         # A finished folder is finished, also where its source is gone.
         if not Store(Path(self.out).expanduser()).is_finished:
@@ -323,17 +316,9 @@ class Generate:
             )
 
     def _require_no_engine(self) -> None:
-        from dataclasses import fields
-
         from vllm_mtp.data.sources import LATER, SHAREGPT, TASKS, is_self
 
-        for field in fields(self):
-            if field.name in _OF_ENGINE and getattr(self, field.name) != field.default:
-                raise DataError(
-                    f"--{field.name.replace('_', '-')}: got "
-                    f"{getattr(self, field.name)}, but with --answers given no engine "
-                    "answers; leave it out"
-                )
+        self._require_defaults(_OF_ENGINE, "with --answers given no engine answers")
         if not self.chat_template:
             raise DataError(
                 "--no-chat-template: --answers given takes conversations, which the "
@@ -345,6 +330,16 @@ class Generate:
                 "needs conversations with their answers; name a JSONL file, "
                 f"hf:NAME_OR_PATH or {LATER}"
             )
+
+    def _require_defaults(self, names: Collection[str], why: str) -> None:
+        """Refuse flags that nothing would read."""
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name in names and value != field.default:
+                raise DataError(
+                    f"--{field.name.replace('_', '-')}: got {value}, but {why}; "
+                    "leave it out"
+                )
 
     def _machine(self) -> "MachineSettings":
         from pydantic import ValidationError

@@ -79,12 +79,13 @@ def prepare_written(
     numbers, others = numbers_of(source)
     file = WrittenFile(store.folder)
     written = file.read()
-    missing = len([number for number in numbers if number not in written])
+    missing = [number for number in numbers if number not in written]
     if missing:
         store.start(RunFile(settings=settings, prompts_sha256=""))
+        file.write(written.values())  # without a last line that a kill has cut
         advise(goes_on(store))
         print(
-            f"{len(numbers):,} prompts, {missing:,} of them to be written by the "
+            f"{len(numbers):,} prompts, {len(missing):,} of them to be written by the "
             f"target behind:\n{turn.before}\n"
         )
         engine = start_engine()
@@ -92,13 +93,13 @@ def prepare_written(
         every = 1.0 if sys.stderr.isatty() else 30.0
         with (
             tqdm(
-                total=missing, unit="prompt", desc="writing", mininterval=every
+                total=len(missing), unit="prompt", desc="writing", mininterval=every
             ) as bar,
             deferred(),  # as for answers
         ):
-            written = write_missing(
+            written |= write_missing(
                 file,
-                numbers,
+                missing,
                 before,
                 engine,
                 SamplingSettings(**writing.model_dump()),

@@ -87,7 +87,7 @@ class WrittenFile:
         if not self.path.is_file():
             return {}
         found: dict[int, Written] = {}
-        # What a kill has cut: the next prompts are written behind it.
+        # A kill may have cut the last line: what it said is written again.
         whole, _, _ = self.path.read_bytes().rpartition(b"\n")
         for place, line in enumerate(whole.splitlines(), 1):
             try:
@@ -119,7 +119,7 @@ def _lines(some: Iterable[Written]) -> str:
 
 def write_missing(
     file: WrittenFile,
-    numbers: Sequence[int],
+    missing: Iterable[int],
     before: Sequence[int],
     writer: Writer,
     sampling: SamplingSettings,
@@ -127,11 +127,11 @@ def write_missing(
     part: int,
     on_prompt: Callable[[], Any],
 ) -> dict[int, Written]:
-    """Have the target write the prompts that the file does not have.
+    """Have the target write prompts that the file does not have.
 
     Args:
-        file: Kept whole; a kill loses at most what the engine is at, and ``part``.
-        numbers: Of all prompts.
+        file: A kill loses at most what the engine is at, and ``part``.
+        missing: Their numbers.
         before: Token ids that the target is given.
         writer: The engine.
         sampling: How it writes.
@@ -140,29 +140,25 @@ def write_missing(
         on_prompt: Called for each that has been written.
 
     Returns:
-        All prompts by number.
+        They, by number.
     """
-    found = file.read()
-    missing = (
-        Request(f"self:{number}", str(number), list(before))
-        for number in numbers
-        if number not in found
+    requests = (
+        Request(f"self:{number}", str(number), list(before)) for number in missing
     )
-    file.write(found.values())  # without a last line that was cut
-    fresh: list[Written] = []
+    found: list[Written] = []
+    kept = 0
     try:
-        for request, answer in writer.answers(missing, sampling):
+        for request, answer in writer.answers(requests, sampling):
             number, ended = int(request.category), answer.finish_reason == "stop"
             ids = answer.token_ids[: len(answer.token_ids) - ended]
-            fresh.append(Written(number=number, text=decode(ids), ended=ended))
+            found.append(Written(number=number, text=decode(ids), ended=ended))
             on_prompt()
-            if len(fresh) == part:
-                file.add(fresh)
-                found |= {one.number: one for one in fresh}
-                fresh = []
+            if len(found) == kept + part:
+                file.add(found[kept:])
+                kept = len(found)
     finally:
-        file.add(fresh)
-    return found | {one.number: one for one in fresh}
+        file.add(found[kept:])
+    return {one.number: one for one in found}
 
 
 def prompts_of(
