@@ -74,15 +74,28 @@ def mean_length(counts: AcceptanceCounts) -> float:
     return 1 + counts.accepted_tokens / counts.drafts if counts.drafts else 1.0
 
 
-def count_accepted(drafted: torch.Tensor, truth: torch.Tensor) -> AcceptanceCounts:
-    """Count greedy acceptance of drafts against the tokens that did come.
+def leading(drafted: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
+    """Which drafts are the tokens that did come, with all before them.
 
     Args:
         drafted: ``[B, k]`` int64; drafted tokens.
         truth: ``[B, k]`` int64; the target's own tokens at these positions. A
             position that was not reached holds a value that no token has.
+
+    Returns:
+        ``[B, k]`` int64, 1 where it holds.
     """
-    accepted = (drafted == truth).long().cumprod(dim=1).sum(dim=0)
+    return (drafted == truth).long().cumprod(dim=1)
+
+
+def count_accepted(drafted: torch.Tensor, truth: torch.Tensor) -> AcceptanceCounts:
+    """Count greedy acceptance of drafts against the tokens that did come.
+
+    Args:
+        drafted: As in `leading`.
+        truth: Likewise.
+    """
+    accepted = leading(drafted, truth).sum(dim=0)
     return AcceptanceCounts(drafted.shape[0], drafted.numel(), tuple(accepted.tolist()))
 
 

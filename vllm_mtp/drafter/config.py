@@ -496,6 +496,11 @@ class DrafterConfig(Strict):
         )
 
     @property
+    def num_draftable_tokens(self) -> int:
+        """Tokens that can be drafted: the reduced vocabulary, or the target's."""
+        return self.draft_vocab_size or self.target.vocab_size
+
+    @property
     def unserved(self) -> dict[str, tuple[Any, Any]]:
         """Keys by which vLLM cannot run it yet: what they are, and would have to be.
         Plain torch trains and evaluates such drafters."""

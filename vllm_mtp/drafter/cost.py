@@ -96,7 +96,7 @@ def draft_cost(config: DrafterConfig) -> DraftCost:
     facts = config.target
     all_layers = range(facts.num_hidden_layers)
     head = facts.vocab_size * facts.hidden_size
-    out_size = config.draft_vocab_size or facts.vocab_size
+    out_size = config.num_draftable_tokens
     with torch.device("meta"):
         drafter = Drafter(config)
     forwards = config.num_speculative_tokens if config.chain else 1

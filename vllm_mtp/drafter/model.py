@@ -65,7 +65,7 @@ class Drafter(nn.Module):
         self.layers = nn.ModuleList(map(layer_of, config.layers))
         size = config.draft_vocab_size
         self.lm_heads = (
-            OwnHeads(positions, hidden, size or facts.vocab_size)
+            OwnHeads(positions, hidden, config.num_draftable_tokens)
             if config.lm_head == "own"
             else None
         )
@@ -75,7 +75,7 @@ class Drafter(nn.Module):
                 config.markov.rank,
                 facts.hidden_size,
                 facts.vocab_size,
-                size or facts.vocab_size,
+                config.num_draftable_tokens,
             )
             if config.markov
             else None

@@ -4,8 +4,6 @@ them expects another drafter than the one that would be made."""
 
 import re
 from collections.abc import Iterable
-from dataclasses import MISSING, fields
-from typing import Any
 
 from vllm_mtp.drafter.options import DrafterOptions
 from vllm_mtp.errors import MTPError
@@ -72,9 +70,10 @@ def require_used(
         ("extra_rows", bool(not one or rows), _ONE),
         ("block_mask", bool(not one or rows), _ONE),
     )
+    default = DrafterOptions()
     for name, is_used, (why, do) in rules:
         value = getattr(options, name)
-        if not is_used and value and value != _default(name):
+        if not is_used and value and value != getattr(default, name):
             raise MTPError(
                 f"{name}: got {value!r}, but {why}, so it would change nothing; leave "
                 f"it out, or {do}"
@@ -95,10 +94,3 @@ def _require_rows_that_differ(
             "boundary, chain, markov_rank, a layer that attends, or "
             "num_speculative_tokens: 1"
         )
-
-
-def _default(name: str) -> Any:
-    (field,) = (field for field in fields(DrafterOptions) if field.name == name)
-    if field.default_factory is not MISSING:
-        return field.default_factory()
-    return field.default

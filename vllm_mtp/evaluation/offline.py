@@ -41,7 +41,7 @@ from vllm_mtp.drafter.config import DrafterConfig
 from vllm_mtp.drafter.heads import pick_greedy
 from vllm_mtp.drafter.layout import anchors_of, block_labels
 from vllm_mtp.errors import DataError, MTPError
-from vllm_mtp.metrics import AcceptanceCounts, mean_length
+from vllm_mtp.metrics import AcceptanceCounts, leading, mean_length
 from vllm_mtp.torch_host.hf_target import HFTarget
 from vllm_mtp.torch_host.target_states import TargetStates
 from vllm_mtp.torch_host.texts import TextBlocks, draft_texts, streams_of
@@ -329,7 +329,7 @@ def accepted_lengths(
 def _leading(bound: BoundDrafter, blocks: TextBlocks, truth: torch.Tensor) -> list[int]:
     """How many leading drafts of each block are ``truth`` ``[B, n]``."""
     drafts = draft_everywhere(bound, blocks, truth.shape[1])
-    return (drafts == truth).long().cumprod(dim=1).sum(dim=1).tolist()
+    return leading(drafts, truth).sum(dim=1).tolist()
 
 
 def _spans_of(row: Mapping[str, Any]) -> list[tuple[int, int]]:

@@ -16,11 +16,11 @@ from pydantic import ValidationError
 
 from vllm_mtp.drafter.bound import BoundDrafter
 from vllm_mtp.drafter.config import DrafterConfig, SharedLayerConfig
-from vllm_mtp.drafter.heads import pick_greedy
 from vllm_mtp.drafter.model import Drafter
 from vllm_mtp.errors import MTPError, refusal_of
 from vllm_mtp.torch_host.texts import TextBlocks, forward_texts
-from vllm_mtp.training.token_loss import Spans, blocks_at_once
+from vllm_mtp.training.token_loss import Spans
+from vllm_mtp.training.walk import draft_greedily
 
 
 class Verifier:
@@ -52,11 +52,8 @@ class Verifier:
             tokens: ``[B, k]`` int64, from `draft_greedily`.
         """
         k = tokens.shape[1]
-        vocab_size = self._target.drafter.config.target.vocab_size
         read = forward_texts(self._target, on_tokens(texts, tokens), k)
-        parts = read.split(blocks_at_once(vocab_size, k, read.device))
-        said = torch.cat([self._target.draft(part, pick_greedy)[0] for part in parts])
-        return Spans(tokens, said, read)
+        return Spans(tokens, draft_greedily(self._target, texts, read, k), read)
 
 
 def on_tokens(texts: Sequence[TextBlocks], tokens: torch.Tensor) -> list[TextBlocks]:

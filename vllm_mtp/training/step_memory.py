@@ -326,18 +326,18 @@ def _loss_bytes(shape: StepShape) -> int:
 def _pick_bytes(shape: StepShape) -> int:
     """Of a slice of the blocks whose drafts are chosen: all logits, and those of one
     position beside them with the Markov correction added."""
-    taught = shape.positions + shape.is_exact
-    at_once = max(GPU_LOGITS // (shape.drafted * taught), 1)
+    taught, tokens = shape.positions + shape.is_exact, shape.config.num_draftable_tokens
+    at_once = max(GPU_LOGITS // (tokens * taught), 1)
     blocks = min(at_once, shape.texts * shape.blocks)
     beside = 2 if shape.config.markov else 0
-    return (taught + beside) * blocks * shape.drafted * shape.item
+    return (taught + beside) * blocks * tokens * shape.item
 
 
 def _markov_parameters(shape: StepShape) -> int:
     markov, facts = shape.config.markov, shape.config.target
     if markov is None:
         return 0
-    out = shape.config.draft_vocab_size or facts.vocab_size
+    out = shape.config.num_draftable_tokens
     return sum(markov_weights(markov.rank, facts.hidden_size, facts.vocab_size, out))
 
 

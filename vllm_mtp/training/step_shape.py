@@ -91,11 +91,6 @@ class StepShape:
         return some or self.config.target.vocab_size
 
     @property
-    def drafted(self) -> int:
-        """Tokens that can be drafted."""
-        return self.config.draft_vocab_size or self.config.target.vocab_size
-
-    @property
     def needs_teacher(self) -> bool:
         return self.args.kl_weight > 0 or self.args.tv_weight > 0
 

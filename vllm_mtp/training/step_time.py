@@ -83,9 +83,10 @@ def learn_flops(shape: StepShape) -> float:
     if shape.needs_teacher:
         total += min(rows, shape.tokens) * head
     if shape.args.unvisited_weight < 1:
-        drafted = shape.blocks * (shape.positions + shape.is_exact)
+        drafts = shape.blocks * (shape.positions + shape.is_exact)
         rank = config.markov.rank if config.markov else 0
-        total += 2 * drafted * (facts.hidden_size + rank) * shape.drafted
+        size = facts.hidden_size + rank
+        total += 2 * drafts * size * config.num_draftable_tokens
     if shape.args.on_policy_weight:
         total += _span_flops(shape, rows)
     return total

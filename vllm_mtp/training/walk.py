@@ -13,6 +13,7 @@ import torch
 
 from vllm_mtp.drafter.bound import BoundDrafter
 from vllm_mtp.drafter.heads import pick_greedy
+from vllm_mtp.metrics import leading
 from vllm_mtp.torch_host.texts import TextBlocks, draft_texts
 from vllm_mtp.training.token_loss import blocks_at_once
 
@@ -41,8 +42,8 @@ def draft_greedily(
         # One text at a time: their logits are scored at once.
         of_texts = [draft_texts(bound, [text], k, pick_greedy) for text in texts]
         return torch.cat([drafted for drafted, _ in of_texts])
-    num_drafted = config.draft_vocab_size or config.target.vocab_size
-    parts = hidden.detach().split(blocks_at_once(num_drafted, k, hidden.device))
+    at_once = blocks_at_once(config.num_draftable_tokens, k, hidden.device)
+    parts = hidden.detach().split(at_once)
     return torch.cat([bound.draft(part, pick_greedy)[0] for part in parts])
 
 
@@ -68,7 +69,7 @@ def visited(
     after = index.where(starts, size).flip(0).cummin(0).values.flip(0).roll(-1)
     after[-1] = size
     # Behind the last anchor in a row the walk is out of sight: there is one block more.
-    accepted = (drafted == labels).long().cumprod(dim=1).sum(dim=1)
+    accepted = leading(drafted, labels).sum(dim=1)
     goes_on = index + 1 + accepted
     goes_on = goes_on.where(goes_on < after, size)
     jump = torch.cat([goes_on, goes_on.new_full((1,), size)])
