@@ -7,8 +7,9 @@ one dense mask over all rows would mostly score pairs that it then hides.
 
 A few blocks attend at a time, and the backward computes their scores anew: scores take
 rows times prefix, and kept for every layer they would be most of a training step's
-memory. It costs no time, since such a slice reads no further than its own longest
-prefix, which saves half of the scores.
+memory. Where there are many it costs no time, since such a slice reads no further than
+its own longest prefix, which saves half of the scores. A short text's are one slice,
+whose scores a CPU keeps: to compute them twice took half of the time of attention.
 
 Dimensions: H query heads, G KV heads, D head size, T prefix tokens, B blocks,
 k positions, R = B * k rows.
@@ -25,6 +26,8 @@ from vllm_mtp.torch_host.at_once import is_cpu
 
 # Scores of a slice. On a CPU they should stay in its cache; a GPU wants large products.
 _CPU_SCORES, GPU_SCORES = 2**21, 2**26
+# Scores of a text, and of a layer, that are kept for the backward.
+_CPU_KEPT_SCORES = 2**22
 
 
 class BlockSlice(NamedTuple):
@@ -134,12 +137,14 @@ def attend_blocks(
     Returns:
         ``[R, H * D]``.
     """
+    num_scores = query.shape[0] * sum(part.prefix.numel() for part in slices)
+    keeps = is_cpu(query.device) and num_scores <= _CPU_KEPT_SCORES
     outs = []
     for part in slices:
         own = [x[:, part.own_rows] for x in (key, value)]
         rows = query[:, part.rows]
         inputs: Any = (rows, *own, prefix_key, prefix_value, part, scoring)
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and not keeps:
             out = checkpoint(
                 _attend, *inputs, use_reentrant=False, preserve_rng_state=False
             )
