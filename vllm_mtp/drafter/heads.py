@@ -101,7 +101,9 @@ class OwnHeads(nn.Module):
         Returns:
             ``[B, positions, V]``, or ``[B, positions, C]``.
         """
-        weight = self.weight[first : first + hidden.shape[1]]
+        weight: torch.Tensor = self.weight
+        if hidden.shape[1] < len(weight):  # the gradient of a slice is a copy of all
+            weight = weight[first : first + hidden.shape[1]]
         if columns is not None:
             weight = weight[:, columns]
         return each_position(hidden, weight)

@@ -38,10 +38,9 @@ Head = Callable[[torch.Tensor], torch.Tensor]
 
 
 class _Slice(NamedTuple):
-    """Blocks behind one text."""
+    """Blocks that are scored together."""
 
-    text: TextBlocks
-    of_text: slice  # among its blocks
+    texts: Sequence[tuple[TextBlocks, slice]]  # each text, and which of its blocks
     of_all: slice  # among those of all texts
 
 
@@ -165,7 +164,7 @@ class TokenLoss:
         heads = [m for m in (self._bound.drafter.markov, own) if m is not None]
         loss = _summed(
             loss_of,
-            _slices(texts, hidden, self._num_candidates(candidates)),
+            _slices(texts, hidden, self._num_candidates(candidates), own),
             hidden[:, first:],
             [weight for module in heads for weight in module.parameters()],
         )
@@ -229,13 +228,18 @@ class TokenLoss:
 
 
 def _known_positions(part: _Slice, num_draft_tokens: int, first: int) -> _TargetRows:
-    """Those of a text, each once, however many blocks cover it."""
-    hidden = part.text.states.hidden
-    prefix_lens = part.text.prefix_lens[part.of_text]
-    positions = block_positions(prefix_lens, num_draft_tokens)[:, first:]
-    positions = positions.clamp(max=len(hidden) - 1)  # beyond: no label there
-    distinct, where = positions.unique(return_inverse=True)
-    return _TargetRows(hidden[distinct], where)
+    """Those of each text once, however many blocks cover it."""
+    rows: list[torch.Tensor] = []
+    where: list[torch.Tensor] = []
+    for text, blocks in part.texts:
+        hidden = text.states.hidden
+        positions = block_positions(text.prefix_lens[blocks], num_draft_tokens)
+        # Beyond the text there is no label.
+        positions = positions[:, first:].clamp(max=len(hidden) - 1)
+        distinct, found = positions.unique(return_inverse=True)
+        where.append(found + sum(map(len, rows)))
+        rows.append(hidden[distinct])
+    return _TargetRows(torch.cat(rows), torch.cat(where))
 
 
 def _span_positions(hidden: torch.Tensor) -> _TargetRows:
@@ -245,26 +249,61 @@ def _span_positions(hidden: torch.Tensor) -> _TargetRows:
     return _TargetRows(rows, where.unflatten(0, hidden.shape[:2]))
 
 
-def blocks_at_once(num_scored: int, num_draft_tokens: int, device: torch.device) -> int:
-    """How many blocks of k positions have logits of a bounded size."""
-    most = _CPU_LOGITS if is_cpu(device) else GPU_LOGITS
+def blocks_at_once(
+    num_scored: int, num_draft_tokens: int, device: torch.device, least: int = 0
+) -> int:
+    """How many blocks of k positions have logits of a bounded size.
+
+    Args:
+        num_scored: Tokens that have a logit.
+        num_draft_tokens: k.
+        device: Where they are.
+        least: Logits that a CPU's slice should have, where there is room.
+    """
+    most = GPU_LOGITS
+    if is_cpu(device):
+        most = max(_CPU_LOGITS, min(least, GPU_LOGITS))
     return max(most // (num_scored * num_draft_tokens), 1)
 
 
 def _slices(
-    texts: Sequence[TextBlocks], hidden: torch.Tensor, num_candidates: int
+    texts: Sequence[TextBlocks],
+    hidden: torch.Tensor,
+    num_candidates: int,
+    heads: nn.Module | None,
 ) -> list[_Slice]:
-    """All blocks, in slices whose logits have a bounded size."""
-    size = blocks_at_once(num_candidates, hidden.shape[1], hidden.device)
+    """All blocks, in slices whose logits have a bounded size: of one text each, but
+    where heads are trained.
+
+    Each slice makes a gradient of all weights of the heads, so slices of a CPU are no
+    smaller than these.
+    """
+    weights = 0 if heads is None else sum(w.numel() for w in heads.parameters())
+    k, device = hidden.shape[1], hidden.device
+    size = blocks_at_once(num_candidates, k, device, weights)
     slices, before = [], 0
-    for text in texts:
-        num_blocks = len(text.prefix_lens)
+    for group in [[text] for text in texts] if heads is None else [texts]:
+        num_blocks = sum(len(text.prefix_lens) for text in group)
         for start in range(0, num_blocks, size):
             end = min(start + size, num_blocks)
             of_all = slice(before + start, before + end)
-            slices.append(_Slice(text, slice(start, end), of_all))
+            slices.append(_Slice(_part_of(group, start, end), of_all))
         before += num_blocks
     return slices
+
+
+def _part_of(
+    texts: Sequence[TextBlocks], start: int, end: int
+) -> list[tuple[TextBlocks, slice]]:
+    """The texts of some of all blocks, and which of each text's they are."""
+    found, before = [], 0
+    for text in texts:
+        num_blocks = len(text.prefix_lens)
+        first, last = max(start - before, 0), min(end - before, num_blocks)
+        if first < last:
+            found.append((text, slice(first, last)))
+        before += num_blocks
+    return found
 
 
 LossOfSlice = Callable[[torch.Tensor, _Slice], torch.Tensor]
