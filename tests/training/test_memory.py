@@ -60,6 +60,7 @@ KINDS = [
     ("shared:all", {"lora_rank": 2, "markov_rank": 3}),
     ("shared:0,own:1,3", {"bridges": True, "boundary_hidden": "all"}),
     ("own:0,3", {"draft_vocab_size": 100, "markov_rank": 3}),
+    ("mlp:1", {"input": "boundary", "lm_head": "own", "draft_vocab_size": 100}),
 ]
 
 
@@ -78,7 +79,10 @@ def test_a_step_in_slices_is_the_whole_step(
     module = lesson(host, tiny_llama, layers, plan=plan, **options)
     whole = step(module)
     monkeypatch.setattr(block_attention, "_CPU_SCORES", 2000)
+    monkeypatch.setattr(block_attention, "_CPU_KEPT_SCORES", 0)
+    # The second bounds those of heads that are trained.
     monkeypatch.setattr(token_loss, "_CPU_LOGITS", 3 * K * VOCAB_SIZE)
+    monkeypatch.setattr(token_loss, "GPU_LOGITS", 3 * K * VOCAB_SIZE)
     module.gradient_checkpointing_enable()
     torch.testing.assert_close(step(module), whole)
 
@@ -98,6 +102,7 @@ def test_what_the_layers_keep(
     recomputed = peak()
     assert recomputed < 0.7 * whole
     monkeypatch.setattr(block_attention, "_CPU_SCORES", 20_000)
+    monkeypatch.setattr(block_attention, "_CPU_KEPT_SCORES", 0)
     assert peak() < 0.75 * recomputed
 
 
@@ -124,7 +129,7 @@ def test_what_the_loss_keeps(
     whole = peak()
     assert whole > 2 * 4 * labels.numel() * VOCAB_SIZE
     monkeypatch.setattr(token_loss, "_CPU_LOGITS", 20_000)
-    assert peak() < 0.2 * whole
+    assert peak() < 0.25 * whole
 
 
 def test_evaluations_keep_nothing(host: HFTarget, tiny_llama: Path) -> None:

@@ -110,23 +110,25 @@ def position_losses(
         ``[B, k]`` float32 by the part's name. Of ``acceptance``: minus the probability
         that all drafts up to there are right.
     """
-    logits = logits.float()
-    normaliser = logits.logsumexp(-1, keepdim=True)
+    log_q = logits.float().log_softmax(-1)
+    columns = labels.clamp(min=0)[..., None]
+    if teacher is not None and teacher.columns is not None:
+        # In one gather: the backward of each writes all logits.
+        columns = torch.cat([columns, teacher.columns], dim=-1)
+    chosen = log_q.gather(-1, columns)
+    of_labels = chosen[..., 0]
     parts: dict[str, torch.Tensor] = {}
-    if objective.ce or objective.acceptance:
-        chosen = logits.gather(-1, labels.clamp(min=0)[..., None])
-        surprise = (normaliser - chosen)[..., 0]
-        if objective.ce:
-            parts["ce"] = surprise
-        if objective.acceptance:
-            unknown = labels == IGNORE_LABEL
-            log_q = -surprise.masked_fill(unknown, torch.inf)
-            parts["acceptance"] = -log_q.cumsum(-1).exp()
+    if objective.ce:
+        parts["ce"] = -of_labels
+    if objective.acceptance:
+        unknown = labels == IGNORE_LABEL
+        so_far = of_labels.masked_fill(unknown, -torch.inf).cumsum(-1)
+        parts["acceptance"] = -so_far.exp()
     if objective.needs_teacher:
         assert teacher is not None, "the objective asks for a teacher"
+        p = teacher.probs
         if teacher.columns is not None:
-            logits = logits.gather(-1, teacher.columns)
-        log_q, p = logits - normaliser, teacher.probs
+            log_q = chosen[..., 1:]
         if objective.kl:
             parts["kl"] = (p * (p.clamp(min=1e-9).log() - log_q)).sum(-1)
         if objective.tv:

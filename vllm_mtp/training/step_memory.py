@@ -307,11 +307,12 @@ def _loss_bytes(shape: StepShape) -> int:
     facts, taught = shape.config.target, shape.positions + shape.is_exact
     at_once = max(GPU_LOGITS // (shape.scored * taught), 1)
     logits = min(at_once, shape.blocks) * shape.positions * shape.scored
-    # Of each logit: itself, and what cross-entropy's backward makes of it, four times;
-    # the whole distribution of the target is one more number beside it, in float32.
-    each = 5 * _WIDE
+    # Of each logit: the logarithm of its probability, that one's gradient, and its own.
+    each = 3 * _WIDE
     if shape.needs_teacher and not shape.args.teacher_tokens:
-        each += 2
+        # The target's probability, and what makes a distance of the two, of which one
+        # is in the type of the products.
+        each += 2 * _WIDE + 2
     head = 0
     if shape.scored < facts.vocab_size:
         head = shape.scored * facts.hidden_size * shape.item
