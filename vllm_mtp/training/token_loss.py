@@ -336,7 +336,7 @@ class _SummedWithGradient(torch.autograd.Function):
         total = torch.zeros((), device=rows.device)
         of_rows = torch.zeros_like(rows)
         trained = [weight for weight in weights if weight.requires_grad]
-        of_weights = {weight: torch.zeros_like(weight) for weight in trained}
+        of_weights: dict[nn.Parameter, torch.Tensor] = {}
         for part in slices:
             own = rows[part.of_all].detach().requires_grad_()
             with torch.enable_grad():
@@ -346,7 +346,10 @@ class _SummedWithGradient(torch.autograd.Function):
             of_rows[part.of_all] = found[0]
             for weight, change in zip(trained, found[1:], strict=True):
                 if change is not None:
-                    of_weights[weight] += change
+                    before = of_weights.get(weight)
+                    of_weights[weight] = change if before is None else before + change
+        unused = [weight for weight in trained if weight not in of_weights]
+        of_weights |= {weight: torch.zeros_like(weight) for weight in unused}
         ctx.save_for_backward(of_rows, *(of_weights.get(w) for w in weights))
         return total
 
