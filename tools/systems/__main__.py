@@ -106,6 +106,8 @@ def _run(options: argparse.Namespace) -> int:
 def _train(options: argparse.Namespace) -> int:
     from tools.systems.train import train
 
+    # Of the processes that train: a quarter less time (docs/training.md).
+    os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
     # Arms train for as long as their question takes, by `vllm-mtp train`.
     names = options.only or [n for n, preset in presets().items() if not preset.is_arm]
     if unknown := sorted(set(names) - set(presets())):

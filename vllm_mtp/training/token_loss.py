@@ -32,7 +32,7 @@ from vllm_mtp.training.objective import (
 from vllm_mtp.training.step_labels import StepLabels
 
 # Logits of a slice. A GPU wants large products.
-_CPU_LOGITS, GPU_LOGITS = 2**22, 2**26
+_CPU_LOGITS, GPU_LOGITS = 2**23, 2**26
 
 Head = Callable[[torch.Tensor], torch.Tensor]
 
