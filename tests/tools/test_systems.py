@@ -4,13 +4,20 @@
 import json
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from transformers import LlamaConfig
 
-from tools.systems import report
-from tools.systems.gather import TOGETHER, curve_of, differences, labels_of_text
+from tools.systems import gather, report
+from tools.systems.gather import (
+    TOGETHER,
+    curve_of,
+    differences,
+    labels_of_text,
+    minutes_of,
+)
 from tools.systems.presets import BASE, ROOT, Preset, preset_of, presets, settings_of
 from tools.systems.reference import SETS, Reference
 from tools.systems.runs import Run, of_each, trained_runs
@@ -439,6 +446,18 @@ class TestRuns:
         fastest = best(runs.values(), 8)
         assert [run.name for run in fastest] == ["ours", "medusa"], "arms are no system"
         assert [run.name for run in best(runs.values(), 1)] == ["ours"]
+
+    def test_have_no_time_where_their_clock_began_anew(
+        self, folder: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        run = trained_runs(folder, ["arm-kv"])[0]
+        known = SimpleNamespace(wall_seconds=600.0, resumed_from_step=0)
+        provenance = SimpleNamespace(training=known)
+        monkeypatch.setattr(gather, "read_provenance", lambda _: provenance)
+        assert minutes_of(run, {}) == 10
+        known.resumed_from_step = 250
+        assert minutes_of(run, {}) is None
+        assert minutes_of(run, {"cpu_seconds": 900.0}) == 15
 
     def test_are_measured_behind_one_that_fails(self, folder: Path) -> None:
         seen = []

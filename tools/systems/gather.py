@@ -62,7 +62,7 @@ def _of_run(run: Run, data: str) -> dict[str, Any]:
         "steps": state["global_step"],
         # What `train` of this package is told by hand stands in Trainer's own state.
         "overrides": training.get("overrides", {"max_steps": state["max_steps"]}),
-        "minutes": _minutes(run, training),
+        "minutes": minutes_of(run, training),
         "labels": round(state["global_step"] * per_step),
         "trained_parameters": trained[-1]["trained_parameters"] if trained else None,
         "draft_weights": draft_cost(run.config).relative_weights,
@@ -78,14 +78,16 @@ def _of_run(run: Run, data: str) -> dict[str, Any]:
     return found | kept | ({"offline": offline["sets"]} if offline else {})
 
 
-def _minutes(run: Run, training: Mapping[str, Any]) -> float | None:
-    """CPU time of the training where `train` measured it, else what its clock said."""
+def minutes_of(run: Run, training: Mapping[str, Any]) -> float | None:
+    """CPU time of the training where `train` measured it, else what its clock said,
+    which does not go on from run to run."""
     if seconds := training.get("cpu_seconds"):
         return seconds / 60
     provenance = read_provenance(run.folder)
-    if provenance is None or provenance.training is None:
+    known = provenance.training if provenance else None
+    if known is None or known.resumed_from_step:
         return None
-    return provenance.training.wall_seconds / 60
+    return known.wall_seconds / 60
 
 
 def curve_of(
