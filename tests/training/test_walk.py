@@ -202,7 +202,9 @@ def test_the_others_count_as_much_as_is_said(
     alone = gradients(module, plain.loss_of(some, whole)["loss"])
     for name, value in found.items():
         expected = 0.75 * alone[name] + 0.25 * everything[name]
-        torch.testing.assert_close(value, expected, atol=1e-4, rtol=1e-3)
+        # Gradients of placeholders go up to 29, where float32 is that much coarser.
+        largest = max(1.0, expected.abs().max().item())
+        torch.testing.assert_close(value, expected, atol=1e-5 * largest, rtol=1e-4)
     assert len(found) > 1
 
 
