@@ -228,6 +228,7 @@ def test_an_answer_is_compared_with_that_of_the_target_alone() -> None:
 def sets(*lengths: float) -> dict[str, Any]:
     return {
         name: {
+            "acceptance_length": lengths[-1],
             "acceptance_length_by_k": list(lengths),
             "acceptance_per_position": [0.5, 0.25, 0.125, 0.0625],
             "drafts": 100,
@@ -259,7 +260,7 @@ RESULTS = {
         "medusa": made_up(
             "medusa",
             served={
-                "sets": sets(1.5, 1.71, 1.81, 1.87),
+                "sets": sets(1.87),
                 "answers": {"equal": 511, "tie": 1},
             },
             cost={"draft": 0.25, "step": 1.5},
@@ -297,8 +298,8 @@ class TestReport:
     def test_a_line_says_what_was_measured(self) -> None:
         line = line_of(page(RESULTS), "Medusa")
         assert line == (
-            "| Medusa | [arXiv 2401.10774](https://arxiv.org/abs/2401.10774) | 1.50 | "
-            "1.71 | 1.81 | 1.87 | 0.50 0.25 0.12 0.06 | 1.87 | 1.23 M | 0.25 | 1.25 | "
+            "| Medusa | [arXiv 2401.10774](https://arxiv.org/abs/2401.10774) | 1.40 | "
+            "1.60 | 1.70 | 1.87 | 0.50 0.25 0.12 0.06 | 1.87 | 1.23 M | 0.25 | 1.25 | "
             "1.19 | vLLM | 511 of 512 equal, 1 float ties | 15 | 412 k |"
         )
 
@@ -439,7 +440,7 @@ class TestRuns:
             ("ours", 2.4, 1.2),
             ("arm-kv-1", 9.0, 1.0),
         ):
-            runs[name].keep("served", {"sets": sets(1.0, length)})
+            runs[name].keep("served", {"sets": sets(length)})
             runs[name].keep("cost", {"draft": 0.2, "step": step})
         assert predicted(runs["medusa"].results()) == pytest.approx(1.6)
         assert predicted(runs["bita"].results()) is None
@@ -475,7 +476,7 @@ class TestRuns:
         run = Run(folder / "pass", presets()["pass"])
         run.keep("train", {"asked": {"minutes": 15.0}, "overrides": {}})
         with pytest.raises(MTPError, match=r"begun with \{'minutes': 15.0\}, got"):
-            train(run.preset, "target", "data", folder, 20.0, None)
+            train(run.preset, "target", "data", folder, 20.0, None, None)
 
     def test_keep_what_each_command_measured(self, folder: Path) -> None:
         run = Run(folder / "ours", presets()["ours"])

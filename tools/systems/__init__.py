@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every published system as a drafter of one target, trained and measured alike.
 
-    python -m tools.systems train    --target TARGET --data DATA --out RUNS
+    python -m tools.systems encode   --target TARGET --data DATA --states STATES
+    python -m tools.systems train    --target TARGET --data DATA --out RUNS --states STATES
     python -m tools.systems evaluate --target TARGET --data DATA --out RUNS
     python -m tools.systems cost     --target TARGET --out RUNS
     python -m tools.systems speed    --target TARGET --out RUNS
@@ -14,5 +15,5 @@ writes docs/systems.md, .json and two plots; without ``--out`` from the JSON alo
 A run is a folder of ``--out`` that `vllm-mtp train` wrote. Its name is that of the
 settings, or begins with it: ``arm-kv-1`` is another run of arm-kv.
 
-Made for a CPU: one core trains, and requests ask for their number of draft tokens.
+Made for a CPU: one core trains.
 """

@@ -14,7 +14,7 @@ from tools.command import Parser, above_0, count, finish
 from tools.systems.presets import presets
 from vllm_mtp.errors import MTPError
 
-_COMMANDS = ("train", "evaluate", "cost", "speed", "report")
+_COMMANDS = ("encode", "train", "evaluate", "cost", "speed", "report")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,6 +36,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--target", help="the target's folder")
     parser.add_argument("--data", help="folder of its answers")
     parser.add_argument("--out", type=Path, help="where the runs are")
+    parser.add_argument("--states", type=Path, help="where the target's states are")
     parser.add_argument("--only", nargs="*", default=[], help="these systems or runs")
     parser.add_argument(
         "--minutes", type=above_0, default=15.0, help="of one core, for each training"
@@ -67,6 +68,12 @@ def _parser() -> argparse.ArgumentParser:
 def _run(options: argparse.Namespace) -> int:
     if options.command == "report":
         return _report(options)
+    if options.command == "encode":
+        from tools.systems.encode import encode
+
+        _require(options, "target", "data", "states")
+        encode(options.target, options.data, options.states)
+        return 0
     _require(options, "target", "out")
     if options.command != "speed":
         _require(options, "data")
@@ -122,6 +129,7 @@ def _train(options: argparse.Namespace) -> int:
                 options.out,
                 options.minutes,
                 options.max_steps,
+                options.states,
             )
         except subprocess.CalledProcessError:
             failed.append(name)

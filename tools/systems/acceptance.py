@@ -2,7 +2,7 @@
 """How many drafts are accepted: in vLLM, and in plain torch."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import Any
 
@@ -62,32 +62,35 @@ def offline(run: Run, host: HFTarget, reference: Reference) -> dict[str, Any]:
         rows.append([name, whole.accepted_tokens, whole.drafts])
     return {
         "sets": {
-            name: _figures(found.simulated_by_k)
-            | {"teacher_forced_length": found.teacher_forced_length}
+            name: _figures(found.simulated)
+            | {
+                "acceptance_length_by_k": [
+                    mean_length(counts) for counts in found.simulated_by_k
+                ],
+                "teacher_forced_length": found.teacher_forced_length,
+            }
             for name, found in sums.items()
         },
         "rows": rows,
     }
 
 
-def _figures(by_k: Iterable[AcceptanceCounts]) -> dict[str, Any]:
-    counts = list(by_k)
+def _figures(counts: AcceptanceCounts) -> dict[str, Any]:
     return {
-        "acceptance_length_by_k": [mean_length(each) for each in counts],
-        "acceptance_per_position": list(counts[-1].acceptance_per_position),
-        "drafts": counts[-1].drafts,
+        "acceptance_length": mean_length(counts),
+        "acceptance_per_position": list(counts.acceptance_per_position),
+        "drafts": counts.drafts,
     }
 
 
 def served(run: Run, target: str, reference: Reference) -> dict[str, Any]:
-    """vLLM's answers with the drafter: for a process of its own.
+    """vLLM's answers with all tokens drafted: for a process of its own.
 
     Returns:
         ``sets``: as `offline`, by vLLM's own counters; ``answers``: how many are the
-        target's, tie with them, or differ, over all numbers of drafted tokens.
+        target's, tie with them, or differ.
     """
-    most = run.config.num_speculative_tokens
-    counted: dict[str, list[AcceptanceCounts]] = {name: [] for name in SETS}
+    sets: dict[str, dict[str, Any]] = {}
     verdicts: Counter[str] = Counter()
     with engine.start(
         target,
@@ -97,45 +100,28 @@ def served(run: Run, target: str, reference: Reference) -> dict[str, Any]:
         speculative_config={
             "method": METHOD,
             "model": str(run.folder),
-            "num_speculative_tokens": most,
+            "num_speculative_tokens": run.config.num_speculative_tokens,
         },
     ) as llm:
         for name in SETS:
             indices = [
                 i for i, row in enumerate(reference.rows) if row["category"] == name
             ]
-            for k in range(1, most + 1):
-                counts, answers = _answer(llm, reference, indices, k)
-                counted[name].append(counts)
-                verdicts.update(
-                    reference.compare(index, answer).verdict
-                    for index, answer in zip(indices, answers, strict=True)
-                )
-    return {
-        "sets": {name: _figures(counts) for name, counts in counted.items()},
-        "answers": dict(verdicts),
-    }
+            before = read_vllm_counters(llm.get_metrics())
+            answers = _answers(llm, [reference.rows[index] for index in indices])
+            sets[name] = _figures(read_vllm_counters(llm.get_metrics()) - before)
+            verdicts.update(
+                reference.compare(index, answer).verdict
+                for index, answer in zip(indices, answers, strict=True)
+            )
+    return {"sets": sets, "answers": dict(verdicts)}
 
 
-def _answer(
-    llm: Any, reference: Reference, indices: list[int], k: int
-) -> tuple[AcceptanceCounts, list[list[int]]]:
-    """Counts and answers of some rows, k tokens drafted per step."""
-    rows = [reference.rows[index] for index in indices]
-    spans = [row["loss_spans"][0] for row in rows]
-    prompts = [
-        {"prompt_token_ids": row["input_ids"][:start]}
-        for row, (start, _) in zip(rows, spans, strict=True)
-    ]
-    params = [
-        engine.sampling(
-            max_tokens=end - start,
-            detokenize=False,
-            extra_args={"num_speculative_tokens": k},
-        )
-        for start, end in spans
-    ]
-    before = read_vllm_counters(llm.get_metrics())
+def _answers(llm: Any, rows: Iterable[Mapping[str, Any]]) -> list[list[int]]:
+    prompts, params = [], []
+    for row in rows:
+        ((start, end),) = row["loss_spans"]
+        prompts.append({"prompt_token_ids": row["input_ids"][:start]})
+        params.append(engine.sampling(max_tokens=end - start, detokenize=False))
     outputs = llm.generate(prompts, params, use_tqdm=False)
-    counts = read_vllm_counters(llm.get_metrics()) - before
-    return counts, [list(output.outputs[0].token_ids) for output in outputs]
+    return [list(output.outputs[0].token_ids) for output in outputs]

@@ -90,11 +90,15 @@ def _lines(
 
 
 def _line(preset: Preset, run: Mapping[str, Any]) -> list[str]:
-    measured = run.get("served") or {"sets": run.get("offline", {})}
-    held_out = measured["sets"].get(HELD_OUT_SET)
-    others = measured["sets"].get(UNSEEN_SET)
-    lengths = held_out["acceptance_length_by_k"] if held_out else []
+    simulated = run.get("offline", {})
+    measured = run["served"]["sets"] if "served" in run else simulated
+    held_out, others = measured.get(HELD_OUT_SET), measured.get(UNSEEN_SET)
     positions = held_out["acceptance_per_position"] if held_out else []
+    lengths: list[float] = []
+    if simulated:
+        lengths += simulated[HELD_OUT_SET]["acceptance_length_by_k"][:-1]
+    if held_out:
+        lengths.append(held_out["acceptance_length"])
     cost, speed = run.get("cost"), run.get("speed")
     cells = [f"{length:.2f}" for length in lengths]
     return [
@@ -102,7 +106,7 @@ def _line(preset: Preset, run: Mapping[str, Any]) -> list[str]:
         preset.link,
         *(cells + [""] * 4)[:4],
         " ".join(f"{rate:.2f}" for rate in positions),
-        f"{others['acceptance_length_by_k'][-1]:.2f}" if others else "",
+        f"{others['acceptance_length']:.2f}" if others else "",
         f"{run['trained_parameters'] / 1e6:.2f} M" if run["trained_parameters"] else "",
         f"{cost['draft']:.2f}" if cost else f"({run['draft_weights']:.2f})",
         f"{run['predicted']:.2f}" if run["predicted"] else "",
@@ -167,7 +171,7 @@ def points_of(results: Mapping[str, Any]) -> list[tuple[str, float, float]]:
         (
             run["preset"],
             run["cost"]["draft"],
-            run["served"]["sets"][HELD_OUT_SET]["acceptance_length_by_k"][-1],
+            run["served"]["sets"][HELD_OUT_SET]["acceptance_length"],
         )
         for run in results["runs"].values()
         if "cost" in run and "served" in run and not presets()[run["preset"]].is_arm

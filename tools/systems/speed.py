@@ -77,7 +77,7 @@ def predicted(results: dict[str, Any]) -> float | None:
     if not {"served", "cost"} <= set(results):
         return None
     held_out = results["served"]["sets"][HELD_OUT_SET]
-    return held_out["acceptance_length_by_k"][-1] / results["cost"]["step"]
+    return held_out["acceptance_length"] / results["cost"]["step"]
 
 
 def best(runs: Iterable[Run], count: int) -> list[Run]:

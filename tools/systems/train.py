@@ -76,17 +76,16 @@ class _Clock(TrainerCallback):
         self.seconds.append(time.process_time() - self._began)
 
 
-def seconds_per_step(file: str, target: str, data: str) -> float:
+def seconds_per_step(file: str, given: Mapping[str, Any]) -> float:
     """CPU time of an optimizer step, the median of a few.
 
     Args:
         file: The settings.
-        target: The target's folder.
-        data: The folder of its answers.
+        given: The target, the data and where states are.
     """
     with tempfile.TemporaryDirectory() as folder:
-        given = {"target": target, "data": data, "output_dir": folder}
         timed = {
+            "output_dir": folder,
             "max_steps": _TIMED_STEPS,
             "warmup_steps": 0,
             "ce_start_steps": 0,  # what comes behind takes longer, and most of the time
@@ -94,8 +93,8 @@ def seconds_per_step(file: str, target: str, data: str) -> float:
             "eval_on_start": False,
             "save_strategy": "no",
         }
-        args = _load("train", [file, *_flags(given | timed)])
-        run = TrainingRun(args, target_folder(target))
+        args = _load("train", [file, *_flags({**given, **timed})])
+        run = TrainingRun(args, target_folder(given["target"]))
         trainer = run.trainer(run.new_drafter(args), args)
         clock = _Clock()
         trainer.add_callback(clock)
@@ -104,7 +103,13 @@ def seconds_per_step(file: str, target: str, data: str) -> float:
 
 
 def train(
-    preset: Preset, target: str, data: str, out: Path, minutes: float, steps: int | None
+    preset: Preset,
+    target: str,
+    data: str,
+    out: Path,
+    minutes: float,
+    steps: int | None,
+    states: Path | None,
 ) -> None:
     """Train one system, or go on with it.
 
@@ -115,6 +120,7 @@ def train(
         out: Folder of the runs.
         minutes: Of one core, spent on steps.
         steps: Optimizer steps in place of the minutes.
+        states: Where the target's states of the texts are; None to compute them.
 
     Raises:
         MTPError: The run was begun with another budget.
@@ -127,8 +133,11 @@ def train(
     out.mkdir(parents=True, exist_ok=True)
     known = run.results().get("train")
     asked = {"steps": steps} if steps else {"minutes": minutes}
+    given: dict[str, Any] = {"target": target, "data": data}
+    if states is not None:
+        given["states_folder"] = str(states)
     if known is None:
-        took = alone(seconds_per_step, str(preset.file), target, data)
+        took = alone(seconds_per_step, str(preset.file), given)
         budget = Budget(steps, took) if steps else budget_of(minutes, took)
         changed = budget.overrides(preset.settings())
         known = {
@@ -145,9 +154,7 @@ def train(
             f"{run.name}.json"
         )
     # Evaluations on the way are for the curves of long runs.
-    flags = {
-        "target": target,
-        "data": data,
+    flags = given | {
         "output_dir": str(run.folder),
         "eval_strategy": "no",
         "eval_on_start": False,
