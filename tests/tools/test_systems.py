@@ -8,9 +8,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from transformers import LlamaConfig
+from transformers.models.auto import AutoModelForCausalLM
 
+from tests.tiny_answers import write_answers
 from tools.systems import gather, report
+from tools.systems.encode import encode
 from tools.systems.gather import (
     TOGETHER,
     curve_of,
@@ -22,13 +26,14 @@ from tools.systems.presets import BASE, ROOT, Preset, preset_of, presets, settin
 from tools.systems.reference import SETS, Reference
 from tools.systems.runs import Run, of_each, trained_runs
 from tools.systems.speed import best, predicted
-from tools.systems.train import budget_of, train
+from tools.systems.train import budget_of, seconds_per_step, train
 from vllm_mtp.cli.main import _load
 from vllm_mtp.drafter.config import DrafterConfig
 from vllm_mtp.drafter.model import Drafter
 from vllm_mtp.errors import MTPError
 from vllm_mtp.torch_host.without_weights import BareTarget, drafter_config
 from vllm_mtp.training.arguments import DrafterTrainingArguments
+from vllm_mtp.training.states_folder import StatesFolder
 
 SMOLLM2 = LlamaConfig(
     hidden_size=576,
@@ -127,8 +132,6 @@ def test_drafters_are_the_systems(configs: dict[str, DrafterConfig]) -> None:
 def test_a_drafter_of_every_system_can_be_built(
     configs: dict[str, DrafterConfig],
 ) -> None:
-    import torch
-
     with torch.device("meta"):
         sizes = {
             name: sum(weight.numel() for weight in Drafter(config).parameters())
@@ -194,6 +197,41 @@ class TestBudget:
             "ce_start_steps": 20,
         }
         assert budget_of(4, 4.0).overrides({}) == {"max_steps": 60}
+
+
+@pytest.fixture
+def deep_target(tmp_path: Path) -> Path:
+    """A tiny target with as many layers and tokens as the presets name."""
+    config = LlamaConfig(
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=30,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        vocab_size=24_600,
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "target")
+    return tmp_path / "target"
+
+
+def test_states_that_are_encoded_before_are_all_that_a_system_reads(
+    deep_target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = torch.randint(24_000, (6, 24), generator=torch.manual_seed(1)).tolist()
+    data = write_answers(tmp_path / "data", deep_target, texts, [4] * 6)
+    states = tmp_path / "states"
+    encode(str(deep_target), str(data), states)
+    assert list(states.rglob("*.safetensors"))
+
+    def no_more(*_: Any, **__: Any) -> None:
+        raise AssertionError("a text was encoded while a system trained")
+
+    monkeypatch.setattr(StatesFolder, "_write", no_more)
+    given = {"target": deep_target, "data": data, "states_folder": states}
+    # Keys and values behind a stream that is no other system's.
+    assert seconds_per_step(str(presets()["dmtd"].file), given) > 0
 
 
 class TestLabels:

@@ -35,8 +35,8 @@ def encode(target: str, data: str, states: Path) -> None:
         cached.update(read.cached_layers)
         streams.update(read.streams)
     texts = run.trainer(run.new_drafter(common), common).train_dataset
-    folder = StatesFolder(states, run.host)
-    with common.autocast():  # as training asks for them
+    with common.autocast():  # as training asks for them: the folder's name tells types
+        folder = StatesFolder(states, run.host)
         for number in track(range(len(texts)), "encoding texts"):  # type: ignore[arg-type]
             token_ids = texts[number]["input_ids"].to(common.device)  # type: ignore[index]
             folder.states(token_ids, cached, streams)
