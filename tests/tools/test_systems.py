@@ -27,6 +27,7 @@ from tools.systems.reference import SETS, Reference
 from tools.systems.runs import Run, of_each, trained_runs
 from tools.systems.speed import best, predicted
 from tools.systems.train import budget_of, seconds_per_step, train
+from vllm_mtp.bench.cpu import this_cpu
 from vllm_mtp.cli.main import _load
 from vllm_mtp.drafter.config import DrafterConfig
 from vllm_mtp.drafter.model import Drafter
@@ -358,6 +359,21 @@ class TestReport:
             RESULTS
         )
 
+    def test_says_on_which_cpu_systems_were_trained_and_timed(self) -> None:
+        runs = {
+            "bita": made_up("bita", cpus={"train": "A (amx)", "cost": "B"}),
+            "pass": made_up("pass", cpus={"train": "A (amx)", "cost": "A (amx)"}),
+            "arm-kv-1": made_up("arm-kv", "1", cpus={"train": "B"}),
+        }
+        text = page({"runs": runs, "differences": []})
+        _, _, systems = text.partition("<!-- generated: systems -->")
+        said = [x for x in systems.partition("<!--")[0].splitlines() if x[:2] == "- "]
+        assert said == [
+            "- Drafts timed on A (amx): pass",
+            "- Drafts timed on B: bita",
+            "- Trained on A (amx): bita, pass",
+        ]
+
     def test_differences_name_both_sides(self) -> None:
         assert (
             "| cache and hidden state | cache alone | 1 | held out | +0.123 | "
@@ -521,4 +537,9 @@ class TestRuns:
         run.keep("cost", {"draft": 1})
         run.keep("speed", {"ratio": 2})
         run.keep("cost", {"draft": 3})
-        assert run.results() == {"cost": {"draft": 3}, "speed": {"ratio": 2}}
+        cpu = str(this_cpu())
+        assert run.results() == {
+            "cost": {"draft": 3},
+            "speed": {"ratio": 2},
+            "cpus": {"cost": cpu, "speed": cpu},
+        }

@@ -69,6 +69,7 @@ def _of_run(run: Run, data: str) -> dict[str, Any]:
         "is_served": run.is_served,
         "predicted": predicted(results),
         "curve": curve_of(log, per_step),
+        "cpus": results.get("cpus", {}),
     }
     offline = results.get("offline")
     # The rows are for differences, and far too many for a page.

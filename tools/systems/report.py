@@ -17,6 +17,8 @@ DATA = ROOT / "docs" / "systems.json"
 PLOT = ROOT / "docs" / "systems.png"
 ARMS_PLOT = ROOT / "docs" / "systems-arms.png"
 NOTHING: dict[str, Any] = {"runs": {}, "differences": []}
+_TIMED = {"train": "Trained", "cost": "Drafts timed", "speed": "Speed measured"}
+"""Parts of a run's results that depend on the CPU, in words."""
 _HEAD = (
     *("System", "Source", "AL k=1", "k=2", "k=3", "k=4", "By position"),
     *("AL, other kinds", "Trained", "Draft / step", "Predicted", "Measured"),
@@ -57,7 +59,9 @@ def renewed(text: str, results: Mapping[str, Any]) -> str:
         "arms": _image("curves of the arms", ARMS_PLOT, curves_of(results)),
     }
     parts = {
-        "systems": plots["systems"] + table(_HEAD, _lines(systems, runs)),
+        "systems": plots["systems"]
+        + table(_HEAD, _lines(systems, runs))
+        + _cpus([run for run in runs.values() if not presets()[run["preset"]].is_arm]),
         "commands": table(("System", "Command"), _commands(runs)),
         "arms": plots["arms"] + table(_HEAD, _lines(arms, runs)),
         "differences": _differences(results["differences"]),
@@ -74,6 +78,17 @@ def renewed(text: str, results: Mapping[str, Any]) -> str:
 def _image(text: str, file: Path, shown: Any) -> str:
     """Only what has something to show is plotted."""
     return f"![{text}]({file.name})\n\n" if shown else ""
+
+
+def _cpus(runs: Iterable[Mapping[str, Any]]) -> str:
+    """Which runs were made and timed where: a quarter of an hour differs by CPU."""
+    names: dict[tuple[str, str], list[str]] = {}
+    for run in runs:
+        for part, words in _TIMED.items():
+            if cpu := run.get("cpus", {}).get(part):
+                names.setdefault((words, cpu), []).append(run["preset"])
+    said = [f"- {words} on {cpu}: {', '.join(n)}" for (words, cpu), n in names.items()]
+    return "\n\n" + "\n".join(sorted(said)) if said else ""
 
 
 def _lines(

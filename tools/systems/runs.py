@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tools.systems.presets import Preset, preset_of
+from vllm_mtp.bench.cpu import this_cpu
 from vllm_mtp.drafter.checkpoint import CONFIG_FILE, read_config
 from vllm_mtp.drafter.config import DrafterConfig
 from vllm_mtp.errors import MTPError
@@ -64,8 +65,10 @@ class Run:
         return json.loads(self._results.read_text("utf-8"))
 
     def keep(self, part: str, found: Any) -> None:
-        """Write down what one command has measured."""
-        text = json.dumps(self.results() | {part: found}, indent=1)
+        """Write down what one command has measured, and on which CPU."""
+        known = self.results()
+        cpus = known.get("cpus", {}) | {part: str(this_cpu())}
+        text = json.dumps(known | {part: found, "cpus": cpus}, indent=1)
         write_whole(self._results, text + "\n")
 
 
