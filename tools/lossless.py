@@ -17,7 +17,7 @@ from pathlib import Path
 from textwrap import fill
 from typing import TYPE_CHECKING
 
-from vllm_mtp.markdown import table
+from vllm_mtp.markdown import marked, table
 
 if TYPE_CHECKING:
     from tests.serving.lossless.matrix import Result
@@ -30,7 +30,6 @@ FEW_NOTE = (
     "† Fewer than 20 drafts: such a row shows that these requests are answered as the "
     "target alone answers them, and says little of drafting."
 )
-START, END = "<!-- generated: lossless -->\n", "<!-- end: lossless -->"
 HEAD = (
     *("Row", "Answers", "Equal", "Float ties", "Different", "Drafts"),
     *("Tokens accepted", "Also seen"),
@@ -104,10 +103,8 @@ def line_of(result: "Result") -> list[str]:
 
 def renewed(page: str, tables: dict[str, list[list[str]]]) -> str:
     """The page with its tables made anew."""
-    before, _, rest = page.partition(START)
-    _, _, after = rest.partition(END)
     parts = [
-        f"### {title}\n\n{table(HEAD, tables[name])}\n"
+        f"### {title}\n\n{table(HEAD, tables[name])}"
         for name, title in (
             ("tiny", "A tiny Llama in float32"),
             ("smollm2", "SmolLM2-135M-Instruct in float32, drafter `shared`"),
@@ -115,8 +112,8 @@ def renewed(page: str, tables: dict[str, list[list[str]]]) -> str:
         if name in tables
     ]
     if any(FEW in cell for lines in tables.values() for line in lines for cell in line):
-        parts.append(f"{fill(FEW_NOTE, 88)}\n")
-    return before + START + "\n" + "\n".join(parts) + "\n" + END + after
+        parts.append(fill(FEW_NOTE, 88))
+    return marked(page, "lossless", "\n\n".join(parts))
 
 
 if __name__ == "__main__":

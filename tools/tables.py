@@ -20,7 +20,7 @@ from tools.recipes import recipes_table
 from tools.scale import scale_table
 from tools.unverified import kept_results, merged_table, taken_table
 from vllm_mtp.families import FAMILIES, Family, Served
-from vllm_mtp.markdown import plain, table
+from vllm_mtp.markdown import marked, plain, table
 from vllm_mtp.serving.ledger import PATCHES, Patch
 from vllm_mtp.serving.versions import TABLE, Release, Runner, Status
 
@@ -38,12 +38,10 @@ class Part:
 
     def renewed(self, text: str) -> str:
         """``text`` with the table made anew."""
-        start, end = f"<!-- generated: {self.name} -->\n", f"<!-- end: {self.name} -->"
-        before, found_start, rest = text.partition(start)
-        _, found_end, after = rest.partition(end)
-        if not (found_start and found_end):
-            raise SystemExit(f"{self.page}: no markers {start.strip()} and {end}")
-        return f"{before}{start}\n{self.make()}\n\n{end}{after}"
+        try:
+            return marked(text, self.name, self.make())
+        except ValueError as error:
+            raise SystemExit(f"{self.page}: {error}") from None
 
 
 def main() -> int:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tables in Markdown."""
+"""Tables in Markdown, and pages that hold some."""
 
 from collections.abc import Iterable, Sequence
 
@@ -38,3 +38,23 @@ def aligned(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def plain(text: str) -> str:
     """Text as a cell: on one line, and without the end of the cell in it."""
     return " ".join(text.split()).replace("|", "\\|")
+
+
+def marked(page: str, name: str, made: str) -> str:
+    """A page with one part made anew, the text around it kept.
+
+    Args:
+        page: Its text. The part stands between ``<!-- generated: NAME -->`` and
+            ``<!-- end: NAME -->``.
+        name: Of the part.
+        made: What is to stand there.
+
+    Raises:
+        ValueError: The page has no such part.
+    """
+    start, end = f"<!-- generated: {name} -->\n", f"<!-- end: {name} -->"
+    before, found_start, rest = page.partition(start)
+    _, found_end, after = rest.partition(end)
+    if not (found_start and found_end):
+        raise ValueError(f"no markers {start.strip()} and {end}")
+    return f"{before}{start}\n{made}\n\n{end}{after}"

@@ -38,5 +38,6 @@ def test_the_mark_goes_with_the_row(drafts: int) -> None:
     row, subject = SimpleNamespace(name="choice", shows=()), SimpleNamespace()
     line = line_of(matrix.Result(subject, row, side, side, []))
     assert line[DRAFTS] == (f"{drafts}{FEW}" if drafts < LEAST else str(drafts))
-    page = renewed("", {"tiny": [line]})
+    marks = "<!-- generated: lossless -->\n<!-- end: lossless -->"
+    page = renewed(marks, {"tiny": [line]})
     assert ("† Fewer than" in page) == (drafts < LEAST)

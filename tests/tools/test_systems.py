@@ -399,7 +399,7 @@ class TestReport:
         assert page(results) == text, "python -m tools.systems report"
 
     def test_a_page_without_marks_is_refused(self) -> None:
-        with pytest.raises(ValueError, match="no marks for 'systems'"):
+        with pytest.raises(ValueError, match="no markers <!-- generated: systems"):
             report.renewed("# Systems\n", RESULTS)
 
     def test_new_results_replace_those_of_the_same_name(self) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from tools.command import alone
 from tools.systems.reference import SETS, Reference
-from tools.systems.runs import Run, of_each
+from tools.systems.runs import Run, Trained, of_each
 from vllm_mtp import engine
 from vllm_mtp.drafter.bound import BoundDrafter
 from vllm_mtp.drafter.checkpoint import load_drafter
@@ -43,7 +43,7 @@ def evaluate(runs: Iterable[Run], target: str, reference: Reference) -> None:
     of_each(runs, measure)
 
 
-def offline(run: Run, host: HFTarget, reference: Reference) -> dict[str, Any]:
+def offline(run: Trained, host: HFTarget, reference: Reference) -> dict[str, Any]:
     """Simulated decoding behind the target's own answers.
 
     Returns:

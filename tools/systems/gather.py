@@ -155,7 +155,7 @@ def differences(runs: Iterable[Run]) -> list[dict[str, Any]]:
         sides: list[tuple[_Counts, _Counts]] = []
         for label in sorted({label for name, label in by_name if name == one}):
             both = [by_name.get((name, label)) for name in (one, other)]
-            counts = [_counts(run, prompts) if run else [] for run in both]
+            counts = [run.counts(prompts) if run else [] for run in both]
             if not all(counts):
                 continue
             sides.append((counts[0], counts[1]))
@@ -174,14 +174,3 @@ def _compared(
 ) -> dict[str, Any]:
     named = {"one": one, "other": other, "label": label, "set": prompts}
     return named | asdict(paired_difference(*counts))
-
-
-def _counts(run: Run, prompts: str) -> _Counts:
-    """Of each prompt of a set, with all tokens drafted."""
-    offline = run.results().get("offline", {"rows": []})
-    k = run.config.num_speculative_tokens
-    return [
-        AcceptanceCounts(drafts, drafts * k, (accepted,))
-        for name, accepted, drafts in offline["rows"]
-        if name == prompts
-    ]

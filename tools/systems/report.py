@@ -10,7 +10,7 @@ from typing import Any
 from tools.systems.presets import ROOT, Preset, presets
 from tools.systems.reference import HELD_OUT_SET, UNSEEN_SET
 from vllm_mtp.files import write_whole
-from vllm_mtp.markdown import table
+from vllm_mtp.markdown import marked, table
 
 PAGE = ROOT / "docs" / "systems.md"
 DATA = ROOT / "docs" / "systems.json"
@@ -67,11 +67,7 @@ def renewed(text: str, results: Mapping[str, Any]) -> str:
         "differences": _differences(results["differences"]),
     }
     for name, part in parts.items():
-        head, start, rest = text.partition(f"<!-- generated: {name} -->\n")
-        _, end, tail = rest.partition(f"<!-- end: {name} -->")
-        if not (start and end):
-            raise ValueError(f"{PAGE}: no marks for {name!r}")
-        text = f"{head}{start}\n{part}\n\n{end}{tail}"
+        text = marked(text, name, part)
     return text
 
 

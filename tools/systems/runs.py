@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tools.systems.presets import Preset, preset_of
 from vllm_mtp.bench.cpu import this_cpu
@@ -15,29 +15,25 @@ from vllm_mtp.drafter.checkpoint import CONFIG_FILE, read_config
 from vllm_mtp.drafter.config import DrafterConfig
 from vllm_mtp.errors import MTPError
 from vllm_mtp.files import write_whole
+from vllm_mtp.metrics import AcceptanceCounts
+
+_T = TypeVar("_T", bound="Trained")
 
 
 @dataclass(frozen=True)
-class Run:
-    """One training of a preset.
+class Trained:
+    """The folder of one training, and beside it what was measured of its drafter.
 
     Attributes:
         folder: The drafter's.
-        preset: Its settings.
     """
 
     folder: Path
-    preset: Preset
 
     @property
     def name(self) -> str:
         """Of the folder."""
         return self.folder.name
-
-    @property
-    def label(self) -> str:
-        """What tells it from other runs of its preset; empty for the only one."""
-        return self.name.removeprefix(self.preset.name).removeprefix("-")
 
     @property
     def is_trained(self) -> bool:
@@ -71,6 +67,32 @@ class Run:
         text = json.dumps(known | {part: found, "cpus": cpus}, indent=1)
         write_whole(self._results, text + "\n")
 
+    def counts(self, prompts: str) -> list[AcceptanceCounts]:
+        """Of each prompt of a set, with all tokens drafted, by simulated decoding."""
+        offline = self.results().get("offline", {"rows": []})
+        k = self.config.num_speculative_tokens
+        return [
+            AcceptanceCounts(drafts, drafts * k, (accepted,))
+            for name, accepted, drafts in offline["rows"]
+            if name == prompts
+        ]
+
+
+@dataclass(frozen=True)
+class Run(Trained):
+    """One training of a preset.
+
+    Attributes:
+        preset: Its settings.
+    """
+
+    preset: Preset
+
+    @property
+    def label(self) -> str:
+        """What tells it from other runs of its preset; empty for the only one."""
+        return self.name.removeprefix(self.preset.name).removeprefix("-")
+
 
 def trained_runs(folder: Path, only: Sequence[str]) -> list[Run]:
     """The finished runs of a folder, systems before arms.
@@ -98,7 +120,7 @@ def trained_runs(folder: Path, only: Sequence[str]) -> list[Run]:
     return sorted(runs, key=lambda run: (run.preset.is_arm, run.name))
 
 
-def of_each(runs: Iterable[Run], measure: Callable[[Run], None]) -> None:
+def of_each(runs: Iterable[_T], measure: Callable[[_T], None]) -> None:
     """Measure every run, also behind one that fails: a night is long.
 
     Raises:

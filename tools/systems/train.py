@@ -5,6 +5,7 @@ The learning rate falls to its end with the last step, so the number of steps mu
 known before the first: a few steps are timed, and the budget divided by them.
 """
 
+import json
 import resource
 import statistics
 import subprocess
@@ -20,7 +21,7 @@ from transformers import TrainerCallback
 
 from tools.command import alone
 from tools.systems.presets import Preset
-from tools.systems.runs import Run
+from tools.systems.runs import Run, Trained
 from vllm_mtp.cli.main import _load
 from vllm_mtp.cli.targets import target_folder
 from vllm_mtp.errors import MTPError
@@ -93,7 +94,7 @@ def seconds_per_step(file: str, given: Mapping[str, Any]) -> float:
             "eval_on_start": False,
             "save_strategy": "no",
         }
-        args = _load("train", [file, *_flags({**given, **timed})])
+        args = _load("train", [file, *flags_of({**given, **timed})])
         run = TrainingRun(args, target_folder(given["target"]))
         trainer = run.trainer(run.new_drafter(args), args)
         clock = _Clock()
@@ -163,22 +164,42 @@ def train(
         **known["overrides"],
     }
     print(f"{run.name}: {known['overrides']['max_steps']} steps", flush=True)
+    go_on(run, preset.file, known, flags)
+
+
+def go_on(
+    run: Trained, file: Path, known: Mapping[str, Any], flags: Mapping[str, Any]
+) -> None:
+    """Train by `vllm-mtp train`, and add up the CPU time.
+
+    Args:
+        run: Its results get ``train``.
+        file: The settings.
+        known: ``train`` before, ``cpu_seconds`` among it.
+        flags: Settings in place of the file's.
+
+    Raises:
+        subprocess.CalledProcessError: Training failed, and has said why.
+    """
     before = _cpu_seconds_of_children()
+    command = [sys.executable, "-m", "vllm_mtp.cli.main", "train", str(file)]
     try:
-        subprocess.run(
-            [
-                *(sys.executable, "-m", "vllm_mtp.cli.main", "train"),
-                *(str(preset.file), *_flags(flags)),
-            ],
-            check=True,
-        )
+        subprocess.run([*command, *flags_of(flags)], check=True)
     finally:
         spent = _cpu_seconds_of_children() - before
-        run.keep("train", known | {"cpu_seconds": known["cpu_seconds"] + spent})
+        run.keep("train", {**known, "cpu_seconds": known["cpu_seconds"] + spent})
 
 
-def _flags(settings: Mapping[str, Any]) -> list[str]:
-    return [f"--{name}={value}" for name, value in settings.items()]
+def flags_of(settings: Mapping[str, Any]) -> list[str]:
+    """Settings as `vllm-mtp train` takes them."""
+    flags: list[str] = []
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            value = json.dumps(value)
+        values = value if isinstance(value, list) else [value]
+        # argparse cannot say "nothing"; 0 means the same for a rank.
+        flags += [f"--{name}", *("0" if each is None else str(each) for each in values)]
+    return flags
 
 
 def _cpu_seconds_of_children() -> float:
