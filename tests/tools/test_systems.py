@@ -21,6 +21,7 @@ from tools.systems.gather import (
     differences,
     labels_of_text,
     minutes_of,
+    require_its_data,
 )
 from tools.systems.presets import BASE, ROOT, Preset, preset_of, presets, settings_of
 from tools.systems.reference import SETS, Reference
@@ -32,6 +33,7 @@ from vllm_mtp.cli.main import _load
 from vllm_mtp.drafter.config import DrafterConfig
 from vllm_mtp.drafter.model import Drafter
 from vllm_mtp.errors import MTPError
+from vllm_mtp.sharing.provenance import data_record
 from vllm_mtp.torch_host.without_weights import BareTarget, drafter_config
 from vllm_mtp.training.arguments import DrafterTrainingArguments
 from vllm_mtp.training.states_folder import StatesFolder
@@ -513,6 +515,25 @@ class TestRuns:
         known.resumed_from_step = 250
         assert minutes_of(run, {}) is None
         assert minutes_of(run, {"cpu_seconds": 900.0}) == 15
+
+    def test_are_reported_with_the_answers_that_they_were_trained_on(
+        self,
+        folder: Path,
+        tmp_path: Path,
+        tiny_llama: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        run = trained_runs(folder, ["ours"])[0]
+        own, other = (
+            str(write_answers(tmp_path / f"data-{n}", tiny_llama, [[*range(n)]], [2]))
+            for n in (8, 9)
+        )
+        require_its_data(run, own)  # a drafter without a provenance may have any
+        provenance = SimpleNamespace(data=data_record(own))
+        monkeypatch.setattr(gather, "read_provenance", lambda _: provenance)
+        require_its_data(run, own)
+        with pytest.raises(MTPError, match=r"^ours: was trained on data-8, got --data"):
+            require_its_data(run, other)
 
     def test_are_measured_behind_one_that_fails(self, folder: Path) -> None:
         seen = []

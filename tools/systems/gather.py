@@ -14,9 +14,10 @@ from tools.systems.speed import predicted
 from vllm_mtp.cli.main import _load
 from vllm_mtp.data.store import read_split
 from vllm_mtp.drafter.cost import draft_cost
+from vllm_mtp.errors import MTPError
 from vllm_mtp.evaluation.paired import paired_difference
 from vllm_mtp.metrics import AcceptanceCounts
-from vllm_mtp.sharing.provenance import read_provenance
+from vllm_mtp.sharing.provenance import data_record, read_provenance
 
 STATE = "trainer_state.json"
 _LENGTH = "eval_teacher_forced_length"
@@ -42,7 +43,12 @@ def gathered(runs: Sequence[Run], data: str) -> dict[str, Any]:
     Args:
         runs: Trained ones.
         data: The folder that they were trained on.
+
+    Raises:
+        MTPError: A run was trained on other answers.
     """
+    for run in runs:
+        require_its_data(run, data)
     return {
         "runs": {run.name: _of_run(run, data) for run in runs},
         "differences": differences(runs),
@@ -77,6 +83,21 @@ def _of_run(run: Run, data: str) -> dict[str, Any]:
         name: results[name] for name in ("served", "cost", "speed") if name in results
     }
     return found | kept | ({"offline": offline["sets"]} if offline else {})
+
+
+def require_its_data(run: Run, data: str) -> None:
+    """Labels are counted in these answers: refuse others.
+
+    Raises:
+        MTPError: The run was trained on others.
+    """
+    provenance = read_provenance(run.folder)
+    known = provenance.data if provenance else None
+    if known is not None and known.generation != data_record(data).generation:
+        raise MTPError(
+            f"{run.name}: was trained on {known.name}, got --data {data} with other "
+            "answers; name that folder, and leave out runs of others by --only"
+        )
 
 
 def minutes_of(run: Run, training: Mapping[str, Any]) -> float | None:
