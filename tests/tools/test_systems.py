@@ -400,6 +400,22 @@ class TestReport:
         text = report.PAGE.read_text("utf-8")
         assert page(results) == text, "python -m tools.systems report"
 
+    def test_plain_torch_counts_what_vllm_does(
+        self, configs: dict[str, DrafterConfig]
+    ) -> None:
+        """As the page says: so lengths of fewer drafted tokens need no vLLM."""
+        runs = json.loads(report.DATA.read_text("utf-8"))["runs"].values()
+        both = [run for run in runs if "served" in run and "offline" in run]
+        assert both
+        for run in both:
+            bound = 0.04 if configs[run["preset"]].shares_whole_target else 0.01
+            for name in SETS:
+                lengths = [
+                    part[name]["acceptance_length"]
+                    for part in (run["served"]["sets"], run["offline"])
+                ]
+                assert abs(lengths[0] - lengths[1]) < bound, run["preset"]
+
     def test_a_page_without_marks_is_refused(self) -> None:
         with pytest.raises(ValueError, match="no markers <!-- generated: systems"):
             report.renewed("# Systems\n", RESULTS)
