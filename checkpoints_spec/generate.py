@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vllm_mtp.drafter.config import DrafterConfig
-from vllm_mtp.markdown import table
+from vllm_mtp.markdown import marked, table
 
 HERE = Path(__file__).parent
 
@@ -372,12 +372,12 @@ def tensor_tables() -> str:
 
 def with_block(text: str, name: str, content: str) -> str:
     """``text`` with the part between the markers of ``name`` replaced."""
-    start, end = f"<!-- generated: {name} -->\n", f"<!-- end: {name} -->"
-    before, found_start, rest = text.partition(start)
-    _, found_end, after = rest.partition(end)
-    if not (found_start and found_end):
-        raise SystemExit(f"generate.py: README.md has no markers for {name!r}")
-    return f"{before}{start}\n{content}\n\n{end}{after}"
+    try:
+        return marked(text, name, content)
+    except ValueError:
+        raise SystemExit(
+            f"generate.py: README.md has no markers for {name!r}"
+        ) from None
 
 
 def generated_files(folder: Path = HERE) -> dict[Path, str]:

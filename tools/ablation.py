@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import yaml
 
+from tools.systems.train import flags_of
 from vllm_mtp.cli.main import _load
 from vllm_mtp.markdown import table
 from vllm_mtp.torch_host.hf_target import HFTarget
@@ -102,15 +103,6 @@ def key_of(changes: dict[str, Any]) -> str:
     base = yaml.safe_load((FOLDER / "base.yaml").read_text("utf-8"))
     text = json.dumps(base | changes, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def flags_of(changes: dict[str, Any]) -> list[str]:
-    flags: list[str] = []
-    for name, value in changes.items():
-        values = value if isinstance(value, list) else [value]
-        # argparse cannot say "nothing"; 0 means the same for a rank.
-        flags += [f"--{name}", *("0" if v is None else str(v) for v in values)]
-    return flags
 
 
 def arguments_of(

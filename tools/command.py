@@ -47,6 +47,17 @@ def _number(
     return value
 
 
+def require(options: argparse.Namespace, *names: str) -> None:
+    """Refuse a command line that lacks some flags.
+
+    Raises:
+        MTPError: Names the first one.
+    """
+    for name in names:
+        if getattr(options, name) is None:
+            raise MTPError(f"--{name}: got nothing, which this command needs")
+
+
 def finish(name: str, work: Callable[[], int], interrupted: str) -> int:
     """The exit code of a tool, whose errors are one line.
 

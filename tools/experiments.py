@@ -31,9 +31,9 @@ from typing import Any
 import yaml
 
 import tools.experiments
-from tools.command import Parser, count, finish
+from tools.command import Parser, count, finish, require
 from tools.systems.reference import SETS, reference
-from tools.systems.runs import Trained, of_each
+from tools.systems.runs import Trained, of_each, require_none
 from vllm_mtp.errors import MTPError
 from vllm_mtp.evaluation.paired import paired_difference
 from vllm_mtp.files import write_whole
@@ -95,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("command", choices=("train", "evaluate", "report"))
     parser.add_argument("--target", help="the target's folder")
-    parser.add_argument("--data", nargs="+", default=[], help="NAME=FOLDER of answers")
+    parser.add_argument("--data", nargs="+", help="NAME=FOLDER of answers")
     parser.add_argument("--states", type=Path, help="where the target's states are")
     parser.add_argument("--out", type=Path, help="where the runs are")
     parser.add_argument("--only", nargs="*", default=[], help="these rows")
@@ -115,9 +115,7 @@ def _run(options: argparse.Namespace) -> int:
     if options.command == "report":
         report([] if options.out is None else _runs(options.out, chosen))
         return 0
-    for name in ("target", "data", "out"):
-        if not getattr(options, name):
-            raise MTPError(f"--{name}: got nothing, which this command needs")
+    require(options, "target", "data", "out")
     folders = _folders(options.data)
     if options.command == "train":
         train(chosen, options.target, folders, options.out, options.states)
@@ -171,10 +169,9 @@ def train(
         MTPError: Names the rows that failed or lack their data.
     """
     # Here, since it loads torch and more.
-    from tools.systems.train import go_on
+    from tools.systems.train import go_on, use_large_pages
 
-    # Of the processes that train: a quarter less time (docs/training.md).
-    os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
+    use_large_pages()
     out.mkdir(parents=True, exist_ok=True)
     failed = []
     for row in chosen:
@@ -204,11 +201,7 @@ def train(
             go_on(run, BASE, run.results().get("train", {"cpu_seconds": 0.0}), flags)
         except subprocess.CalledProcessError:
             failed.append(row.name)
-    if failed:
-        raise MTPError(
-            f"not trained: {', '.join(failed)}; what each said stands above, and the "
-            "same command goes on with them"
-        )
+    require_none(failed, "trained")
 
 
 def evaluate(runs: Sequence[Trained], options: argparse.Namespace, data: str) -> None:
@@ -250,14 +243,14 @@ def report(runs: Sequence[Trained]) -> None:
     for run in runs:
         known = run.results()
         if "offline" in known:
-            counts = {name: [] for name in SETS}
-            for name, accepted, drafts in known["offline"]["rows"]:
-                counts[name].append([accepted, drafts])
             results[run.name] = {
                 "cpu_hours": round(known["train"]["cpu_seconds"] / 3600, 2),
                 "cpu": known["cpus"]["train"],
                 # Of each prompt, so that rows of other days are paired with these.
-                "accepted_and_drafts": counts,
+                "accepted_and_drafts": {
+                    name: [[c.accepted_tokens, c.drafts] for c in run.counts(name)]
+                    for name in SETS
+                },
             }
     # A line for each row: there are hundreds of prompts.
     lines = [f"{json.dumps(name)}: {json.dumps(of)}" for name, of in results.items()]

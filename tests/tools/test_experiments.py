@@ -3,6 +3,7 @@
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,9 @@ def folder(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def way(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
+def way(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Iterator[list[str]]:
     """Flags of a way through with files of its own."""
     page = tmp_path / "page.md"
     page.write_text("<!-- generated: experiments -->\n<!-- end: experiments -->\n")

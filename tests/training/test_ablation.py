@@ -12,12 +12,12 @@ from tools.ablation import (
     RESULTS,
     ROOT,
     all_rows,
-    flags_of,
     key_of,
     questions,
     renewed,
     table_of,
 )
+from tools.systems.train import flags_of
 from vllm_mtp.cli.main import _load
 from vllm_mtp.drafter.layer_spec import parse_layers
 

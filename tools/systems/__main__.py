@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import tools.systems
-from tools.command import Parser, above_0, count, finish
+from tools.command import Parser, above_0, count, finish, require
 from tools.systems.presets import presets
 from vllm_mtp.errors import MTPError
 
@@ -71,12 +71,12 @@ def _run(options: argparse.Namespace) -> int:
     if options.command == "encode":
         from tools.systems.encode import encode
 
-        _require(options, "target", "data", "states")
+        require(options, "target", "data", "states")
         encode(options.target, options.data, options.states)
         return 0
-    _require(options, "target", "out")
+    require(options, "target", "out")
     if options.command != "speed":
-        _require(options, "data")
+        require(options, "data")
     if options.command == "train":
         return _train(options)
     # Here, since they load torch and more.
@@ -111,10 +111,10 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _train(options: argparse.Namespace) -> int:
-    from tools.systems.train import train
+    from tools.systems.runs import require_none
+    from tools.systems.train import train, use_large_pages
 
-    # Of the processes that train: a quarter less time (docs/training.md).
-    os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
+    use_large_pages()
     # Arms train for as long as their question takes, by `vllm-mtp train`.
     names = options.only or [n for n, preset in presets().items() if not preset.is_arm]
     if unknown := sorted(set(names) - set(presets())):
@@ -133,11 +133,7 @@ def _train(options: argparse.Namespace) -> int:
             )
         except subprocess.CalledProcessError:
             failed.append(name)
-    if failed:
-        raise MTPError(
-            f"not trained: {', '.join(failed)}; what each said stands above, and the "
-            "same command goes on with them"
-        )
+    require_none(failed, "trained")
     return 0
 
 
@@ -151,18 +147,12 @@ def _report(options: argparse.Namespace) -> int:
         from tools.systems.gather import gathered
         from tools.systems.runs import trained_runs
 
-        _require(options, "data")
+        require(options, "data")
         runs = trained_runs(options.out, options.only)
         results = report.merged(results, gathered(runs, options.data))
     report.write(results)
     print(f"written: {report.PAGE}")
     return 0
-
-
-def _require(options: argparse.Namespace, *names: str) -> None:
-    for name in names:
-        if getattr(options, name) is None:
-            raise MTPError(f"--{name}: got nothing, which this command needs")
 
 
 if __name__ == "__main__":

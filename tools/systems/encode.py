@@ -25,16 +25,18 @@ def encode(target: str, data: str, states: Path) -> None:
         states: What ``--states-folder`` of a training names.
     """
     given = [f"--target={target}", f"--data={data}", f"--output_dir={states}"]
-    common = _load("train", [str(next(iter(presets().values())).file), *given])
+    settings = [
+        _load("train", [str(preset.file), *given]) for preset in presets().values()
+    ]
+    common = settings[0]  # in the data and the types, all are alike
     run = TrainingRun(common, target_folder(target))
     cached: set[int] = set()
     streams: set[int] = set()
-    for preset in presets().values():
-        args = _load("train", [str(preset.file), *given])
-        read = run.trainer(run.new_drafter(args), args).loss_module
-        cached.update(read.cached_layers)
-        streams.update(read.streams)
-    texts = run.trainer(run.new_drafter(common), common).train_dataset
+    for args in settings:
+        trainer = run.trainer(run.new_drafter(args), args)
+        cached.update(trainer.loss_module.cached_layers)
+        streams.update(trainer.loss_module.streams)
+    texts = trainer.train_dataset
     with common.autocast():  # as training asks for them: the folder's name tells types
         folder = StatesFolder(states, run.host)
         for number in track(range(len(texts)), "encoding texts"):  # type: ignore[arg-type]

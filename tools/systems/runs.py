@@ -133,8 +133,21 @@ def of_each(runs: Iterable[_T], measure: Callable[[_T], None]) -> None:
         except Exception:  # of vLLM, torch, the drafter
             traceback.print_exc()
             failed.append(run.name)
+    require_none(failed, "measured")
+
+
+def require_none(failed: Sequence[str], done: str) -> None:
+    """Say in the end which of many failed.
+
+    Args:
+        failed: Their names.
+        done: What they were to be.
+
+    Raises:
+        MTPError: There are some.
+    """
     if failed:
         raise MTPError(
-            f"not measured: {', '.join(failed)}; what each said stands above, and the "
+            f"not {done}: {', '.join(failed)}; what each said stands above, and the "
             "same command goes on with them"
         )

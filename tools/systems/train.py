@@ -6,6 +6,7 @@ known before the first: a few steps are timed, and the budget divided by them.
 """
 
 import json
+import os
 import resource
 import statistics
 import subprocess
@@ -165,6 +166,12 @@ def train(
     }
     print(f"{run.name}: {known['overrides']['max_steps']} steps", flush=True)
     go_on(run, preset.file, known, flags)
+
+
+def use_large_pages() -> None:
+    """In all processes from here on that train: a quarter less time
+    (docs/training.md)."""
+    os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
 
 
 def go_on(
