@@ -39,11 +39,13 @@ def host(tiny_llama: Path) -> HFTarget:
 def lesson(
     host: HFTarget, target: Path, layers: str, *, plan: LossPlan, **options: Any
 ) -> LossModule:
+    """A drafter in its target's type."""
     chosen = DrafterOptions(dtype="float32", **options)
     tokens = range(0, VOCAB_SIZE, VOCAB_SIZE // 100)[:100]
     vocab = tuple(tokens) if chosen.draft_vocab_size else None
     drafter: Drafter = new_drafter(target, layers, K, chosen, vocab)
     fill_weights(drafter, 0.1, salt="memory ")
+    drafter.to(host.model.dtype)
     return LossModule(drafter, host, plan)
 
 
@@ -67,7 +69,6 @@ KINDS = [
 @pytest.mark.parametrize(("layers", "options"), KINDS, ids=[k[0] for k in KINDS])
 @pytest.mark.parametrize("teacher_tokens", [9, 0])
 def test_a_step_in_slices_is_the_whole_step(
-    host: HFTarget,
     tiny_llama: Path,
     monkeypatch: pytest.MonkeyPatch,
     layers: str,
@@ -76,7 +77,10 @@ def test_a_step_in_slices_is_the_whole_step(
 ) -> None:
     objective = Objective(**vars(MIX) | {"teacher_tokens": teacher_tokens})
     plan = LossPlan(objective, anchors_per_text=9)
-    module = lesson(host, tiny_llama, layers, plan=plan, **options)
+    # Slices are summed in another order, which in float32 alone makes differences as
+    # large as the bound on some CPUs. Here only the losses themselves are in float32.
+    wide = HFTarget(load_frozen(tiny_llama, "float64", "cpu"))
+    module = lesson(wide, tiny_llama, layers, plan=plan, **options)
     whole = step(module)
     monkeypatch.setattr(block_attention, "_CPU_SCORES", 2000)
     monkeypatch.setattr(block_attention, "_CPU_KEPT_SCORES", 0)
@@ -84,7 +88,7 @@ def test_a_step_in_slices_is_the_whole_step(
     monkeypatch.setattr(token_loss, "_CPU_LOGITS", 3 * K * VOCAB_SIZE)
     monkeypatch.setattr(token_loss, "GPU_LOGITS", 3 * K * VOCAB_SIZE)
     module.gradient_checkpointing_enable()
-    torch.testing.assert_close(step(module), whole)
+    torch.testing.assert_close(step(module), whole, rtol=1.3e-6, atol=1e-5)
 
 
 def test_what_the_layers_keep(
