@@ -13,7 +13,7 @@ from transformers import LlamaConfig
 from transformers.models.auto import AutoModelForCausalLM
 
 from tests.tiny_answers import write_answers
-from tools.systems import gather, report
+from tools.systems import gather, report, speed
 from tools.systems.encode import encode
 from tools.systems.gather import (
     TOGETHER,
@@ -29,6 +29,8 @@ from tools.systems.runs import Run, of_each, trained_runs
 from tools.systems.speed import best, predicted
 from tools.systems.train import budget_of, seconds_per_step, train
 from vllm_mtp.bench.cpu import this_cpu
+from vllm_mtp.bench.step_profile import StepProfile
+from vllm_mtp.bench.steps import StepsWanted
 from vllm_mtp.cli.main import _load
 from vllm_mtp.drafter.config import DrafterConfig
 from vllm_mtp.drafter.model import Drafter
@@ -365,12 +367,18 @@ class TestReport:
         runs = {
             "bita": made_up("bita", cpus={"train": "A (amx)", "cost": "B"}),
             "pass": made_up("pass", cpus={"train": "A (amx)", "cost": "A (amx)"}),
+            "uno": made_up(
+                "uno",
+                cpus={"cost": "B"},
+                cost={"draft": 0.2, "step": 1.2, "dtype": "bfloat16"},
+            ),
             "arm-kv-1": made_up("arm-kv", "1", cpus={"train": "B"}),
         }
         text = page({"runs": runs, "differences": []})
         _, _, systems = text.partition("<!-- generated: systems -->")
         said = [x for x in systems.partition("<!--")[0].splitlines() if x[:2] == "- "]
         assert said == [
+            "- Drafts timed in bfloat16 on B: uno",
             "- Drafts timed on A (amx): pass",
             "- Drafts timed on B: bita",
             "- Trained on A (amx): bita, pass",
@@ -519,6 +527,31 @@ class TestRuns:
         fastest = best(runs.values(), 8)
         assert [run.name for run in fastest] == ["ours", "medusa"], "arms are no system"
         assert [run.name for run in best(runs.values(), 1)] == ["ours"]
+
+    def test_are_timed_once_in_each_type(
+        self, folder: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        asked: list[str] = []
+
+        def profiles(_: object, wanted: StepsWanted) -> list[StepProfile]:
+            asked.append(str(wanted.settings["dtype"]))
+            drafts = wanted.side.speculative_config is not None
+            ms = 15.0 if drafts else 12.0
+            parts = {"draft: layers": ms - 12}
+            return [StepProfile(wanted.side.name, 1, 40, ms, ms, parts)]
+
+        monkeypatch.setattr(speed, "alone", profiles)
+        row = {"input_ids": [1, 2, 3], "loss_spans": [[2, 3]]}
+        run = trained_runs(folder, ["ours"])[0]
+        for dtype in ("float32", "bfloat16", "bfloat16"):
+            speed.cost([run], "target", Reference("float32", (row,), ()), dtype, 1)
+            assert run.results()["cost"] == {
+                "draft": 0.25,
+                "step": 1.25,
+                "dtype": dtype,
+                "rounds": [{"draft": 0.25, "step": 1.25}],
+            }
+        assert asked == 2 * ["float32"] + 2 * ["bfloat16"]
 
     def test_have_no_time_where_their_clock_began_anew(
         self, folder: Path, monkeypatch: pytest.MonkeyPatch

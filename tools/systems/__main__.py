@@ -14,6 +14,7 @@ from tools.command import Parser, above_0, count, finish, require
 from tools.systems.presets import presets
 from vllm_mtp.errors import MTPError
 
+_DTYPES = ("float32", "bfloat16")
 _COMMANDS = ("encode", "train", "evaluate", "cost", "speed", "report")
 
 
@@ -45,7 +46,16 @@ def _parser() -> argparse.ArgumentParser:
         "--max-steps", type=count, help="optimizer steps in place of the minutes"
     )
     parser.add_argument(
-        "--dtype", choices=["float32", "bfloat16"], default="float32", help="to measure"
+        "--dtype",
+        choices=_DTYPES,
+        default="float32",
+        help="of the target, to count what is accepted",
+    )
+    parser.add_argument(
+        "--timed-dtype",
+        choices=_DTYPES,
+        default="bfloat16",
+        help="of the target, to time drafts and to measure speed",
     )
     parser.add_argument(
         "--prompts", type=count, default=64, help="most of each set, to evaluate"
@@ -89,7 +99,7 @@ def _run(options: argparse.Namespace) -> int:
         speed.speed(
             runs,
             options.target,
-            options.dtype,
+            options.timed_dtype,
             options.best,
             options.speed_prompts,
             options.rounds,
@@ -104,7 +114,7 @@ def _run(options: argparse.Namespace) -> int:
         options.max_tokens,
     )
     if options.command == "cost":
-        speed.cost(runs, options.target, answers, options.rounds)
+        speed.cost(runs, options.target, answers, options.timed_dtype, options.rounds)
     else:
         acceptance.evaluate(runs, options.target, answers)
     return 0

@@ -18,7 +18,8 @@ PLOT = ROOT / "docs" / "systems.png"
 ARMS_PLOT = ROOT / "docs" / "systems-arms.png"
 NOTHING: dict[str, Any] = {"runs": {}, "differences": []}
 _TIMED = {"train": "Trained", "cost": "Drafts timed", "speed": "Speed measured"}
-"""Parts of a run's results that depend on the CPU, in words."""
+"""Parts of a run's results that depend on the CPU, in words. The last two also depend
+on the target's type."""
 _HEAD = (
     *("System", "Source", "AL k=1", "k=2", "k=3", "k=4", "By position"),
     *("AL, other kinds", "Trained", "Draft / step", "Predicted", "Measured"),
@@ -82,8 +83,10 @@ def _cpus(runs: Iterable[Mapping[str, Any]]) -> str:
     for run in runs:
         for part, words in _TIMED.items():
             if cpu := run.get("cpus", {}).get(part):
-                names.setdefault((words, cpu), []).append(run["preset"])
-    said = [f"- {words} on {cpu}: {', '.join(n)}" for (words, cpu), n in names.items()]
+                dtype = run.get(part, {}).get("dtype")
+                how = f"{words} in {dtype}" if dtype else words
+                names.setdefault((how, cpu), []).append(run["preset"])
+    said = [f"- {how} on {cpu}: {', '.join(n)}" for (how, cpu), n in names.items()]
     return "\n\n" + "\n".join(sorted(said)) if said else ""
 
 

@@ -24,36 +24,44 @@ _STEPS = 40
 _TOKENS = 128
 
 
-def cost(runs: Iterable[Run], target: str, reference: Reference, rounds: int) -> None:
+def cost(
+    runs: Iterable[Run], target: str, reference: Reference, dtype: str, rounds: int
+) -> None:
     """Time a draft, and a step with it, beside a step without.
 
     Args:
         runs: Trained ones; those that vLLM cannot run are left out.
         target: The target's folder.
         reference: Its first row is the request.
+        dtype: Of the target, to be timed.
         rounds: How often both sides take turns.
     """
     row = reference.rows[0]
     prompt = tuple(row["input_ids"][: row["loss_spans"][0][0]])
 
     def measure_cost(run: Run) -> None:
-        if "cost" in run.results() or not run.is_served:
+        if _is_timed(run, "cost", dtype) or not run.is_served:
             return
         sides = (plain_side(), _side(run))
         found: list[dict[str, float]] = []
         for _ in range(rounds):
             profiles: list[StepProfile] = []
             for side in sides:
-                wanted = _steps(side, target, reference.dtype, prompt)
+                wanted = _steps(side, target, dtype, prompt)
                 profiles += alone(profile_steps, wanted)
             beside = beside_plain(profiles[1], profiles)
             assert beside is not None, "the second side drafts"
             found.append(beside._asdict())
         medians = {n: statistics.median(each[n] for each in found) for n in found[0]}
-        run.keep("cost", {**medians, "rounds": found})
+        run.keep("cost", {**medians, "dtype": dtype, "rounds": found})
         print(f"{run.name}: draft {medians['draft']:.2f} steps", flush=True)
 
     of_each(runs, measure_cost)
+
+
+def _is_timed(run: Run, part: str, dtype: str) -> bool:
+    """Whether it is already, in this type: times in another are taken anew."""
+    return run.results().get(part, {}).get("dtype") == dtype
 
 
 def _steps(side: Side, target: str, dtype: str, prompt: tuple[int, ...]) -> StepsWanted:
@@ -101,7 +109,7 @@ def speed(
     Args:
         runs: Trained ones, with their `cost`.
         target: The target's folder.
-        dtype: Of the servers.
+        dtype: Of the target, to be timed.
         count: How many systems.
         prompts: Of each round.
         rounds: How often both sides take turns.
@@ -112,7 +120,7 @@ def speed(
     texts = tuple(json.loads(line)["prompt"] for line in some)
 
     def measure_speed(run: Run) -> None:
-        if "speed" in run.results():
+        if _is_timed(run, "speed", dtype):
             return
         plan = Plan(
             target=target,
@@ -132,6 +140,7 @@ def speed(
             "ratio": asdict(ours.ratio),
             "same_texts": ours.same_texts,
             "texts": ours.texts,
+            "dtype": dtype,
         }
         run.keep("speed", found)
         print(f"{run.name}: {ours.ratio.median:.2f} times as fast", flush=True)
