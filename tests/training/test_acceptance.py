@@ -87,13 +87,14 @@ def test_a_step_learns_it(
     kind: str, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In slices, and beside a cross-entropy whose positions have other weights."""
-    host = HFTarget(load_frozen(tiny_llama, "float32", "cpu"))
+    # Gradients are small, and float32 alone is close to the bound on some CPUs.
+    host = HFTarget(load_frozen(tiny_llama, "float64", "cpu"))
     options = {"dtype": "float32", "markov_rank": 4} | KINDS[kind]
     layers, size = options.pop("layers"), options.get("draft_vocab_size")
     tokens = range(0, VOCAB_SIZE, 2) if size else range(VOCAB_SIZE)
     drafter = new_drafter(
         tiny_llama, layers, K, DrafterOptions(**options), tokens if size else None
-    ).float()
+    ).double()
     assert drafter.markov is not None
     fill_weights(drafter.markov, 0.3, salt="acceptance ")
 
