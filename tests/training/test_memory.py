@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from checkpoints_spec.goldens import fill_weights
 from tests.tiny_targets import VOCAB_SIZE
@@ -89,6 +90,38 @@ def test_a_step_in_slices_is_the_whole_step(
     monkeypatch.setattr(token_loss, "GPU_LOGITS", 3 * K * VOCAB_SIZE)
     module.gradient_checkpointing_enable()
     torch.testing.assert_close(step(module), whole, rtol=1.3e-6, atol=1e-5)
+
+
+class _RepeatedMatrices(TorchDispatchMode):
+    """Products that take one matrix for many others, one after the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[list[torch.Size]] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if func is torch.ops.aten.bmm.default and any(
+            len(each) > 1 and each.stride(0) == 0 for each in args
+        ):
+            self.found.append([each.shape for each in args])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("layers", "options"), KINDS, ids=[k[0] for k in KINDS])
+def test_weights_are_multiplied_once_for_all_blocks(
+    host: HFTarget, tiny_llama: Path, layers: str, options: dict[str, Any]
+) -> None:
+    with _RepeatedMatrices() as seen:
+        torch.nn.functional.linear(torch.ones(3, 4, 5)[:, 1:], torch.ones(2, 5))
+    assert seen.found, "torch does not do that any more"
+    objective = Objective(**vars(MIX) | {"teacher_tokens": 0})
+    plan = LossPlan(objective, anchors_per_text=9, on_policy_weight=0.5)
+    module = lesson(host, tiny_llama, layers, plan=plan, **options)
+    with _RepeatedMatrices() as seen:
+        step(module)
+    assert not seen.found
 
 
 def test_what_the_layers_keep(

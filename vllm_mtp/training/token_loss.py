@@ -165,7 +165,9 @@ class TokenLoss:
         loss = _summed(
             loss_of,
             _slices(texts, hidden, self._num_candidates(candidates), own),
-            hidden[:, first:],
+            # torch multiplies rows of several blocks as one matrix only where nothing
+            # is left out between them; else a bfloat16 head takes 80 times as long.
+            hidden[:, first:].contiguous(),
             [weight for module in heads for weight in module.parameters()],
         )
         sizes = {"acceptance": num_products}
