@@ -528,30 +528,42 @@ class TestRuns:
         assert [run.name for run in fastest] == ["ours", "medusa"], "arms are no system"
         assert [run.name for run in best(runs.values(), 1)] == ["ours"]
 
-    def test_are_timed_once_in_each_type(
+    def test_are_timed_anew_in_another_type_alone(
         self, folder: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        asked: list[str] = []
+        asked: list[tuple[object, str]] = []
 
         def profiles(_: object, wanted: StepsWanted) -> list[StepProfile]:
-            asked.append(str(wanted.settings["dtype"]))
+            asked.append((wanted.settings["dtype"], wanted.side.name))
             drafts = wanted.side.speculative_config is not None
-            ms = 15.0 if drafts else 12.0
+            ms = 12.0 + drafts * len(asked)
             parts = {"draft: layers": ms - 12}
             return [StepProfile(wanted.side.name, 1, 40, ms, ms, parts)]
 
+        def cost_of(dtype: str, rounds: int) -> Any:
+            asked.clear()
+            speed.cost(runs, "target", Reference("float32", (row,), ()), dtype, rounds)
+            for run in runs[1:]:
+                assert len(run.results()["cost"]["rounds"]) == rounds
+            return runs[0].results()["cost"]
+
         monkeypatch.setattr(speed, "alone", profiles)
         row = {"input_ids": [1, 2, 3], "loss_spans": [[2, 3]]}
-        run = trained_runs(folder, ["ours"])[0]
-        for dtype in ("float32", "bfloat16", "bfloat16"):
-            speed.cost([run], "target", Reference("float32", (row,), ()), dtype, 1)
-            assert run.results()["cost"] == {
-                "draft": 0.25,
-                "step": 1.25,
-                "dtype": dtype,
-                "rounds": [{"draft": 0.25, "step": 1.25}],
-            }
-        assert asked == 2 * ["float32"] + 2 * ["bfloat16"]
+        runs = trained_runs(folder, ["medusa", "ours"])
+        first = {"draft": 2 / 12, "step": 14 / 12}
+        found = cost_of("bfloat16", 1)
+        assert found == {**first, "dtype": "bfloat16", "rounds": [first]}
+        sides = [
+            ("bfloat16", name) for name in ("none", "medusa k=4", "none", "ours k=4")
+        ]
+        assert asked == sides, "all runs, one behind the other"
+        found = cost_of("bfloat16", 3)
+        assert asked == sides * 2
+        assert found["rounds"] == [first, first, {"draft": 0.5, "step": 1.5}]
+        assert (found["draft"], found["step"]) == (first["draft"], first["step"])
+        cost_of("bfloat16", 3)
+        assert not asked
+        assert cost_of("float32", 1) == {**first, "dtype": "float32", "rounds": [first]}
 
     def test_have_no_time_where_their_clock_began_anew(
         self, folder: Path, monkeypatch: pytest.MonkeyPatch
@@ -593,8 +605,8 @@ class TestRuns:
             seen.append(run.name)
 
         with pytest.raises(MTPError, match="not measured: medusa; "):
-            of_each(trained_runs(folder, []), measure)
-        assert seen == ["bita", "ours", "arm-kv-1"]
+            of_each(trained_runs(folder, []) * 2, measure)
+        assert seen == ["bita", "ours", "arm-kv-1"] * 2
 
     def test_go_on_with_their_own_budget_alone(self, folder: Path) -> None:
         run = Run(folder / "pass", presets()["pass"])

@@ -126,14 +126,14 @@ def of_each(runs: Iterable[_T], measure: Callable[[_T], None]) -> None:
     Raises:
         MTPError: Names those that failed; what each said stands above.
     """
-    failed = []
+    failed: dict[str, None] = {}  # in their order, each once
     for run in runs:
         try:
             measure(run)
         except Exception:  # of vLLM, torch, the drafter
             traceback.print_exc()
-            failed.append(run.name)
-    require_none(failed, "measured")
+            failed[run.name] = None
+    require_none([*failed], "measured")
 
 
 def require_none(failed: Sequence[str], done: str) -> None:
