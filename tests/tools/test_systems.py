@@ -411,18 +411,20 @@ class TestReport:
     def test_plain_torch_counts_what_vllm_does(
         self, configs: dict[str, DrafterConfig]
     ) -> None:
-        """As the page says: so lengths of fewer drafted tokens need no vLLM."""
+        """As the page says: so lengths of fewer drafted tokens need no vLLM. Of the
+        whole target int8 rounds away some first tokens, which torch never loses."""
         runs = json.loads(report.DATA.read_text("utf-8"))["runs"].values()
         both = [run for run in runs if "served" in run and "offline" in run]
         assert both
         for run in both:
-            bound = 0.04 if configs[run["preset"]].shares_whole_target else 0.01
+            whole = configs[run["preset"]].shares_whole_target
+            least, most = (0.01, 0.06) if whole else (-0.01, 0.01)
             for name in SETS:
-                lengths = [
+                in_vllm, in_torch = (
                     part[name]["acceptance_length"]
                     for part in (run["served"]["sets"], run["offline"])
-                ]
-                assert abs(lengths[0] - lengths[1]) < bound, run["preset"]
+                )
+                assert least < in_torch - in_vllm < most, run["preset"]
 
     def test_a_page_without_marks_is_refused(self) -> None:
         with pytest.raises(ValueError, match="no markers <!-- generated: systems"):
