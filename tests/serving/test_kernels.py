@@ -5,10 +5,23 @@ import pytest
 import torch
 from torch import nn
 
+from checkpoints_spec.goldens import fill_weights
+from tests.drafter.test_target_facts import FACTS
+from vllm_mtp.drafter.config import LinearName, LoRAConfig
 from vllm_mtp.drafter.heads import OwnHeads
+from vllm_mtp.drafter.host import OneRank
 from vllm_mtp.drafter.layers import BlockRows, PositionLinear
+from vllm_mtp.drafter.lora import (
+    Change,
+    FullRankChange,
+    GatedLinear,
+    LowRankPair,
+    gated,
+    linear_sizes,
+    with_lora,
+)
 from vllm_mtp.serving import kernels
-from vllm_mtp.serving.kernels import int8_product, use_vllm_kernels
+from vllm_mtp.serving.kernels import int8_product, merge_changes, use_vllm_kernels
 
 HAS_AMX = torch.cpu._is_amx_tile_supported()
 HAS_VNNI = torch.cpu._is_vnni_supported()
@@ -101,6 +114,75 @@ def test_weights_for_each_position(rows: BlockRows, dtype: torch.dtype) -> None:
     ):
         assert got.shape == wanted.shape
         assert (got - wanted).norm() <= 0.02 * wanted.norm()
+
+
+QUERIES, KEYS = 128, 64  # of FACTS
+CHANGES = {
+    "pairs": (("q_proj", 3), ("v_proj", 5), ("k_proj", 16)),
+    "one pair": (("k_proj", 4),),
+    "full rank": (("q_proj", None), ("v_proj", None)),
+    "both": (("q_proj", None), ("k_proj", 8)),
+}
+
+
+class Merged(nn.Module):
+    """A target's layer of one module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv_proj = nn.Linear(64, QUERIES + 2 * KEYS)
+
+
+@pytest.mark.parametrize("keys_are_values", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("changes", CHANGES.values(), ids=CHANGES)
+@torch.inference_mode()
+def test_changes_of_the_targets_modules(
+    changes: tuple[tuple[LinearName, int | None], ...],
+    dtype: torch.dtype,
+    keys_are_values: bool,
+) -> None:
+    made: dict[LinearName, Change] = {}
+    for name, rank in changes:
+        sizes = linear_sizes(FACTS, name)
+        made[name] = (
+            FullRankChange(sizes)
+            if rank is None
+            else LowRankPair(sizes, LoRAConfig(rank=rank, alpha=3, modules=(name,)))
+        )
+    layer = Merged().to(dtype)
+    pairs = nn.ModuleDict(made).to(dtype)
+    shadow = with_lora(
+        layer, made.items(), FACTS, OneRank(), keys_are_values=keys_are_values
+    )
+    linear = shadow.qkv_proj
+    assert isinstance(linear, GatedLinear)
+    gate = torch.tensor([0.0, 1, 1, 0, 1, 1], dtype=dtype)[:, None]
+    x = torch.randn(6, 64, generator=torch.Generator().manual_seed(2)).to(dtype)
+
+    for seed in (0, 1):  # the second time the weights have changed
+        fill_weights(pairs, std=0.3, salt=str(seed))
+        linear.added = linear.branches
+        expected = gated(linear, gate)(x)
+        merge_changes([linear])
+        got = gated(linear, gate)(x)
+        plain = layer.qkv_proj(x)
+        assert got[gate[:, 0] == 0].equal(plain[gate[:, 0] == 0])
+        change = (expected - plain).float().norm()
+        assert change > 0.1 * plain.float().norm()
+        assert (got - expected).float().norm() < 0.01 * change
+        # As the layers of some targets have it.
+        assert gated(linear, gate)(x[None]).equal(got[None])
+
+
+def test_the_pairs_of_a_module_are_one() -> None:
+    layer, pairs = Merged(), {}
+    for name in ("q_proj", "k_proj", "v_proj"):
+        config = LoRAConfig(rank=4, alpha=4, modules=(name,))
+        pairs[name] = LowRankPair(linear_sizes(FACTS, name), config)
+    linear = with_lora(layer, pairs.items(), FACTS, OneRank()).qkv_proj  # type: ignore
+    merge_changes([linear])
+    assert (len(linear.branches), len(linear.added)) == (3, 1)
 
 
 def test_weights_that_changed_are_taken_anew() -> None:

@@ -21,6 +21,7 @@ from vllm_mtp.drafter.layers import (
     Stream,
 )
 from vllm_mtp.drafter.layout import is_placeholder
+from vllm_mtp.drafter.lora import GatedLinear
 from vllm_mtp.drafter.model import Drafter
 from vllm_mtp.drafter.scopes import CHOICE, HEAD, LAYERS
 
@@ -110,6 +111,12 @@ class BoundDrafter:
     def weights(self) -> list[nn.Module]:
         """All that a draft reads and the target does not have."""
         return [self.drafter, *([self.small_head] if self.small_head else [])]
+
+    @property
+    def changed_linears(self) -> list[GatedLinear]:
+        """The target's linear modules with what the drafter changes in them."""
+        shadows = (each for layer in self._shared.values() for each in layer.modules())
+        return [each for each in shadows if isinstance(each, GatedLinear)]
 
     def forward(
         self,

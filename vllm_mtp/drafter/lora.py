@@ -9,7 +9,7 @@ a buffer of each changed module, and `gated` runs the layer with an argument in 
 it (``torch.func.functional_call``): nothing is kept from one forward to the next.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -68,8 +68,11 @@ class FullRankChange(nn.Module):
 
 Change = LowRankPair | FullRankChange
 
+GatedChange = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""From ``[rows, in]`` and the gate ``[rows, 1]`` to ``[rows, out]``."""
 
-class _Site(NamedTuple):
+
+class Site(NamedTuple):
     """Where a linear module's output lies in the target's (merged) module."""
 
     path: str
@@ -79,9 +82,14 @@ class _Site(NamedTuple):
 
 
 class GatedLinear(nn.Module):
-    """A frozen linear module plus low-rank pairs on slices of its output.
+    """A frozen linear module plus what the drafter changes on slices of its output.
 
     Runs only inside `gated`, which gives the buffer ``gate`` ``[rows, 1]``, 0 or 1.
+
+    Attributes:
+        branches: The drafter's changes; not registered, since the drafter owns them.
+        added: What the forward adds, and where; a host may put faster kernels of the
+            same changes in place.
     """
 
     gate_names = ("gate",)
@@ -89,7 +97,7 @@ class GatedLinear(nn.Module):
     def __init__(
         self,
         base: nn.Module,
-        branches: list[tuple[_Site, Change]],
+        branches: list[tuple[Site, Change]],
         target: "TargetHost",
     ) -> None:
         super().__init__()
@@ -98,16 +106,16 @@ class GatedLinear(nn.Module):
         partial = target.without_all_reduce(base)
         self.base = base if partial is None else partial
         self.all_reduce = None if partial is None else target.all_reduce
-        self.branches = branches  # not registered: the drafter owns the pairs
+        self.branches = branches
+        self.added: Sequence[tuple[Site, GatedChange]] = branches
         self.register_buffer("gate", torch.full((1, 1), torch.nan), persistent=False)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """Like the base module; vLLM's linears return ``(output, bias)``."""
         result = self.base(x, *args, **kwargs)
         output = result[0] if isinstance(result, tuple) else result
-        for site, pair in self.branches:
-            change = pair(x, self.gate)
-            output.narrow(-1, site.start, site.size).add_(change)
+        for site, change in self.added:
+            output.narrow(-1, site.start, site.size).add_(change(x, self.gate))
         if self.all_reduce is None:
             return result
         total = self.all_reduce(output)
@@ -122,7 +130,7 @@ class GatedLinear(nn.Module):
             return getattr(super().__getattr__("base"), name)
 
 
-def _require_size(base: nn.Module, branches: list[tuple[_Site, Change]]) -> None:
+def _require_size(base: nn.Module, branches: list[tuple[Site, Change]]) -> None:
     """An unexpected width (a shared expert?) would put changes in the wrong place."""
     site, pair = branches[0]
     narrow = pair.a if isinstance(pair, LowRankPair) else pair.weight
@@ -191,7 +199,7 @@ def with_lora(
     Raises:
         UnsupportedTargetError: The layer has no such module.
     """
-    by_path: dict[str, list[tuple[_Site, Change]]] = {}
+    by_path: dict[str, list[tuple[Site, Change]]] = {}
     for name, pair in pairs:
         site = _find_site(layer, name, facts)
         branches = by_path.setdefault(site.path, [])
@@ -224,17 +232,17 @@ def gated(layer: nn.Module, gate: torch.Tensor) -> Callable[..., Any]:
     return forward
 
 
-def _find_site(layer: nn.Module, name: LinearName, facts: TargetFacts) -> _Site:
+def _find_site(layer: nn.Module, name: LinearName, facts: TargetFacts) -> Site:
     paths = {path.rpartition(".")[2]: path for path, _ in layer.named_modules()}
     if name in paths:
         size = linear_sizes(facts, name)[1]
-        return _Site(paths[name], 0, size, size)
+        return Site(paths[name], 0, size, size)
     for merged, parts in _MERGED.items():
         if name in parts and merged in paths:
             sizes = [linear_sizes(facts, part)[1] for part in parts]
             index = parts.index(name)
             start = sum(sizes[:index])
-            return _Site(paths[merged], start, sizes[index], sum(sizes))
+            return Site(paths[merged], start, sizes[index], sum(sizes))
     raise UnsupportedTargetError(
         f"LoRA names module {name!r}, but the target's {type(layer).__name__} has "
         f"none of that name (it has {sorted(p for p in paths if p)}); make a "

@@ -10,7 +10,7 @@ float32 weight out anew at every call. On GPUs nothing changes.
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -25,6 +25,13 @@ from vllm.platforms import current_platform
 
 from vllm_mtp.drafter.heads import OwnHeads
 from vllm_mtp.drafter.layers import BlockRows, PositionLinear
+from vllm_mtp.drafter.lora import (
+    FullRankChange,
+    GatedChange,
+    GatedLinear,
+    LowRankPair,
+    Site,
+)
 from vllm_mtp.plugin import METHOD
 
 logger = logging.getLogger("vllm.mtp_placeholder")
@@ -53,6 +60,51 @@ def use_vllm_kernels(module: nn.Module) -> None:
             linear.forward = _by_position(linear.weight, linear.bias)  # type: ignore
         elif isinstance(linear, OwnHeads):
             linear.forward = _heads_by_position(linear.weight)  # type: ignore
+
+
+def merge_changes(linears: Iterable[GatedLinear]) -> None:
+    """Let the changes of each of the target's modules compute by vLLM's kernels, the
+    low-rank pairs of a module as one.
+
+    A pair is so small that a call takes longer than its products: where a layer has
+    seven, they take as long as the layer itself. Call it again when weights have
+    changed.
+    """
+    if not current_platform.is_cpu():
+        return  # this copies weights, and on a GPU these can be large
+    for linear in linears:
+        pairs = [(s, c) for s, c in linear.branches if isinstance(c, LowRankPair)]
+        others = [(s, c) for s, c in linear.branches if isinstance(c, FullRankChange)]
+        linear.added = [(site, _full_rank(change)) for site, change in others]
+        if pairs:
+            total = pairs[0][0].total
+            whole = pairs[0][0]._replace(start=0, size=total)
+            linear.added.append((whole, _one_pair(pairs, total)))
+
+
+def _one_pair(pairs: Sequence[tuple[Site, LowRankPair]], total: int) -> GatedChange:
+    """Pairs on slices of ``total`` outputs as one on all of them."""
+    a = torch.cat([pair.a.detach() for _, pair in pairs])
+    b = a.new_zeros(total, len(a))
+    start = 0
+    for site, pair in pairs:
+        end = start + len(pair.a)
+        b[site.start : site.start + site.size, start:end] = pair.b.detach() * pair.scale
+        start = end
+    narrow, wide = (_in_its_type(_frozen_linear(weight)) for weight in (a, b))
+    # The gate on the narrow side: it is a fraction of the output's size.
+    return lambda x, gate: wide(narrow(x) * gate)
+
+
+def _full_rank(change: FullRankChange) -> GatedChange:
+    product = product_with(change)
+
+    def forward(x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+        # Kernels in 8 bits take two dimensions; some targets' layers have three.
+        out = product(x.reshape(-1, x.shape[-1]))
+        return out.view(*x.shape[:-1], out.shape[-1]) * gate
+
+    return forward
 
 
 def _by_position(
@@ -88,15 +140,20 @@ def _each(products: Sequence[Product], blocks: torch.Tensor) -> torch.Tensor:
 
 def _products(weights: torch.Tensor, biases: torch.Tensor | None) -> list[Product]:
     """Of weights ``[positions, out, in]`` and biases ``[positions, out]``."""
-    linears = []
-    for index, weight in enumerate(weights.detach()):
-        outputs, inputs = weight.shape
-        linear = nn.Linear(inputs, outputs, bias=False, device="meta")
-        linear.weight = nn.Parameter(weight, requires_grad=False)
-        if biases is not None:
-            linear.bias = nn.Parameter(biases.detach()[index], requires_grad=False)
-        linears.append(product_with(linear))
-    return linears
+    each = [None] * len(weights) if biases is None else biases.detach()
+    pairs = zip(weights.detach(), each, strict=True)
+    return [product_with(_frozen_linear(weight, bias)) for weight, bias in pairs]
+
+
+def _frozen_linear(
+    weight: torch.Tensor, bias: torch.Tensor | None = None
+) -> nn.Linear:
+    outputs, inputs = weight.shape
+    linear = nn.Linear(inputs, outputs, bias=False, device="meta")
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias, requires_grad=False)
+    return linear
 
 
 def product_with(layer: Any) -> Product:
@@ -107,15 +164,20 @@ def product_with(layer: Any) -> Product:
             the weight is laid out here, as vLLM does after loading its own. It is
             kept, since `vllm-mtp check` and tensor parallelism look at it.
     """
-    bias = getattr(layer, "bias", None)
     if current_platform.is_cpu():
-        product = int8_product(layer.weight, bias)
+        product = int8_product(layer.weight, getattr(layer, "bias", None))
         if product is not None:
             return product
+    return _in_its_type(layer)
+
+
+def _in_its_type(layer: Any) -> Product:
+    """As `product_with`, in the weight's own type."""
+    if current_platform.is_cpu():
         dispatch_cpu_unquantized_gemm(layer, remove_weight=False)
-        bias = getattr(layer, "bias", None)  # which may be of another type now
     # Chosen once, and not for every product of every draft.
     kernel = dispatch_unquantized_gemm()
+    bias = getattr(layer, "bias", None)  # whose type the line above may have changed
     return partial(kernel, layer, weight=layer.weight, bias=bias)
 
 

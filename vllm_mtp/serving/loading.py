@@ -15,7 +15,7 @@ from vllm_mtp.errors import CheckpointError
 from vllm_mtp.serving.adapters import without_adapters
 from vllm_mtp.serving.compiled import compile_layers
 from vllm_mtp.serving.connectors import require_known_connector
-from vllm_mtp.serving.kernels import use_vllm_kernels
+from vllm_mtp.serving.kernels import use_vllm_kernels, merge_changes
 from vllm_mtp.serving.ledger import install_for_runner
 from vllm_mtp.serving.resolve import resolve_drafter
 from vllm_mtp.serving.vllm_target import VllmTarget, this_rank
@@ -47,9 +47,9 @@ def load_bound_drafter(
     # Cut before it is moved: the device never holds more than the rank's part.
     whole = load_drafter(Path(spec_config.model), dtype=dtype)
     drafter = part_of(whole, this_rank()).to(device)
-    use_vllm_kernels(drafter)
     host = VllmTarget(without_adapters(target_model), vllm_config, drafter.config)
     bound = BoundDrafter(drafter, host)
+    _use_vllm_kernels(bound)
     compile_layers(bound, vllm_config)
     return bound, host
 
@@ -93,9 +93,14 @@ def replace_weights(
         )
     for name, tensor in now.state_dict().items():
         tensor.copy_(weights[name])
-    use_vllm_kernels(now)
+    _use_vllm_kernels(bound)
     host.take_weights()
     return folder
+
+
+def _use_vllm_kernels(bound: BoundDrafter) -> None:
+    use_vllm_kernels(bound.drafter)
+    merge_changes(bound.changed_linears)
 
 
 def _on_all_ranks(good: bool) -> bool:
