@@ -145,9 +145,7 @@ def _products(weights: torch.Tensor, biases: torch.Tensor | None) -> list[Produc
     return [product_with(_frozen_linear(weight, bias)) for weight, bias in pairs]
 
 
-def _frozen_linear(
-    weight: torch.Tensor, bias: torch.Tensor | None = None
-) -> nn.Linear:
+def _frozen_linear(weight: torch.Tensor, bias: torch.Tensor | None = None) -> nn.Linear:
     outputs, inputs = weight.shape
     linear = nn.Linear(inputs, outputs, bias=False, device="meta")
     linear.weight = nn.Parameter(weight, requires_grad=False)

@@ -15,7 +15,7 @@ from vllm_mtp.errors import CheckpointError
 from vllm_mtp.serving.adapters import without_adapters
 from vllm_mtp.serving.compiled import compile_layers
 from vllm_mtp.serving.connectors import require_known_connector
-from vllm_mtp.serving.kernels import use_vllm_kernels, merge_changes
+from vllm_mtp.serving.kernels import merge_changes, use_vllm_kernels
 from vllm_mtp.serving.ledger import install_for_runner
 from vllm_mtp.serving.resolve import resolve_drafter
 from vllm_mtp.serving.vllm_target import VllmTarget, this_rank
