@@ -131,6 +131,7 @@ class Merged(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.qkv_proj = nn.Linear(64, QUERIES + 2 * KEYS)
+        fill_weights(self, std=0.3)
 
 
 @pytest.mark.parametrize("keys_are_values", [False, True])
