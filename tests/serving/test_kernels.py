@@ -163,7 +163,7 @@ def test_changes_of_the_targets_modules(
 
     for seed in (0, 1):  # the second time the weights have changed
         fill_weights(pairs, std=0.3, salt=str(seed))
-        linear.added = linear.branches
+        linear.added = [*linear.branches]
         expected = gated(linear, gate)(x)
         merge_changes([linear])
         got = gated(linear, gate)(x)

@@ -9,7 +9,7 @@ a buffer of each changed module, and `gated` runs the layer with an argument in 
 it (``torch.func.functional_call``): nothing is kept from one forward to the next.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -71,6 +71,9 @@ Change = LowRankPair | FullRankChange
 GatedChange = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """From ``[rows, in]`` and the gate ``[rows, 1]`` to ``[rows, out]``."""
 
+Product = Callable[[torch.Tensor], torch.Tensor]
+"""From ``[rows, in]`` to ``[rows, out]``, with a weight."""
+
 
 class Site(NamedTuple):
     """Where a linear module's output lies in the target's (merged) module."""
@@ -88,8 +91,7 @@ class GatedLinear(nn.Module):
 
     Attributes:
         branches: The drafter's changes; not registered, since the drafter owns them.
-        added: What the forward adds, and where; a host may put faster kernels of the
-            same changes in place.
+        added: What the forward adds, and where.
     """
 
     gate_names = ("gate",)
@@ -107,7 +109,7 @@ class GatedLinear(nn.Module):
         self.base = base if partial is None else partial
         self.all_reduce = None if partial is None else target.all_reduce
         self.branches = branches
-        self.added: Sequence[tuple[Site, GatedChange]] = branches
+        self.added: list[tuple[Site, GatedChange]] = [*branches]
         self.register_buffer("gate", torch.full((1, 1), torch.nan), persistent=False)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -121,6 +123,33 @@ class GatedLinear(nn.Module):
         total = self.all_reduce(output)
         return (total, *result[1:]) if isinstance(result, tuple) else total
 
+    @torch.no_grad()
+    def merge(self, product_of: Callable[[torch.Tensor], Product]) -> None:
+        """From now on, add the same by other kernels, and the low-rank pairs as one.
+
+        Args:
+            product_of: Gives the kernel of a weight ``[out, in]``, which may copy it;
+                merge again when weights have changed.
+        """
+        pairs = [(s, c) for s, c in self.branches if isinstance(c, LowRankPair)]
+        self.added = [
+            (site, _full_rank_by(product_of(change.weight)))
+            for site, change in self.branches
+            if isinstance(change, FullRankChange)
+        ]
+        if not pairs:
+            return
+        whole = pairs[0][0]._replace(start=0, size=pairs[0][0].total)
+        # All of A below each other; of B each where its slice and its rows meet.
+        a = torch.cat([pair.a for _, pair in pairs])
+        b = a.new_zeros(whole.size, len(a))
+        start = 0
+        for site, pair in pairs:
+            end = start + len(pair.a)
+            b[site.start : site.start + site.size, start:end] = pair.b * pair.scale
+            start = end
+        self.added.append((whole, _low_rank_by(product_of(a), product_of(b))))
+
     def __getattr__(self, name: str) -> Any:
         # vLLM's fusions ask a linear module for its quantisation: answer as
         # the base would.
@@ -128,6 +157,14 @@ class GatedLinear(nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             return getattr(super().__getattr__("base"), name)
+
+
+def _low_rank_by(a: Product, b: Product) -> GatedChange:
+    return lambda x, gate: b(a(x) * gate)
+
+
+def _full_rank_by(product: Product) -> GatedChange:
+    return lambda x, gate: product(x * gate)
 
 
 def _require_size(base: nn.Module, branches: list[tuple[Site, Change]]) -> None:

@@ -25,18 +25,10 @@ from vllm.platforms import current_platform
 
 from vllm_mtp.drafter.heads import OwnHeads
 from vllm_mtp.drafter.layers import BlockRows, PositionLinear
-from vllm_mtp.drafter.lora import (
-    FullRankChange,
-    GatedChange,
-    GatedLinear,
-    LowRankPair,
-    Site,
-)
+from vllm_mtp.drafter.lora import GatedLinear, Product
 from vllm_mtp.plugin import METHOD
 
 logger = logging.getLogger("vllm.mtp_placeholder")
-
-Product = Callable[[torch.Tensor], torch.Tensor]
 
 _INT8_MAX = 127
 _CLOSE = 0.05  # of the product's length; 8 bits leave about 0.01
@@ -73,38 +65,7 @@ def merge_changes(linears: Iterable[GatedLinear]) -> None:
     if not current_platform.is_cpu():
         return  # this copies weights, and on a GPU these can be large
     for linear in linears:
-        pairs = [(s, c) for s, c in linear.branches if isinstance(c, LowRankPair)]
-        others = [(s, c) for s, c in linear.branches if isinstance(c, FullRankChange)]
-        linear.added = [(site, _full_rank(change)) for site, change in others]
-        if pairs:
-            total = pairs[0][0].total
-            whole = pairs[0][0]._replace(start=0, size=total)
-            linear.added.append((whole, _one_pair(pairs, total)))
-
-
-def _one_pair(pairs: Sequence[tuple[Site, LowRankPair]], total: int) -> GatedChange:
-    """Pairs on slices of ``total`` outputs as one on all of them."""
-    a = torch.cat([pair.a.detach() for _, pair in pairs])
-    b = a.new_zeros(total, len(a))
-    start = 0
-    for site, pair in pairs:
-        end = start + len(pair.a)
-        b[site.start : site.start + site.size, start:end] = pair.b.detach() * pair.scale
-        start = end
-    narrow, wide = (_in_its_type(_frozen_linear(weight)) for weight in (a, b))
-    # The gate on the narrow side: it is a fraction of the output's size.
-    return lambda x, gate: wide(narrow(x) * gate)
-
-
-def _full_rank(change: FullRankChange) -> GatedChange:
-    product = product_with(change)
-
-    def forward(x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
-        # Kernels in 8 bits take two dimensions; some targets' layers have three.
-        out = product(x.reshape(-1, x.shape[-1]))
-        return out.view(*x.shape[:-1], out.shape[-1]) * gate
-
-    return forward
+        linear.merge(lambda weight: _in_its_type(_frozen_linear(weight)))
 
 
 def _by_position(
